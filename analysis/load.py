@@ -1,0 +1,303 @@
+"""Run folders -> tidy pandas frames (DESIGN §6: what a run leaves on disk).
+
+Run folders are data: everything is parsed as JSON, nothing found in a folder is executed. A folder that cannot be read
+is a row of `problems`, never an exception and never a silent gap. Runs keep the order of grid.json, so that tables and
+figures follow the order in which the grid's author listed the arms.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+VERSION = 1  # of result.json and grid.json; another version is another layout
+STATUSES = ("finished", "diverged", "failed", "unfinished")
+RUN_FILES = ("config.json", "env.json", "metrics.jsonl", "result.json")
+PRINCIPAL = {"model.name": "model", "data.name": "data", "optimizer.name": "optimizer", "recipe.format": "format"}
+REQUIRED = (*PRINCIPAL.values(), "seed")
+FORMAT_DEFINITION = "recipe.format_definition"
+RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
+FINAL = "final."
+METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Unreadable(ValueError):
+    """A file or folder that is torn, of another version or not what the layout says; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a grid folder holds. `runs` and `environment` have one row a run, `metrics` one row a number."""
+
+    folder: Path
+    grid: dict[str, Any]  # grid.json; empty when that file is unreadable
+    runs: pd.DataFrame
+    metrics: pd.DataFrame
+    environment: pd.DataFrame
+    problems: pd.DataFrame
+    not_started: list[str]  # signatures the grid lists that have no folder yet
+
+
+def runs(folder: str | Path) -> pd.DataFrame:
+    """One row a run: signature, the flattened config (`model`, `data`, `optimizer`, `format`, `seed`, `optimizer.lr`,
+    ...), status, step, cause, traceback, `metric` (the name of the primary metric), `primary_metric` (its value),
+    `final.*`.
+
+    A number that is missing or not finite stays NaN or infinite; a run without result.json is "unfinished". Times stand
+    in `environment`, so that this frame of a resumed grid equals an uninterrupted one's. Raises ValueError when
+    `folder` is no grid folder.
+    """
+    return read(folder).runs
+
+
+def metrics(folder: str | Path) -> pd.DataFrame:
+    """Every number of every readable run, long: signature, step, split, metric, value. A torn last line of
+    metrics.jsonl is dropped.
+
+    "NaN", "Infinity", "-Infinity" come back as floats. Raises ValueError when `folder` is no grid folder.
+    """
+    return read(folder).metrics
+
+
+def problems(folder: str | Path) -> pd.DataFrame:
+    """The folders that are in no table, with a one-line reason: folder, reason. Raises ValueError when `folder` is no
+    grid folder.
+    """
+    return read(folder).problems
+
+
+def read(folder: str | Path) -> Results:
+    """Everything in a grid folder, each file read once. Raises ValueError when `folder` is no grid folder."""
+    folder = Path(folder)
+    if not (folder / "grid.json").is_file():
+        raise ValueError(_no_grid_folder(folder))
+    problem_rows: list[dict[str, str]] = []
+    grid: dict[str, Any] = {}
+    signatures: list[str] | None = None
+    try:
+        grid = _grid(folder / "grid.json")
+        signatures = grid["signatures"]
+    except Unreadable as error:
+        problem_rows.append({"folder": ".", "reason": f"{error}; every run folder found is taken to be the grid's"})
+
+    found = sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_a_run(child))
+    listed = found if signatures is None else list(dict.fromkeys(signatures))
+    run_rows, environment_rows, metric_rows = [], [], []
+    for signature in [name for name in listed if (folder / name).is_dir()]:
+        try:
+            run, environment, numbers = _read_run(folder / signature)
+        except Unreadable as error:
+            problem_rows.append({"folder": signature, "reason": str(error)})
+            continue
+        run_rows.append(run)
+        environment_rows.append(environment)
+        metric_rows.extend(numbers)
+    problem_rows += [
+        {
+            "folder": name,
+            "reason": "grid.json does not list this run (left over from an earlier version of the grid); left out",
+        }
+        for name in found
+        if name not in set(listed)
+    ]
+    long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
+    for column in ("signature", "split", "metric"):
+        long[column] = long[column].astype("str")
+    return Results(
+        folder=folder,
+        grid=grid,
+        runs=_with_primary_metric(_frame(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
+        metrics=long,
+        environment=_frame(environment_rows, ["signature"]),
+        problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
+        not_started=[name for name in listed if not (folder / name).is_dir()],
+    )
+
+
+def config_columns(runs: pd.DataFrame) -> list[str]:
+    """The columns of `runs` that come from config.json, in its order."""
+    return [name for name in runs.columns if name not in RESULT_COLUMNS and not name.startswith(FINAL)]
+
+
+def _no_grid_folder(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder}: no such folder; expected a grid folder, runs/<grid>, as `lpsim run` writes it"
+    inside = sorted(str(child.parent) for child in folder.glob("*/grid.json"))
+    hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
+    return f"{folder}: no grid folder (it holds no grid.json; expected runs/<grid>, as `lpsim run` writes it){hint}"
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises Unreadable."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Unreadable(f"no {path.name}") from None
+    except OSError as error:
+        raise Unreadable(f"{path.name} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise Unreadable(f"{path.name} is torn or not JSON") from None
+    if not isinstance(document, dict):
+        raise Unreadable(f"{path.name} holds no JSON object")
+    return document
+
+
+def _versioned(path: Path) -> dict[str, Any]:
+    document = _document(path)
+    if document.get("version") != VERSION:
+        raise Unreadable(
+            f"{path.name} is of version {document.get('version')!r}; this analysis reads version {VERSION}"
+        )
+    return document
+
+
+def _grid(path: Path) -> dict[str, Any]:
+    document = _versioned(path)
+    signatures = document.get("signatures")
+    if not isinstance(signatures, list) or not all(
+        isinstance(name, str) and Path(name).name == name for name in signatures
+    ):
+        raise Unreadable(f"{path.name} has no list of signatures")
+    return document
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, int, str, str, float]]]:
+    config = flatten(_document(folder / "config.json"))
+    for name in REQUIRED:
+        if config.get(name) is None:
+            raise Unreadable(f"config.json does not say the run's {name}")
+    taken = sorted(name for name in config if name in RESULT_COLUMNS or name.startswith(FINAL))
+    if taken:
+        raise Unreadable(f"config.json has the key {taken[0]!r}, which the tables keep for a run's result")
+    environment = flatten(_document(folder / "env.json")) if (folder / "env.json").exists() else {}
+    numbers = _numbers(folder / "metrics.jsonl")
+    row: dict[str, Any] = {"signature": folder.name, **config}
+    if (folder / "result.json").exists():
+        result = _versioned(folder / "result.json")
+        if result.get("status") not in STATUSES:
+            raise Unreadable(
+                f"result.json has the status {result.get('status')!r}; expected one of {', '.join(STATUSES)}"
+            )
+        row |= {name: result.get(name) for name in ("status", "step", "cause", "traceback")}
+        row |= {
+            FINAL + name: _number(value, "result.json", name) for name, value in (result.get("final") or {}).items()
+        }
+        environment["time_s"] = result.get("time_s")
+    else:
+        row |= {
+            "status": "unfinished",
+            "step": max((step for _, step, *_ in numbers), default=0),
+            "cause": None,
+            "traceback": None,
+        }
+    return row, {"signature": folder.name, **environment}, numbers
+
+
+def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:
+    """The lines of metrics.jsonl as rows of the long frame; a last line that does not parse is dropped. Raises
+    Unreadable.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Unreadable(f"{path.name} cannot be read ({error.strerror})") from None
+    rows = []
+    for index, line in enumerate(lines):
+        where = f"{path.name} line {index + 1}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            if index == len(lines) - 1:
+                break
+            raise Unreadable(f"{where} is torn, and is not the last line") from None
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("step"), int)
+            or not isinstance(entry.get("split"), str)
+        ):
+            raise Unreadable(f"{where} is no object with a step and a split")
+        step, split = entry.pop("step"), entry.pop("split")
+        rows += [
+            (path.parent.name, step, split, name, _number(value, where, name))
+            for name, value in entry.items()
+            if value is not None
+        ]
+    return rows
+
+
+def _number(value: object, where: str, name: str) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if value is None:
+        return math.nan
+    if isinstance(value, str) and value in NON_FINITE:
+        return NON_FINITE[value]
+    raise Unreadable(f"{where}: {name} is {value!r}, not a number")
+
+
+def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer": {"name": "lmd", "lr": 0.03}}` -> `{"optimizer": "lmd", "optimizer.lr": 0.03}`.
+
+    Lists, and the definition of a format, become JSON text: a cell holds one value, and two values are equal when their
+    texts are.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        name = prefix + key
+        if isinstance(value, dict) and name != FORMAT_DEFINITION:
+            flat |= flatten(value, name + ".")
+        elif isinstance(value, (dict, list)):
+            flat[name] = json.dumps(value, sort_keys=True)
+        else:
+            flat[PRINCIPAL.get(name, name)] = value
+    return flat
+
+
+def _frame(rows: list[dict[str, Any]], at_least: list[str]) -> pd.DataFrame:
+    """Rows -> frame with one type a column: numbers as float64 (int64 when all are whole and none is missing), else
+    text.
+
+    Truth values are text too: a nullable column type would be a second kind of missing value.
+    """
+    names = list(dict.fromkeys([*(name for row in rows for name in row), *at_least]))
+    return pd.DataFrame({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: Iterable[Any]) -> pd.Series:
+    values = list(values)
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
+        whole = len(present) == len(values) and all(isinstance(value, int) and abs(value) < 2**63 for value in values)
+        return pd.Series(values, dtype="int64" if whole else "float64")
+    texts = [None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
+    return pd.Series(texts, dtype="str")
+
+
+def _with_primary_metric(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds `metric` and `primary_metric`: validation accuracy where the model and data have one, else validation loss.
+
+    Decided for a (model, data) together, so that a diverged run without a final accuracy stays in the column of its
+    siblings.
+    """
+    accuracy, loss = FINAL + "validation_accuracy", FINAL + "validation_loss"
+    for name in (accuracy, loss):
+        if name not in frame:
+            frame[name] = math.nan
+        frame[name] = frame[name].astype("float64")
+    counted = frame[accuracy].notna().groupby([frame["model"], frame["data"]]).transform("any").astype(bool)
+    frame["metric"] = counted.map({True: "validation_accuracy", False: "validation_loss"}).astype("str")
+    frame["primary_metric"] = frame[accuracy].where(counted, frame[loss]).astype("float64")
+    return frame
