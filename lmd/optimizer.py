@@ -1,0 +1,383 @@
+"""LMD as a torch.optim.Optimizer: groups, state, samples in place, step. The mathematics is in lmd/update.py."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lmd import update
+from lmd.priors import PRIORS
+from lmd.random import NoiseKey, normal_pair
+
+PARAMETERIZATIONS = ("shared", "split")
+NONFINITE = ("raise", "skip")
+POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
+MASTER_OF = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+class LMD(Optimizer):
+    """Log-Normal Multiplicative Dynamics (after Nishida et al., arXiv:2506.17768; the update is derived in
+    lmd/README.md).
+
+    The parameter tensors hold the posterior means E[w]. A training step draws weights, takes the gradient there and
+    steps the means:
+
+        with optimizer.sampled_params():
+            loss = model(x, y)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    A gradient taken outside `sampled_params` (or with noise_scale 0) is taken at the mean, and `step` treats it so.
+
+    Arguments (all but seed, mc_samples and nonfinite may be set per group and changed between steps):
+        lr: alpha >= 0, in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay apart.
+            0.01 to 0.05.
+        betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
+        weight_decay: delta >= 0, the strength of the prior relative to the unit step; lr * weight_decay < 1. Under
+            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.05 to 0.3.
+        noise_scale: sigma >= 0, the standard deviation of log theta; 0 draws nothing. 0 to 0.1. For a schedule assign
+            group["noise_scale"] between steps; the means stay what they are.
+        prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
+            parameterization takes "log-normal" and "flat".
+        entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
+        kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: initial_center).
+            Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
+            sample, not again.
+        parameterization: "shared" (m+ m- fixed; one state vector) or "split" (m+ and m- free; three).
+        mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
+        nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
+            anything changes, or "skip" the step and count it in `skipped_steps`.
+        seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
+
+    Parameters of bfloat16 and float16 get a float32 master copy in the state. Sparse gradients are refused
+    (RuntimeError), complex and integer parameters too (TypeError); parameters without a gradient are left alone.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.03,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.1,
+        noise_scale: float = 0.05,
+        *,
+        prior: str = "log-normal",
+        entropy: bool = True,
+        kappa: float = 1.0,
+        parameterization: str = "shared",
+        mc_samples: int = 1,
+        nonfinite: str = "raise",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples must be a positive integer, not {mc_samples!r}")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {NONFINITE}, not {nonfinite!r}")
+        self.mc_samples = mc_samples
+        self.nonfinite = nonfinite
+        self._sampling = False  # a sample or the median is in place of the means
+        self._draws = 0  # samples taken since the last step
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "noise_scale": noise_scale,
+            "prior": prior,
+            "entropy": entropy,
+            "kappa": kappa,
+            "parameterization": parameterization,
+            "seed": seed,
+            "step": 0,
+            "skipped_steps": 0,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does.
+
+        Raises ValueError for a setting out of range, TypeError for a parameter of an integer or complex dtype.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1], self.mc_samples)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # --- samples in place of the means ---
+
+    @contextmanager
+    def sampled_params(self) -> Iterator[None]:
+        """Within the block the parameters hold a sample of the posterior; afterwards, also after an exception, the
+        means, exactly.
+
+        The sample is a function of the seed and the step: entered again before `step`, the block gives the same
+        sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
+        samples in turn and each exit leaves in `grad` the running average of the weight-scaled gradients, expressed
+        at the mean; enter it S times (or a multiple) a step. Free where noise_scale is 0. Raises RuntimeError when
+        nested.
+        """
+        draw = self._draws % self.mc_samples
+        earlier: dict[Tensor, Tensor] = {}
+        with self._replaced(self._sample, draw):
+            self._draws += 1
+            if self.mc_samples > 1:
+                earlier = self._set_gradients_aside()
+            try:
+                yield
+            except BaseException:
+                for p, gradient in earlier.items():
+                    p.grad = gradient
+                raise
+        if self.mc_samples > 1:
+            self._average_gradients(earlier, draw)
+
+    @contextmanager
+    def median_params(self) -> Iterator[None]:
+        """Within the block the parameters hold the posterior medians m+ - m-; afterwards the means, exactly."""
+        with self._replaced(lambda p, group, key: self._mean(p) * math.exp(-0.5 * group["noise_scale"] ** 2), 0):
+            yield
+
+    def posterior_samples(self, count: int) -> Iterator[AbstractContextManager[None]]:
+        """`count` blocks, each with its own posterior sample in place, for averaging predictions:
+
+            for sample in optimizer.posterior_samples(8):
+                with sample:
+                    probability += model(x).softmax(-1) / 8
+
+        The samples depend on the seed and the step and differ from those of training, which they leave unchanged.
+        """
+        for index in range(count):
+            yield self._replaced(self._sample, POSTERIOR_DRAW + index)
+
+    @contextmanager
+    def _replaced(self, value: Callable[[Tensor, dict[str, Any], NoiseKey], Tensor], draw: int) -> Iterator[None]:
+        """Puts value(...) in place of every parameter that has noise, and the parameter back on the way out."""
+        if self._sampling:
+            raise RuntimeError("a posterior sample is already in place: leave that block first")
+        self._sampling = True
+        saved: list[tuple[Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for p, group, key in self._noisy_params(draw):
+                    drawn = value(p, group, key)
+                    saved.append((p, p.detach().clone()))
+                    p.copy_(drawn)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, mean in saved:
+                    p.copy_(mean)
+            self._sampling = False
+
+    def _noisy_params(self, draw: int) -> Iterator[tuple[Tensor, dict[str, Any], NoiseKey]]:
+        """The parameters that a sample changes, with the key of their noise; their state is set up on the way."""
+        index = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["noise_scale"] > 0.0 and p.requires_grad and p.numel() > 0:
+                    self._prepare(p, group)
+                    yield p, group, NoiseKey(group["seed"], index, group["step"], draw)
+                index += 1
+
+    def _sample(self, p: Tensor, group: dict[str, Any], key: NoiseKey) -> Tensor:
+        mean = self._mean(p)
+        return update.sample(mean, self._center(p), group["noise_scale"], normal_pair(key, mean))
+
+    def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
+        """Takes the gradients of earlier samples away, so that backward starts from none."""
+        earlier = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    earlier[p], p.grad = p.grad, None
+        return earlier
+
+    @torch.no_grad()
+    def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
+        """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
+        noisy = {p: key for p, group, key in self._noisy_params(draw)}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradient = p.grad / self.mc_samples
+                    if p in noisy:
+                        mean, sigma = self._mean(p), group["noise_scale"]
+                        a = update.half_log_ratio(mean, self._center(p), sigma)
+                        drawn = sum(update.multipliers(a, self._center(p), sigma, normal_pair(noisy[p], mean)))
+                        gradient = gradient * (drawn / sum(update.multipliers(a, self._center(p), sigma, None)))
+                    p.grad = (gradient + earlier[p] if p in earlier else gradient).to(p.dtype)
+                elif p in earlier:
+                    p.grad = earlier[p]
+
+    # --- state ---
+
+    def _prepare(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter, made from its present value the first time."""
+        state = self.state[p]
+        if not state:
+            dtype = MASTER_OF.get(p.dtype, p.dtype)
+            state["m0"] = update.initial_center(p, group["kappa"])
+            names = ("v",) if group["parameterization"] == "shared" else ("v_plus", "v_minus", "log_center")
+            for name in names:
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            if dtype != p.dtype:
+                state["master"] = p.detach().to(dtype)
+        return state
+
+    def _mean(self, p: Tensor) -> Tensor:
+        """The posterior mean in the precision that the update works in."""
+        return self.state[p].get("master", p.detach())
+
+    def _center(self, p: Tensor) -> float | Tensor:
+        """sqrt(m+ m-): a number in the shared parameterization, a tensor in the split one."""
+        state = self.state[p]
+        return state["m0"] * torch.exp(state["log_center"]) if "log_center" in state else state["m0"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        return max(group["skipped_steps"] for group in self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; holds everything that a bit-equal continuation needs.
+
+        Raises RuntimeError while a sample is in place.
+        """
+        if self._sampling:
+            raise RuntimeError("state_dict inside sampled_params would go with sampled weights: leave the block first")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, except that state keeps its dtype (torch would cast it to the parameter's) and is copied, not
+        aliased.
+
+        Raises ValueError for the other parameterization's state: split has a free sqrt(m+ m-) for every weight and
+        two momenta, shared has neither, so no conversion continues the same trajectory. The weights themselves carry
+        over: load them into the model and start a fresh optimizer.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            theirs, ours = saved.get("parameterization"), group["parameterization"]
+            if theirs != ours:
+                raise ValueError(
+                    f"this state was saved with parameterization={theirs!r}, the optimizer has {ours!r}; build "
+                    f"LMD(..., parameterization={theirs!r}) to continue it, or start afresh from the model's weights"
+                )
+        super().load_state_dict(state_dict)
+        saved_ids = [i for saved in state_dict["param_groups"] for i in saved["params"]]
+        ours_in_order = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, p in zip(saved_ids, ours_in_order, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        self._draws = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in ("mc_samples", "nonfinite", "_sampling", "_draws")}
+        return {**super().__getstate__(), **own}
+
+    # --- step ---
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the means. Gradients are read, never changed.
+
+        With a closure (which clears the gradients, computes the loss, calls backward and returns the loss) it is
+        evaluated under mc_samples samples, and the mean of the losses is returned. Raises RuntimeError inside
+        `sampled_params`, without any gradient, with a sparse gradient, or when the number of samples taken is no
+        multiple of mc_samples; FloatingPointError for a NaN or infinite gradient where nonfinite is "raise".
+        """
+        if self._sampling:
+            raise RuntimeError("step inside sampled_params would update a sample: leave the block first")
+        loss = None if closure is None else self._evaluate(closure)
+        draws, self._draws = self._draws, 0
+        if draws % self.mc_samples:
+            raise RuntimeError(f"sampled_params ran {draws} times since the last step, mc_samples is {self.mc_samples}")
+        with torch.no_grad():
+            self._update(at_sample=draws > 0 and self.mc_samples == 1, passes=max(1, draws // self.mc_samples))
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        self._draws = 0
+        if self.mc_samples > 1:
+            self.zero_grad()
+        losses = []
+        for _ in range(self.mc_samples):
+            with self.sampled_params(), torch.enable_grad():
+                losses.append(closure())
+        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+
+    def _update(self, at_sample: bool, passes: int) -> None:
+        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not present:
+            raise RuntimeError("no parameter has a gradient: call backward() before step()")
+        if any(p.grad.is_sparse for p in present):
+            raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in present)
+        if not finite and self.nonfinite == "raise":
+            raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
+        index = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if finite and p.grad is not None and p.numel() > 0:
+                    self._prepare(p, group)
+                    self._step_param(p, group, NoiseKey(group["seed"], index, group["step"]) if at_sample else None)
+                index += 1
+            group["step"] += 1
+            group["skipped_steps"] += not finite
+
+    def _step_param(self, p: Tensor, group: dict[str, Any], key: NoiseKey | None) -> None:
+        state, mean = self.state[p], self._mean(p)
+        assert p.grad is not None
+        gradient = p.grad.to(mean.dtype)
+        sigma = group["noise_scale"]
+        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale")}
+        settings["prior"] = PRIORS[group["prior"]]
+        settings["noise"] = normal_pair(key, mean) if key is not None and sigma > 0.0 else None
+        result: update.Shared | update.Split
+        if group["parameterization"] == "shared":
+            result = update.step_shared(mean, state["v"], gradient, state["m0"], **settings)
+        else:
+            moments = (state["log_center"], state["v_plus"], state["v_minus"])
+            result = update.step_split(
+                mean, *moments, gradient, state["m0"], entropy=float(group["entropy"]), **settings
+            )
+        for name, value in result._asdict().items():
+            (mean if name == "mean" else state[name]).copy_(value)
+        if "master" in state:
+            p.copy_(mean)
+
+
+def _check_group(group: dict[str, Any], mc_samples: int) -> None:
+    """Raises ValueError for a setting out of range, TypeError for a parameter of an integer or complex dtype."""
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(f"LMD optimizes real floating-point parameters, not {p.dtype}")
+
+    def require(condition: bool, name: str, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must be {what}, not {group[name]!r}")
+
+    betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
+    for name in ("lr", "weight_decay", "noise_scale"):
+        require(math.isfinite(group[name]) and group[name] >= 0.0, name, "finite and at least 0")
+    require(math.isfinite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "finite and above 0")
+    require(len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
+    require(group["lr"] * group["weight_decay"] < 1.0, "weight_decay", "below 1 / lr")
+    require(prior in PRIORS, "prior", f"one of {tuple(PRIORS)}")
+    require(parameterization in PARAMETERIZATIONS, "parameterization", f"one of {PARAMETERIZATIONS}")
+    require(isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64, "seed", "an integer of 64 bits")
+    if parameterization == "shared" and not PRIORS[prior].keeps_product:
+        raise ValueError(
+            f"prior {prior!r} moves the product m+ m-, which the shared parameterization holds fixed: "
+            "use parameterization='split', or prior='log-normal' or 'flat'"
+        )
+    if parameterization == "split" and mc_samples > 1:
+        raise ValueError(
+            "mc_samples > 1 needs parameterization='shared': the averages of g theta+ and g theta- do not both fit "
+            "into the one gradient that clipping and GradScaler act on"
+        )

@@ -1,0 +1,157 @@
+"""The equations of Log-Normal Multiplicative Dynamics, one pure function each (derivation: lmd/README.md).
+
+A weight is w = theta+ - theta-, with theta+- = m+- exp(sigma eps+-) and eps+- standard normal. The medians m+- are
+written as m+- = center exp(+-a): `center` = sqrt(m+ m-) is one number a tensor in the shared parameterization and a
+tensor in the split one, `a` is half the log ratio of the medians. The parameter tensor holds the posterior mean E[w]
+= 2 center exp(sigma^2 / 2) sinh(a). Every function takes and returns tensors of one shape and dtype and changes none;
+a NaN stays a NaN.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmd.priors import Prior
+
+Noise = tuple[Tensor, Tensor]
+Center = float | Tensor
+
+
+def half_log_ratio(mean: Tensor, center: Center, noise_scale: float) -> Tensor:
+    """a = asinh(mean / (2 center exp(sigma^2 / 2))), the inverse of `posterior_mean`."""
+    return torch.asinh(mean / (2.0 * math.exp(0.5 * noise_scale**2) * center))
+
+
+def posterior_mean(a: Tensor, center: Center, noise_scale: float) -> Tensor:
+    """E[w] = 2 center exp(sigma^2 / 2) sinh(a)."""
+    return torch.sinh(a) * (2.0 * math.exp(0.5 * noise_scale**2) * center)
+
+
+def multipliers(a: Tensor, center: Center, noise_scale: float, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    """(theta+, theta-) = center exp(+-a + sigma eps+-).
+
+    Their expectations, center exp(+-a + sigma^2 / 2), where `noise` is None.
+    """
+    if noise is None:
+        log_plus = log_minus = torch.full_like(a, 0.5 * noise_scale**2)
+    else:
+        log_plus, log_minus = noise_scale * noise[0], noise_scale * noise[1]
+    return torch.exp(a + log_plus) * center, torch.exp(log_minus - a) * center
+
+
+def sample(mean: Tensor, center: Center, noise_scale: float, noise: Noise) -> Tensor:
+    """w = theta+ - theta-, one draw from the posterior of mean `mean`."""
+    plus, minus = multipliers(half_log_ratio(mean, center, noise_scale), center, noise_scale, noise)
+    return plus - minus
+
+
+def momentum(v: Tensor, gradient: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """(u, v'): u = beta1 v + (1 - beta1) G decides the step, v' = beta2 v + (1 - beta2) G is kept."""
+    beta1, beta2 = betas
+    return beta1 * v + (1.0 - beta1) * gradient, beta2 * v + (1.0 - beta2) * gradient
+
+
+class Shared(NamedTuple):
+    """What a step of the shared parameterization leaves: the posterior mean and the momentum."""
+
+    mean: Tensor
+    v: Tensor
+
+
+def step_shared(
+    mean: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    m0: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    noise_scale: float,
+    noise: Noise | None,
+    prior: Prior,
+) -> Shared:
+    """One step with m+ m- = m0^2: G = g (theta+ + theta-), a' = a - lr (sign(u) + weight_decay R(a)).
+
+    `gradient` is dl/dw at the sample that `noise` gives, or at the mean where `noise` is None. Needs a prior with
+    `keeps_product`: for those R is odd in a, so m+ and m- move by opposite factors. u = 0 moves nothing but the
+    decay.
+    """
+    a = half_log_ratio(mean, m0, noise_scale)
+    plus, minus = multipliers(a, m0, noise_scale, noise)
+    u, v = momentum(v, gradient * (plus + minus), betas)
+    a = a - lr * (torch.sign(u) + weight_decay * prior.regularizer(a, noise_scale, 0.0))
+    return Shared(posterior_mean(a, m0, noise_scale), v)
+
+
+class Split(NamedTuple):
+    """What a step of the split parameterization leaves: the mean, log(center / m0) and the two momenta."""
+
+    mean: Tensor
+    log_center: Tensor
+    v_plus: Tensor
+    v_minus: Tensor
+
+
+def step_split(
+    mean: Tensor,
+    log_center: Tensor,
+    v_plus: Tensor,
+    v_minus: Tensor,
+    gradient: Tensor,
+    m0: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    noise_scale: float,
+    noise: Noise | None,
+    prior: Prior,
+    entropy: float,
+) -> Split:
+    """One EG+- step: G+- = +-g theta+-, log m+-' = log m+- - lr (sign(u+-) + weight_decay R(m+-)).
+
+    The medians are carried as (mean, log_center = log(sqrt(m+ m-) / m0)): log(m+- / m0) = log_center +- a, so the
+    increments of the two logarithms, not the logarithms, are added and subtracted, and a small a keeps its digits.
+    """
+    center = m0 * torch.exp(log_center)
+    a = half_log_ratio(mean, center, noise_scale)
+    plus, minus = multipliers(a, center, noise_scale, noise)
+    u_plus, v_plus = momentum(v_plus, gradient * plus, betas)
+    u_minus, v_minus = momentum(v_minus, -gradient * minus, betas)
+    up = -lr * (torch.sign(u_plus) + weight_decay * prior.regularizer(log_center + a, noise_scale, entropy))
+    down = -lr * (torch.sign(u_minus) + weight_decay * prior.regularizer(log_center - a, noise_scale, entropy))
+    a = a + 0.5 * (up - down)
+    log_center = log_center + 0.5 * (up + down)
+    return Split(posterior_mean(a, m0 * torch.exp(log_center), noise_scale), log_center, v_plus, v_minus)
+
+
+def initial_center(weights: Tensor, kappa: float) -> float:
+    """m0 = kappa s, with s the standard deviation of the initial weights, whatever their mean.
+
+    A tensor that hardly varies about its mean (s < mean |w| / 2: LayerNorm gains, zero biases, a single number) has
+    no such scale; there m0 = 0.5 max(mean |w|, 1e-3), kappa left out. Zero-size: 5e-4. The sums run in float64 over
+    rows of fixed length, so the thread count does not enter. Raises ValueError for a NaN or infinite weight.
+    """
+    count = weights.numel()
+    if count == 0:
+        return 0.5e-3
+    flat = weights.detach().reshape(-1).double()
+    mean = _total(flat) / count
+    deviation = math.sqrt(_total((flat - mean).square()) / count)
+    magnitude = _total(flat.abs()) / count
+    if not math.isfinite(magnitude):
+        raise ValueError("initial weights must be finite: LMD takes its scale from them")
+    if deviation > 0.0 and deviation >= 0.5 * magnitude:
+        return kappa * deviation
+    return 0.5 * max(magnitude, 1e-3)
+
+
+def _total(x: Tensor) -> float:
+    """The sum of a vector, in an order that the thread count does not change: rows of 4096 first, then their sums."""
+    while x.numel() > 4096:
+        whole = x.numel() // 4096 * 4096
+        x = torch.cat((x[:whole].view(-1, 4096).sum(dim=1), x[whole:]))
+    return float(x.sum())
