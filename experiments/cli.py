@@ -1,0 +1,223 @@
+"""The `lpsim` command: formats, run, report, bench.
+
+A mistake of the user gives one message and exit code 2; a grid with failed runs exits with 1, an interrupted one with
+130.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
+    from experiments.executors import StoppableExecutor
+    from experiments.grid import Row
+    from lpsim.formats import Format
+
+
+class UserError(Exception):
+    """A mistake in what was asked; its message is all that is printed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="lpsim", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_formats(commands)
+    add_run(commands)
+    add_report(commands)
+    add_bench(commands)
+    options = parser.parse_args(arguments)
+    options.argv = ["lpsim", *arguments]
+    try:
+        return int(options.function(options))
+    except UserError as error:
+        print(f"lpsim: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `lpsim formats | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- formats ---
+
+
+def add_formats(commands: Any) -> None:
+    parser = commands.add_parser("formats", help="the number formats that exist, as a table")
+    parser.set_defaults(function=run_formats)
+
+
+def run_formats(options: argparse.Namespace) -> int:
+    from lpsim import formats
+
+    header = ("name", "bits", "max", "min normal", "min subnormal", "decades", "codes", "specials")
+    table = [header, *(format_row(fmt) for fmt in formats.ALL_FORMATS.values())]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for name, *numbers, specials in table:
+        cells = (cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True))
+        print("  ".join([name.ljust(widths[0]), *cells, specials]))
+    return 0
+
+
+def format_row(fmt: "Format") -> tuple[str, ...]:
+    """The cells of one format. Of a block format: bits with the scale's share, the range of element times scale, the
+    element's codes.
+    """
+    import math
+
+    from lpsim.formats import BlockFormat, Codebook
+
+    element, normal = (
+        (fmt.element, fmt.element.min_normal * fmt.scale.min_normal)
+        if isinstance(fmt, BlockFormat)
+        else (fmt, fmt.min_normal)
+    )
+    codes = len(element.values) if isinstance(element, Codebook) else 2**element.bits
+    specials = [name for name, has in (("Inf", element.has_inf), ("NaN", element.has_nan)) if has]
+    if isinstance(fmt, BlockFormat):
+        specials = ["NaN by block"]
+    decades = math.log10(fmt.max) - math.log10(fmt.min_subnormal)
+    numbers = (
+        f"{fmt.bits:g}",
+        f"{fmt.max:.6g}",
+        f"{normal:.4g}",
+        f"{fmt.min_subnormal:.4g}",
+        f"{decades:.1f}",
+        str(codes),
+    )
+    return (fmt.name, *numbers, ", ".join(specials) or "-")
+
+
+# --- run ---
+
+
+def add_run(commands: Any) -> None:
+    parser = commands.add_parser("run", help="run a grid; the same command again resumes it")
+    parser.add_argument(
+        "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the usable cores)"
+    )
+    parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the grid's folder lies (default: runs)"
+    )
+    parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
+    )
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
+    )
+    parser.set_defaults(function=run_run)
+
+
+def run_run(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return _run_grid(options)
+    except KeyboardInterrupt:
+        print(f"lpsim: interrupted; continue with: {shlex.join(options.argv)}", file=sys.stderr)
+        return 130
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_grid(options: argparse.Namespace) -> int:
+    from experiments.grid import GridError, load_grid, run_grid
+    from experiments.record import RunFolderError
+
+    try:
+        source, configs = load_grid(options.grid)
+        folder = options.runs / source.stem
+        with make_executor(options, folder) as executor:
+            rows = run_grid(configs, folder, executor, source, options.argv)
+    except (GridError, RunFolderError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(summary(rows))
+    if options.report:
+        write_report(folder, None)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecutor":
+    from experiments.executors import DaskExecutor, LocalExecutor, SlurmExecutor
+
+    if options.executor == "slurm":
+        return SlurmExecutor(folder / "slurm", options.sbatch)
+    if options.executor == "dask":
+        try:
+            return DaskExecutor(options.scheduler, options.jobs)
+        except (ImportError, OSError) as error:
+            raise UserError(str(error)) from error
+    return LocalExecutor(options.jobs)
+
+
+def summary(rows: Sequence["Row"]) -> str:
+    """One line a kind of outcome, one a failed run."""
+    ran = sum(not row.skipped for row in rows)
+    counts = {status: sum(row.status == status for row in rows) for status in ("finished", "diverged", "failed")}
+    lines = [f"{len(rows)} runs, {ran} of them now: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)]
+    lines += [f"  failed: {row.label} ({row.signature}): {row.cause}" for row in rows if row.status == "failed"]
+    return "\n".join(lines)
+
+
+# --- report ---
+
+
+def add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one self-contained HTML file from a grid's runs")
+    parser.add_argument("folder", type=Path, metavar="RUNS/GRID")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder")
+    parser.set_defaults(function=lambda options: write_report(options.folder, options.output))
+
+
+def write_report(folder: Path, output: Path | None) -> int:
+    if not (folder / "grid.json").exists():
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/grid.json")) if folder.parent.is_dir() else []
+        raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none beside it'}")
+    from analysis.report import write_report as write
+
+    try:
+        print(write(folder, output))
+    except (ValueError, OSError) as error:
+        raise UserError(f"no report of {folder}: {error}") from error
+    return 0
+
+
+# --- bench ---
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="a benchmark of experiments/bench", add_help=False)
+    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(function=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    from experiments.settings import names_near
+
+    names = [
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "bench")]) if module.name[0] != "_"
+    ]
+    if options.name not in names:
+        asked = f"no benchmark {options.name!r}" if options.name else "lpsim bench NAME"
+        raise UserError(f"{asked}; there are: {names_near(options.name, names) or 'none'}")
+    module = importlib.import_module(f"experiments.bench.{options.name}")
+    parser = argparse.ArgumentParser(prog=f"lpsim bench {options.name}", description=module.__doc__)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(options.rest)) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

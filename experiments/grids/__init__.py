@@ -1,0 +1,1 @@
+"""One file a research question, each with `def grid() -> Iterator[Config]`."""

@@ -1,0 +1,1 @@
+"""The two model families, written as plain torch; no low-precision code lives here."""

@@ -1,0 +1,194 @@
+"""The training loop, the only one in the repository.
+
+A run is a function of its config: initialization, batches, the optimizer's noise and stochastic rounding are keyed by
+seed and step, so a run stopped anywhere and resumed from its checkpoint ends in the same bits as one that was not (same
+machine, threads and versions). Divergence is an outcome, not an error.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from experiments.config import Config
+from experiments.data import Batch, Data
+from experiments.record import RunRecord
+from lpsim import simulate
+
+Result = dict[str, Any]
+
+
+def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False) -> Result | None:
+    """Train to the end, from the record's checkpoint where it has one. Returns what result.json is to hold, None when
+    stopped.
+
+    `stop` is asked after every step; a stopped run has written its checkpoint. Writes metrics and checkpoints.
+    Raises: ValueError for data that do not fit the config; RunFolderError when the folder cannot be read or written.
+    """
+    with deterministic():
+        data: Data = config.data.load(config.model)
+        model, optimizer = build(config)
+        saved = record.load_checkpoint(config.device)
+        step, time_before = 0, 0.0
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step, time_before = saved["step"], saved["time_s"]
+        record.keep_metrics_until(step if saved is not None else -1)
+        started = time.perf_counter()
+
+        def outcome(status: str, cause: str | None, **final: float) -> Result:
+            time_s = time_before + time.perf_counter() - started
+            return {"status": status, "step": step, "cause": cause, "traceback": None, "final": final, "time_s": time_s}
+
+        with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
+            simulation.step = step
+            if saved is None:
+                record.log(0, "validation", **validate(config, model, data))
+                record.log(0, "weights", **weight_statistics(model))
+            while True:
+                begun = time.perf_counter()
+                simulation.step = step
+                rate = set_learning_rate(config, optimizer, step)
+                batch = data.train_batch(config.seed, step, config.batch_size)
+                loss, grad_norm = gradients(config, model, optimizer, batch)
+                cause = divergence(config, loss, grad_norm, data.classes)
+                if cause is None:
+                    optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if step % config.log_every == 0 or step == config.steps or cause is not None:
+                    time_ms = 1000 * (time.perf_counter() - begun)
+                    record.log(step, "train", loss=loss, lr=rate, grad_norm=grad_norm, time_ms=time_ms)
+                if cause is not None:
+                    return outcome("diverged", cause, train_loss=loss)
+                if step % config.validate_every == 0 or step == config.steps:
+                    measured = validate(config, model, data)
+                    record.log(step, "validation", **measured)
+                    record.log(step, "weights", **weight_statistics(model))
+                if step == config.steps:
+                    return outcome(
+                        "finished", None, train_loss=loss, **{f"validation_{name}": v for name, v in measured.items()}
+                    )
+                stopped = stop()
+                if stopped or step % config.checkpoint_every == 0:
+                    record.save_checkpoint(
+                        {
+                            "step": step,
+                            "time_s": time_before + time.perf_counter() - started,
+                            "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                        }
+                    )
+                if stopped:
+                    return None
+
+
+def build(config: Config) -> tuple[nn.Module, Optimizer]:
+    """The initialized model and its optimizer; torch's global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = config.model.build()
+    model.to(config.device)
+    optimizer = config.optimizer.build(model, config.seed)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return model, optimizer
+
+
+def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
+    """Set every group's rate for update `step` (the first is 0): linear warm-up, then a half cosine. Returns the first
+    group's.
+    """
+    if step < config.warmup_steps:
+        fraction = (step + 1) / config.warmup_steps
+    else:
+        progress = (step + 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        fraction = config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * fraction
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def gradients(config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch) -> tuple[float, float]:
+    """Put the clipped gradient into `.grad`, taken at sampled weights where the optimizer samples. Returns loss, 2-norm
+    before clipping.
+    """
+    inputs, targets = (tensor.to(config.device) for tensor in batch)
+    with getattr(optimizer, "sampled_params", nullcontext)():
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()
+    limit = math.inf if config.clip_norm is None else config.clip_norm
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return loss.item(), norm.item()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all positions, in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def divergence(config: Config, loss: float, grad_norm: float, classes: int) -> str | None:
+    """Why this step counts as diverged; None when it does not. The bound is documented at Config.divergence_factor."""
+    bound = config.divergence_factor * math.log(classes)
+    if not math.isfinite(loss):
+        return f"the training loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient's norm is {grad_norm}"
+    if loss > bound:
+        return f"the training loss {loss:.4g} is above {bound:.4g}, {config.divergence_factor:g} times a uniform guess"
+    return None
+
+
+@torch.no_grad()
+def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
+    """Mean loss, and for images accuracy, over the held-out split: at the posterior mean, which is what the parameters
+    hold.
+    """
+    loss, correct, count = 0.0, 0, 0
+    model.eval()
+    for batch in data.validation_batches(config.batch_size):
+        inputs, targets = (tensor.to(config.device) for tensor in batch)
+        logits = model(inputs)
+        loss += cross_entropy(logits, targets).item() * targets.numel()
+        correct += int((logits.argmax(-1) == targets).sum())
+        count += targets.numel()
+    model.train()
+    measured = {"loss": loss / count}
+    return measured if targets.ndim > 1 else measured | {"accuracy": correct / count}
+
+
+@torch.no_grad()
+def weight_statistics(model: nn.Module) -> dict[str, float]:
+    """2-norm, largest magnitude and mean magnitude over all parameters."""
+    parameters = list(model.parameters())
+    magnitudes = sum(p.abs().sum(dtype=torch.float64).item() for p in parameters)
+    return {
+        "norm": math.sqrt(sum(p.double().square().sum().item() for p in parameters)),
+        "max": max(p.abs().max().item() for p in parameters),
+        "mean_abs": magnitudes / sum(p.numel() for p in parameters),
+    }
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic algorithms inside, the previous setting after. Fresh memory is not filled: nothing here
+    reads it.
+    """
+    memory: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = fill
