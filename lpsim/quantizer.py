@@ -1,0 +1,247 @@
+"""Quantizer: a format together with how to round into it; and which backend serves which tensor.
+
+Backends are tried in the order of the table BACKENDS; the reference serves what no other does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from lpsim.formats import BlockFormat, FixedFormat, FloatFormat, Format
+from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Backend(Protocol):
+    """What can quantize a tensor. Where it agrees to serve, its result equals `reference.quantize` bit for bit."""
+
+    name: str
+
+    def supports(self, quantizer: Quantizer, device: torch.device) -> bool: ...
+
+    def quantize(
+        self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The quantized tensor, in `out` if given. x is a detached float tensor of any layout; axis is valid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A format, a rounding and an overflow policy: a function from tensors to tensors of representable values.
+
+    random_bits: how many bits of its random word an element's stochastic rounding uses (1 to 32; None: all).
+    backend: the name of a backend, or None for the fastest that serves the tensor.
+
+    Raises TypeError or ValueError for a combination that has no meaning.
+    """
+
+    format: Format
+    rounding: Rounding = Rounding.TIES_TO_EVEN
+    overflow: Overflow = Overflow.SATURATE
+    random_bits: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, Format):
+            hint = f"; did you mean lpsim.formats.get({self.format!r})?" if isinstance(self.format, str) else ""
+            raise TypeError(f"format must be a format, got {type(self.format).__name__}{hint}")
+        if not isinstance(self.rounding, Rounding):
+            raise TypeError(f"rounding must be a Rounding, one of {[r.name for r in Rounding]}, got {self.rounding!r}")
+        if not isinstance(self.overflow, Overflow):
+            raise TypeError(f"overflow must be Overflow.SATURATE or Overflow.SPECIAL, got {self.overflow!r}")
+        if self.random_bits is not None:
+            if self.rounding is not Rounding.STOCHASTIC:
+                raise ValueError(f"random_bits is for Rounding.STOCHASTIC; the rounding is {self.rounding.name}")
+            if isinstance(self.random_bits, bool) or not isinstance(self.random_bits, int):
+                raise TypeError(f"random_bits must be an int or None, got {self.random_bits!r}")
+            if not 1 <= self.random_bits <= 32:
+                raise ValueError(f"random_bits must lie in [1, 32], got {self.random_bits}")
+        if self.overflow is Overflow.SPECIAL:
+            if isinstance(self.format, BlockFormat):
+                raise ValueError(f"{self.format.name}: the elements of a block saturate; use Overflow.SATURATE")
+            if not (self.format.has_inf or self.format.has_nan):
+                raise ValueError(f"{self.format.name} has neither Inf nor NaN; use Overflow.SATURATE")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}")
+
+    def __call__(self, x: torch.Tensor, axis: int = -1, key: Key | None = None) -> torch.Tensor:
+        """x quantized; the gradient passes straight through. Arguments and errors as for `quantize`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._check(x, axis, key)
+            return _StraightThrough.apply(x, self, axis, key)
+        return self.quantize(x, axis, key)
+
+    def quantize(
+        self, x: torch.Tensor, axis: int = -1, key: Key | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A tensor of x's shape, dtype and device with values of the format; no gradient.
+
+        NaN stays NaN; what becomes of Inf, overflow and -0 is stated in `reference.round_value` and, for blocks, in
+        `reference.quantize`.
+
+        x: float32, bfloat16, float16 or float64, any shape and layout. axis: the axis that blocks lie along (unused by
+        formats without 1-d blocks). key: the random bits' key, required by STOCHASTIC. out: receives the result; x
+        itself is allowed.
+
+        Raises TypeError for another dtype, ValueError for a wrong axis, a missing key or an unfit `out`.
+        """
+        axis = self._check(x, axis, key)
+        x = x.detach()
+        if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+            raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}")
+        return _serving(self, x.device.type).quantize(x, self, axis, key, out)
+
+    def _check(self, x: torch.Tensor, axis: int, key: Key | None) -> int:
+        """The axis counted from the front (0 for 0-d tensors)."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"a tensor is quantized, got {type(x).__name__}")
+        if x.dtype not in FLOATING:
+            raise TypeError(f"a float32, bfloat16, float16 or float64 tensor is quantized, got {x.dtype}")
+        if self.rounding is Rounding.STOCHASTIC and key is None:
+            raise ValueError("stochastic rounding needs a key: pass key=Key(seed=...)")
+        dim = max(x.dim(), 1)
+        if not -dim <= axis < dim:
+            raise ValueError(f"axis must lie in [{-dim}, {dim}) for a tensor of shape {tuple(x.shape)}, got {axis}")
+        return axis % dim
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantization whose derivative is taken to be 1 (Bengio, Léonard, Courville 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None) -> torch.Tensor:
+        return quantizer.quantize(x, axis, key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grad, None, None, None
+
+
+class ReferenceBackend:
+    """The oracle on tensors: any format, any device, thousands of times slower than a kernel."""
+
+    name = "reference"
+
+    def supports(self, quantizer: Quantizer, device: torch.device) -> bool:
+        return True
+
+    def quantize(
+        self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        from lpsim import reference
+
+        q = quantizer
+        array = x.to("cpu", torch.float32 if x.dtype is not torch.float64 else torch.float64).numpy()
+        result = torch.from_numpy(
+            reference.quantize(array, q.format, axis, q.rounding, q.overflow, q.random_bits, key)
+        ).to(x)
+        return result if out is None else out.copy_(result)
+
+
+class NumbaBackend:
+    """Numba kernels for CPU tensors (module `cpu`)."""
+
+    name = "numba"
+
+    def supports(self, quantizer: Quantizer, device: torch.device) -> bool:
+        element = quantizer.format.element if isinstance(quantizer.format, BlockFormat) else quantizer.format
+        if device.type != "cpu":
+            return False
+        if isinstance(element, FixedFormat):
+            return element.bits <= 24
+        if not isinstance(element, FloatFormat):
+            return True
+        if quantizer.overflow is Overflow.SPECIAL and not (element.signed and element.zero):
+            return False
+        return element.emax <= 500 and element.emin >= -500 and element.mantissa_bits <= 40
+
+    def quantize(
+        self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        from lpsim import cpu
+
+        q, fmt = quantizer, quantizer.format
+        narrow = x.dtype not in (torch.float32, torch.float64)
+        source = x.float() if narrow else x
+        order = None
+        if not source.is_contiguous():
+            order = _memory_order(source) if q.rounding is not Rounding.STOCHASTIC and _by_axis(fmt) else None
+            source = source.contiguous() if order is None else source.permute(order)
+            axis = axis if order is None else order.index(axis)
+        in_place = out is not None and not narrow and order is None and out.is_contiguous()
+        target = out if in_place and out is not None else torch.empty_like(source)
+        cpu.quantize(source, fmt, axis, q.rounding, q.overflow, q.random_bits, key, target)
+        if order is not None:
+            target = target.permute([order.index(d) for d in range(len(order))])
+        if out is not None:
+            return out if in_place else out.copy_(target)
+        return target.to(x.dtype)
+
+
+def _by_axis(fmt: Format) -> bool:
+    """Whether a tensor's axes may be permuted before it is quantized."""
+    return not (isinstance(fmt, BlockFormat) and isinstance(fmt.block_size, tuple))
+
+
+def _memory_order(x: torch.Tensor) -> list[int] | None:
+    """The permutation that makes a dense tensor contiguous, or None."""
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def _load(name: str) -> Backend:
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()
+
+
+# name -> where its class stands; in the order in which they are asked
+BACKENDS: dict[str, str] = {
+    "numba": "lpsim.quantizer:NumbaBackend",
+    "reference": "lpsim.quantizer:ReferenceBackend",
+}
+
+_instances: dict[str, Backend] = {}
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name. Raises ValueError for an unknown one, ImportError (how to install it) for an absent one."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if name not in _instances:
+        _instances[name] = _load(name)
+    return _instances[name]
+
+
+def available_backends() -> list[str]:
+    """The names of the backends whose libraries are installed."""
+    names = []
+    for name in BACKENDS:
+        try:
+            backend(name)
+        except ImportError:
+            continue
+        names.append(name)
+    return names
+
+
+@functools.lru_cache(maxsize=4096)
+def _serving(quantizer: Quantizer, device_type: str) -> Backend:
+    device = torch.device(device_type)
+    if quantizer.backend is not None:
+        chosen = backend(quantizer.backend)
+        if not chosen.supports(quantizer, device):
+            raise ValueError(f"the backend {chosen.name} does not serve {quantizer} on {device_type}; use backend=None")
+        return chosen
+    for name in ("numba", "reference"):
+        candidate = backend(name)
+        if candidate.supports(quantizer, device):
+            return candidate
+    raise AssertionError("the reference serves everything")
