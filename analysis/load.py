@@ -282,8 +282,9 @@ def _column(values: Iterable[Any]) -> pd.Series:
     if present and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
         whole = len(present) == len(values) and all(isinstance(value, int) and abs(value) < 2**63 for value in values)
         return pd.Series(values, dtype="int64" if whole else "float64")
-    texts = [None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
-    return pd.Series(texts, dtype="str")
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    # JSON can hold half a surrogate pair, which neither UTF-8 nor Parquet can
+    return pd.Series([text and text.encode("utf-8", "replace").decode() for text in texts], dtype="str")
 
 
 def _with_primary_metric(frame: pd.DataFrame) -> pd.DataFrame:

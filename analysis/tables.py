@@ -8,6 +8,7 @@ mean; every table counts them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 
@@ -162,7 +163,9 @@ def contrasts(runs: pd.DataFrame) -> pd.DataFrame:
         part = group[group["optimizer"] != reference].merge(theirs, on=[*shared, *seeds], how="left")
         part["difference"] -= part.pop("reference_difference")
         part["reference"] = reference
-        part["reference_settings"] = ", ".join(f"{name} = {best[name]}" for name in settings if pd.notna(best[name]))
+        part["reference_settings"] = ", ".join(
+            f"{name.removeprefix(SETTING)} {text(best[name])}" for name in settings if pd.notna(best[name])
+        )
         parts.append(part)
     together = pd.concat(parts) if parts else paired.iloc[:0].assign(reference="", reference_settings="")
     return _means(together, [*columns, "reference", "reference_settings"], "difference")
@@ -195,8 +198,8 @@ def effects(runs: pd.DataFrame) -> pd.DataFrame:
                     dict(zip(group_columns, key, strict=True))
                     | {
                         "factor": name,
-                        "level": str(level),
-                        "reference": str(levels[0]),
+                        "level": text(level),
+                        "reference": text(levels[0]),
                         "metric": group["metric"].iloc[0],
                     }
                     | {"runs": len(both), "n": len(by_seed), "difference": mean, "low": low, "high": high}
@@ -204,6 +207,16 @@ def effects(runs: pd.DataFrame) -> pd.DataFrame:
                 )
     statistics = ["factor", "level", "reference", "metric", "runs", "n", "difference", "low", "high", "excluded"]
     return pd.DataFrame(rows, columns=[*group_columns, *statistics])
+
+
+def text(level: object) -> str:
+    """A level as a label: a float to 6 digits, a missing one as a dash, a long text (a format's definition) as its
+    start and a hash.
+    """
+    if isinstance(level, float):
+        return "–" if math.isnan(level) else f"{level:.6g}"
+    whole = str(level)
+    return whole if len(whole) <= 40 else f"{whole[:24]}… {hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
 
 def higher_is_better(metric: str) -> bool:

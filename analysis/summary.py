@@ -1,0 +1,190 @@
+"""What a grid shows, in sentences computed from its tables: n and an interval with every difference, and no claim
+beyond them.
+
+The words for numbers stand here too, so that a sentence and a table write the same number the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.load import STATUSES, Results
+from analysis.plots import LABELS
+from analysis.tables import ALWAYS_FACTORS, BASELINE, TASK, best_arm, factors, higher_is_better, text
+
+SENTENCES = 4  # differences that are spelled out; of more, the number and the largest
+
+
+def lead(results: Results) -> str:
+    """The shape of the grid, how many runs there are, and what became of them."""
+    runs = results.runs
+    counts = runs["status"].value_counts()
+    parts = [f"{counts[status]} {status}" for status in STATUSES if status in counts]
+    sentence = (
+        f"{count(len(runs), 'run')} ({_shape(runs)}): {', '.join(parts)}." if parts else "No run can be read yet."
+    )
+    left_out = (
+        [f"{count(len(results.problems), 'folder')} could not be used (listed below)"] if len(results.problems) else []
+    )
+    left_out += [f"{count(len(results.not_started), 'run')} not started"] if results.not_started else []
+    return sentence + (f" {'; '.join(left_out)}." if left_out else "")
+
+
+def complete(results: Results) -> bool:
+    """Whether every run of the grid has finished and every folder could be used."""
+    return bool((results.runs["status"] == "finished").all()) and results.problems.empty and not results.not_started
+
+
+def _shape(runs: pd.DataFrame) -> str:
+    """`model × 2, optimizer × 2, format × 3, seed × 2`: the factors that vary and how many levels an optimizer sees of
+    each.
+    """
+    names = [
+        name for name in [*factors(runs), "seed"] if name != "data" or runs.groupby("model")["data"].nunique().max() > 1
+    ]
+    within = {name: runs if name == "optimizer" else runs.groupby("optimizer") for name in names}
+    levels = {name: np.max(group[name].nunique(dropna=False)) for name, group in within.items()}
+    return ", ".join(f"{name} × {n}" for name, n in levels.items() if n > 1) or "one arm"
+
+
+def task_name(task: Sequence[Any]) -> str:
+    return f"{task[0]} on {task[1]}"
+
+
+def statements(
+    arms: pd.DataFrame, differences: pd.DataFrame, contrasts: pd.DataFrame
+) -> Iterator[tuple[str, list[str]]]:
+    """For each task its name, and in sentences: the best arm; what each optimizer changes by in each format; which
+    optimizer loses less to a format.
+    """
+    for task, table in arms.groupby(list(TASK), dropna=False, sort=False):
+        names = varying(table)
+        metric = table["metric"].iloc[0]
+        better = "higher" if higher_is_better(metric) else "lower"
+        title = f"{task_name(task)}: {LABELS[metric]}, {better} is better"
+        best = best_arm(table)
+        if best is None:
+            yield title, ["No run has finished with a finite value."]
+            continue
+        spread = f", sd {plain(best['sd'])}" if best["n"] > 1 else ""
+        sentences = [f"The best mean is {plain(best['mean'])}, of {arm_name(best, names)} (n = {best['n']}{spread})."]
+        for optimizer, rows in _of_task(differences, task).groupby("optimizer", sort=False):
+            sentences += _changes(str(optimizer), rows, [name for name in names if name != "optimizer"])
+        for optimizer, rows in _of_task(contrasts, task).groupby("optimizer", sort=False):
+            sentences += _comparison(str(optimizer), rows, [name for name in names if name != "optimizer"])
+        yield title, sentences
+
+
+def _of_task(frame: pd.DataFrame, task: Sequence[Any]) -> pd.DataFrame:
+    return frame[(frame[list(TASK)] == list(task)).all(axis=1)]
+
+
+def _changes(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[str]:
+    """What an optimizer changes by in each format, arms without a pair included."""
+    start = f"{optimizer}, against its own {BASELINE} with the same seeds: "
+    if len(rows) <= SENTENCES:
+        yield f"{start}{'; '.join(f'{arm_name(row, names)} {change(row)}' for row in rows.to_dict('records'))}."
+        return
+    harm = -rows["difference"] if higher_is_better(rows["metric"].iloc[0]) else rows["difference"]
+    furthest = ""
+    if harm.notna().any():
+        worst = rows.loc[harm.idxmax()]
+        furthest = f" Furthest to the worse side is {arm_name(worst, names)}: {change(worst)}."
+    verdicts = rows.apply(verdict, axis=1)
+    yield (
+        f"{start}of {len(rows)} arms, {(verdicts == 'worse').sum()} have an interval wholly on the worse side of 0, "
+        f"{(verdicts == 'better').sum()} wholly on the better side, {_no_interval(rows)}.{furthest}"
+    )
+
+
+def _comparison(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[str]:
+    """What an optimizer loses to each format beside what the reference loses, arms without a pair included."""
+    reference = rows["reference"].iloc[0]
+    settings = rows["reference_settings"].iloc[0]
+    start = f"What {optimizer} loses to the format beside {reference}{f' ({settings})' if settings else ''}: "
+    if len(rows) <= SENTENCES:
+        parts = []
+        for row in rows.to_dict("records"):
+            word = "less" if on_better_side(row) else "more"
+            amount = f"{plain(abs(row['difference']))} {word} in " if row["n"] else ""
+            doubt = "; the interval contains 0" if verdict(row) == "undecided" else ""
+            parts.append(f"{amount}{arm_name(row, names)} ({change(row)}{doubt})")
+        yield f"{start}{', '.join(parts)}."
+        return
+    verdicts = rows.apply(verdict, axis=1)
+    yield (
+        f"{start}of {len(rows)} arms, {(verdicts == 'better').sum()} lose less and {(verdicts == 'worse').sum()} lose "
+        f"more with an interval that excludes 0, {_no_interval(rows)}."
+    )
+
+
+def _no_interval(rows: pd.DataFrame) -> str:
+    return f"{(rows['n'] < 2).sum()} have no interval"
+
+
+def varying(table: pd.DataFrame) -> list[str]:
+    """The factors (columns before `metric`) that vary in a table of one task, with optimizer and format."""
+    columns = list(table.columns[: table.columns.get_loc("metric")])
+    columns = [name for name in columns if name not in (*TASK, "reference", "reference_settings")]
+    return [name for name in columns if name in ("optimizer", "format") or table[name].nunique(dropna=False) > 1]
+
+
+def arm_name(row: Mapping[str, Any] | pd.Series, names: Sequence[str]) -> str:
+    """`lmd, mxfp6_e3m2, noise_scale 0.05`; settings that an arm does not have are left out."""
+    parts = []
+    for name in names:
+        value = row[name]
+        if not pd.isna(value):
+            parts.append(text(value) if name in ALWAYS_FACTORS else f"{name.removeprefix('optimizer.')} {text(value)}")
+    return ", ".join(parts)
+
+
+def verdict(row: Mapping[str, Any] | pd.Series) -> str:
+    """What a difference says: "worse", "better" or "undecided"; "n = 1" or "no pair" when it has no interval."""
+    if row["n"] < 2:
+        return "n = 1" if row["n"] else "no pair"
+    if row["low"] <= 0 <= row["high"]:
+        return "undecided"
+    return "better" if on_better_side(row) else "worse"
+
+
+def on_better_side(row: Mapping[str, Any] | pd.Series) -> bool:
+    """Whether the mean difference is one for the better."""
+    return bool((row["difference"] > 0) == higher_is_better(row["metric"]))
+
+
+def change(row: Mapping[str, Any] | pd.Series) -> str:
+    """`+0.0231 [−0.0308, +0.0770], n = 2`; no interval for n = 1; runs that are excluded are counted."""
+    excluded = f", {count(row['excluded'], 'run')} excluded" if row["excluded"] else ""
+    if not row["n"]:
+        return f"no pair{excluded}"
+    return f"{signed(row['difference'])}{' ' + bracket(row) if row['n'] > 1 else ''}, n = {row['n']}{excluded}"
+
+
+def bracket(row: Mapping[str, Any] | pd.Series) -> str:
+    return f"[{signed(row['low'])}, {signed(row['high'])}]"
+
+
+def signed(value: float) -> str:
+    """A difference to 4 decimals with its sign; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """A number to `digits` decimals, to as many significant digits where that is too long or says nothing; a dash for
+    NaN.
+    """
+    if math.isnan(value):
+        return "–"
+    if value != 0 and not 10.0**-digits <= abs(value) < 1e5:
+        return f"{value:.{digits}g}".replace("-", "−")
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
