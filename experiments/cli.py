@@ -143,7 +143,7 @@ def _run_grid(options: argparse.Namespace) -> int:
             rows = run_grid(configs, folder, executor, source, options.argv)
     except (GridError, RunFolderError, ValueError) as error:
         raise UserError(str(error)) from error
-    print(summary(rows))
+    print(f"{folder}: {summary(rows)}")
     if options.report:
         write_report(folder, None)
     return 1 if any(row.status == "failed" for row in rows) else 0
@@ -166,7 +166,8 @@ def summary(rows: Sequence["Row"]) -> str:
     """One line a kind of outcome, one a failed run."""
     ran = sum(not row.skipped for row in rows)
     counts = {status: sum(row.status == status for row in rows) for status in ("finished", "diverged", "failed")}
-    lines = [f"{len(rows)} runs, {ran} of them now: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)]
+    outcomes = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    lines = [f"{len(rows)} runs: {outcomes} ({ran} of them run now)"]
     lines += [f"  failed: {row.label} ({row.signature}): {row.cause}" for row in rows if row.status == "failed"]
     return "\n".join(lines)
 

@@ -309,20 +309,24 @@ class DaskExecutor(StoppableExecutor):
         except ImportError:
             raise ImportError("the dask executor needs Dask: pip install distributed") from None
         self._client = (
-            Client(address) if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+            Client(address) if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=":0")
         )
         self._client.run(set_stop, False)  # the workers of a lasting cluster may remember an earlier grid's
         self._executor = self._client.get_executor()
+        self._futures: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
-        return future
+        self._futures.append(self._executor.submit(fn, *args, **kwargs))
+        return self._futures[-1]
 
     def stop(self) -> None:
         self._client.run(set_stop, True)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._executor.shutdown(wait=wait, cancel_futures=cancel_futures)
+        if cancel_futures:
+            for future in self._futures:
+                future.cancel()
+        self._executor.shutdown(wait=wait)
         self._client.close()
 
 

@@ -119,7 +119,8 @@ def run_grid(
                 "argv": list(argv),
             },
         )
-        _run_missing(by_signature, rows, folder, executor)
+        if None in rows.values():
+            _run_missing(by_signature, rows, folder, executor)
     return [row for row in rows.values() if row is not None]
 
 

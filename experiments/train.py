@@ -35,25 +35,33 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
     with deterministic():
         data: Data = config.data.load(config.model)
         model, optimizer = build(config)
+        step, time_before, final = 0, 0.0, dict[str, float]()
         saved = record.load_checkpoint(config.device)
-        step, time_before = 0, 0.0
         if saved is not None:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            step, time_before = saved["step"], saved["time_s"]
+            step, time_before, final = saved["step"], saved["time_s"], saved["final"]
         record.keep_metrics_until(step if saved is not None else -1)
         started = time.perf_counter()
 
-        def outcome(status: str, cause: str | None, **final: float) -> Result:
-            time_s = time_before + time.perf_counter() - started
-            return {"status": status, "step": step, "cause": cause, "traceback": None, "final": final, "time_s": time_s}
+        def time_s() -> float:
+            return time_before + time.perf_counter() - started
+
+        def outcome(status: str, cause: str | None, final: dict[str, float]) -> Result:
+            return {
+                "status": status,
+                "step": step,
+                "cause": cause,
+                "traceback": None,
+                "final": final,
+                "time_s": time_s(),
+            }
 
         with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
             simulation.step = step
             if saved is None:
-                record.log(0, "validation", **validate(config, model, data))
-                record.log(0, "weights", **weight_statistics(model))
-            while True:
+                measure(config, model, data, record, step)
+            while step < config.steps:
                 begun = time.perf_counter()
                 simulation.step = step
                 rate = set_learning_rate(config, optimizer, step)
@@ -63,32 +71,26 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 if cause is None:
                     optimizer.step()
                 optimizer.zero_grad()
+                if escaped := simulation.audit().escaped:
+                    raise RuntimeError(f"matrix products ran outside the recipe: {', '.join(escaped)}")
                 step += 1
-                if step % config.log_every == 0 or step == config.steps or cause is not None:
+                last = step == config.steps
+                if step % config.log_every == 0 or last or cause is not None:
                     time_ms = 1000 * (time.perf_counter() - begun)
                     record.log(step, "train", loss=loss, lr=rate, grad_norm=grad_norm, time_ms=time_ms)
                 if cause is not None:
-                    return outcome("diverged", cause, train_loss=loss)
-                if step % config.validate_every == 0 or step == config.steps:
-                    measured = validate(config, model, data)
-                    record.log(step, "validation", **measured)
-                    record.log(step, "weights", **weight_statistics(model))
-                if step == config.steps:
-                    return outcome(
-                        "finished", None, train_loss=loss, **{f"validation_{name}": v for name, v in measured.items()}
-                    )
+                    return outcome("diverged", cause, {"train_loss": loss})
+                final["train_loss"] = loss
+                if step % config.validate_every == 0 or last:
+                    measured = measure(config, model, data, record, step)
+                    final |= {f"validation_{name}": value for name, value in measured.items()}
                 stopped = stop()
-                if stopped or step % config.checkpoint_every == 0:
-                    record.save_checkpoint(
-                        {
-                            "step": step,
-                            "time_s": time_before + time.perf_counter() - started,
-                            "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                        }
-                    )
-                if stopped:
+                if step % config.checkpoint_every == 0 or last or stopped:
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    record.save_checkpoint({"step": step, "time_s": time_s(), "final": final, **state})
+                if stopped and not last:
                     return None
+        return outcome("finished", None, final)
 
 
 def build(config: Config) -> tuple[nn.Module, Optimizer]:
@@ -146,6 +148,14 @@ def divergence(config: Config, loss: float, grad_norm: float, classes: int) -> s
     if loss > bound:
         return f"the training loss {loss:.4g} is above {bound:.4g}, {config.divergence_factor:g} times a uniform guess"
     return None
+
+
+def measure(config: Config, model: nn.Module, data: Data, record: RunRecord, step: int) -> dict[str, float]:
+    """Log validation metrics and weight statistics after `step` updates. Returns the former."""
+    measured = validate(config, model, data)
+    record.log(step, "validation", **measured)
+    record.log(step, "weights", **weight_statistics(model))
+    return measured
 
 
 @torch.no_grad()
