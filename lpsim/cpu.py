@@ -136,10 +136,10 @@ def _grid(f, i):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _scaled(x, inverse, g, mode):  # type: ignore[no-untyped-def]
+def _scaled(x, inverse, g, mode, table):  # type: ignore[no-untyped-def]
     """x over the scale. Where only the side of zero counts, an underflow keeps it."""
     v = _as(x * inverse, g.highest)
-    if (mode == _POSITIVE or mode == _NEGATIVE or mode == _ODD) and v == 0 and x != 0:
+    if (table or mode == _POSITIVE or mode == _NEGATIVE or mode == _ODD) and v == 0 and x != 0:
         v = math.copysign(_float(g.one, v), v)
     return v
 
@@ -251,7 +251,7 @@ def _look_up_stochastic(v, word, g, values):  # type: ignore[no-untyped-def]
         return end, np.int32(0), 0.0, end
     below = _place(v, values) - 1
     lo, hi = np.float64(values[below]), np.float64(values[below + 1])
-    outward, inward = (hi, lo) if v > 0 or (v == 0 and abs(hi) > abs(lo)) else (lo, hi)
+    outward, inward = (hi, lo) if abs(lo) <= abs(hi) else (lo, hi)
     fraction = (np.float64(v) - inward) / (outward - inward)
     if fraction == 1.0:
         return outward, np.int32(0), 0.0, outward
@@ -332,7 +332,7 @@ def _kernel(variant: _Variant) -> Any:
         down, across = -(-rows // tile_rows), -(-columns // tile_columns)
         words = np.empty(columns + 256 if mode == _STOCHASTIC else 0, np.uint16)
         m = np.empty(across if len(rule) > 0 else 0, pattern)
-        fresh_s, fresh_n = np.empty(len(m), f.dtype), np.empty(len(m), f.dtype)
+        fresh_s, fresh_n = np.empty(len(m), scale.dtype), np.empty(len(m), scale.dtype)
         for tile_row in range(first, last):
             top = (tile_row // down) * rows + (tile_row % down) * tile_rows
             bottom = min(top + tile_rows, (tile_row // down + 1) * rows)
@@ -352,7 +352,7 @@ def _kernel(variant: _Variant) -> Any:
                     _fill_random(words, offset + begin, columns, 0, key)
                 if tile_columns == 1:
                     for j in range(columns):
-                        v = _scaled(xs[j], n[j], g, mode)
+                        v = _scaled(xs[j], n[j], g, mode, table)
                         if mode == _STOCHASTIC:
                             r, total, _, _ = (
                                 _look_up_stochastic(v, ws[j], g, values)
@@ -369,7 +369,7 @@ def _kernel(variant: _Variant) -> Any:
                         xb, ob, wb = xs[low:high], os[low:high], ws[low:high]
                         inv, sc = n[b], s[b]
                         for j in range(len(xb)):
-                            v = _scaled(xb[j], inv, g, mode)
+                            v = _scaled(xb[j], inv, g, mode, table)
                             if mode == _STOCHASTIC:
                                 r, total, _, _ = (
                                     _look_up_stochastic(v, wb[j], g, values)
@@ -382,7 +382,7 @@ def _kernel(variant: _Variant) -> Any:
                             ob[j] = r * sc
                 if mode == _STOCHASTIC and bits > 16 and undecided > 0:
                     for j in range(columns):
-                        v = _scaled(xs[j], n[j // tile_columns], g, mode)
+                        v = _scaled(xs[j], n[j // tile_columns], g, mode, table)
                         _, total, fraction, upper = (
                             _look_up_stochastic(v, ws[j], g, values) if table else _round_stochastic(v, ws[j], g, gap)
                         )
@@ -430,24 +430,17 @@ def _smallest_at_least(bound: Fraction, dtype: Any, strict: bool) -> Any:
 
 def _thresholds(fmt: Codebook, rounding: Rounding, dtype: Any) -> np.ndarray:
     """For each pair of neighbours the smallest number that rounds to the upper one, from the oracle's rules."""
-    ordered, result = fmt.sorted_values, []
-    for place, (lo, hi) in enumerate(itertools.pairwise(ordered)):
+    ordered = fmt.sorted_values
+    result = []
+    for lo, hi in itertools.pairwise(ordered):
         middle = (Fraction(lo) + Fraction(hi)) / 2
         if rounding in (Rounding.TIES_TO_EVEN, Rounding.TIES_TO_AWAY):
             at_middle = reference.round_value(float(middle), fmt, rounding) == hi
             result.append(_smallest_at_least(middle, dtype, strict=not at_middle))
-        else:
-            just_above = float(np.nextafter(dtype(lo), dtype(np.inf)))
-            zero_between = lo < 0 < hi  # the side of zero may decide
-            split = 0.0 if zero_between and reference.round_value(just_above, fmt, rounding) != hi else just_above
-            up = reference.round_value(split, fmt, rounding) == hi if split != hi else True
-            if up:
-                result.append(dtype(split))
-            elif zero_between:
-                positive = float(np.nextafter(dtype(0.0), dtype(1.0)))
-                result.append(dtype(positive if reference.round_value(positive, fmt, rounding) == hi else hi))
-            else:
-                result.append(dtype(hi))
+        else:  # the same neighbour everywhere between the two
+            inside = np.nextafter(dtype(lo), dtype(np.inf))
+            up = float(inside) == hi or reference.round_value(float(inside), fmt, rounding) == hi
+            result.append(inside if up else dtype(hi))
     return np.array(result, dtype)
 
 

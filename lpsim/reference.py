@@ -194,11 +194,12 @@ def round_value(
                 Rounding.TOWARD_NEGATIVE if negative else Rounding.TOWARD_POSITIVE
             }
             result = fmt.max if rounding in toward_zero else beyond
+    if isinstance(fmt, FloatFormat):
+        below = not fmt.signed and negative and result > 0
+        if below or (result == 0 and not fmt.zero):
+            return math.nan if special else fmt.min
     if negative and result == 0:
         return -0.0 if fmt.has_negative_zero else 0.0
-    if isinstance(fmt, FloatFormat):
-        if (not fmt.signed and negative) or (result == 0 and not fmt.zero):
-            return math.nan if special else fmt.min
     if math.isnan(result) or (special and math.isinf(result)):
         return -result if negative else result
     return max(-result, fmt.min) if negative else min(result, fmt.max)
@@ -235,8 +236,7 @@ def _round_to_table(x: float, fmt: Codebook, rounding: Rounding, word: int, bits
     if above == len(ordered) or above == 0 or ordered[above] == x:
         return ordered[min(above, len(ordered) - 1)]
     lo, hi = ordered[above - 1], ordered[above]
-    outward = hi if x > 0 or (x == 0 and abs(hi) > abs(lo)) else lo  # away from zero, where x is
-    inward = lo if outward is hi else hi
+    inward, outward = (lo, hi) if abs(lo) <= abs(hi) else (hi, lo)
     if rounding is Rounding.STOCHASTIC:
         fraction: Fraction | float = (x - inward) / (outward - inward)
     else:
@@ -356,6 +356,8 @@ def quantize(
                     scaled = float(value * ((dtype(1.0) / outer) / scale))
                 else:
                     scaled = float(value) / float(scale)  # a power of two: exact in float64
+                if scaled == 0 and value != 0:  # an underflow stays on its side of zero
+                    scaled = math.copysign(float(np.nextafter(dtype(0), dtype(1))), float(value))
                 rounded = round_value(scaled, fmt.element, rounding, Overflow.SATURATE, words[i], random_bits)
                 result[i] = dtype(rounded) * (scale * outer)
     return result.astype(x.dtype).reshape(x.shape)
