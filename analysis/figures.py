@@ -21,10 +21,11 @@ from matplotlib.lines import Line2D
 
 from analysis import plots
 from analysis.stability import LEARNING_RATE
-from analysis.tables import BASELINE, TASK, higher_is_better, text
+from analysis.tables import BASELINE, TASK, counted, higher_is_better, text
 
 WIDTH = 11.0  # inches, 1056 CSS pixels: the width of the page
 PANELS_A_ROW, PANELS, ROWS, LEVELS = 3, 6, 30, 12  # what one figure shows at most
+SMOOTH = 20  # training losses that a smoothed one is the mean of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def levels(column: pd.Series) -> list[str]:
 def curves(
     runs: pd.DataFrame, metrics: pd.DataFrame, roles: Roles, split: str, metric: str, label: str
 ) -> Drawing | None:
-    """`metric` of `split` against the step for the runs of a task. None when no run has such numbers."""
+    """`metric` of `split` against the step for the runs of a task; training metrics, of one batch each, smoothed. None
+    when no run has such numbers."""
     numbers = metrics[(metrics["split"] == split) & (metrics["metric"] == metric)]
     frame = numbers[["signature", "step", "value"]].merge(
         runs[["signature", "status", roles.hue, *([roles.facet] if roles.facet else [])]],
@@ -93,14 +95,19 @@ def curves(
     )
     if frame.empty:
         return None
+    smooth = SMOOTH if split == "train" else 1
+    line = (
+        f"One line a run, the mean of its last {smooth} values over the values themselves"
+        if smooth > 1
+        else "One line a run"
+    )
     return _panels(
         roles.label(frame),
         roles,
-        lambda part, ax: plots.curves(part, ax, hue=roles.hue, colours=roles.colours, label=label),
+        lambda part, ax: plots.curves(part, ax, hue=roles.hue, colours=roles.colours, label=label, smooth=smooth),
         title=label[0].upper() + label[1:],
-        caption="One line a run; × marks the last finite value of a diverged run. With more than "
-        f"{plots.MANY_RUNS} runs of a colour in a panel: the median of those that did not diverge, and a band over "
-        "all of them.",
+        caption=f"{line}; × marks the last finite value of a diverged run. With more than {plots.MANY_RUNS} runs of a "
+        "colour in a panel: the median of those that did not diverge, and a band over all of them.",
         legend=True,
     )
 
@@ -115,17 +122,15 @@ def weight_growth(runs: pd.DataFrame, metrics: pd.DataFrame, roles: Roles) -> Dr
 
 def final_metric(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
     """Every counted run's primary metric. None when no run has one."""
-    counted = runs[runs["status"].eq("finished") & runs["primary_metric"].notna()]
-    if counted.empty:
+    points = runs[counted(runs)]
+    if points.empty:
         return None
     replicates_only = not roles.others
     caption = "Each point is one finished run; bars are the mean and its 95% t interval over seeds (none for n = 1)."
     if not replicates_only:
-        caption = (
-            f"Each point is one finished run; a column's also differ in {', '.join(roles.others)}, so no mean is drawn."
-        )
+        caption = f"Each point is one finished run. A column mixes {', '.join(roles.others)}, so no mean is drawn."
     return _panels(
-        roles.label(counted),
+        roles.label(points),
         roles,
         lambda part, ax: plots.final_metric(part, ax, hue=roles.hue, colours=roles.colours, intervals=replicates_only),
         title=f"Final {plots.LABELS[runs['metric'].iloc[0]]}",
@@ -222,5 +227,5 @@ def _panels(
 
 def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -16,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 
-VERSION = 1  # of result.json and grid.json; another version is another layout
+VERSION = 1  # of config.json, env.json, result.json and grid.json; another version is another layout
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 RUN_FILES = ("config.json", "env.json", "metrics.jsonl", "result.json")
 PRINCIPAL = {"model.name": "model", "data.name": "data", "optimizer.name": "optimizer", "recipe.format": "format"}
 REQUIRED = (*PRINCIPAL.values(), "seed")
-FORMAT_DEFINITION = "recipe.format_definition"
+DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
@@ -34,7 +34,9 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """All that a grid folder holds. `runs` and `environment` have one row a run, `metrics` one row a number."""
+    """All that a grid folder holds. `runs` has one row a run, `metrics` one a number, `environment` one a session of a
+    run: a resumed run has several, the first of which holds its `time_s`.
+    """
 
     folder: Path
     grid: dict[str, Any]  # grid.json; empty when that file is unreadable
@@ -92,12 +94,12 @@ def read(folder: str | Path) -> Results:
     run_rows, environment_rows, metric_rows = [], [], []
     for signature in [name for name in listed if (folder / name).is_dir()]:
         try:
-            run, environment, numbers = _read_run(folder / signature)
+            run, sessions, numbers = _read_run(folder / signature)
         except Unreadable as error:
             problem_rows.append({"folder": signature, "reason": str(error)})
             continue
         run_rows.append(run)
-        environment_rows.append(environment)
+        environment_rows.extend(sessions)
         metric_rows.extend(numbers)
     problem_rows += [
         {
@@ -115,7 +117,7 @@ def read(folder: str | Path) -> Results:
         grid=grid,
         runs=_with_primary_metric(_frame(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
         metrics=long,
-        environment=_frame(environment_rows, ["signature"]),
+        environment=_frame(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
         not_started=[name for name in listed if not (folder / name).is_dir()],
     )
@@ -139,7 +141,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises Unreadable."""
+    """The JSON object in a file, without its version. Raises Unreadable."""
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -150,20 +152,14 @@ def _document(path: Path) -> dict[str, Any]:
         raise Unreadable(f"{path.name} is torn or not JSON") from None
     if not isinstance(document, dict):
         raise Unreadable(f"{path.name} holds no JSON object")
-    return document
-
-
-def _versioned(path: Path) -> dict[str, Any]:
-    document = _document(path)
-    if document.get("version") != VERSION:
-        raise Unreadable(
-            f"{path.name} is of version {document.get('version')!r}; this analysis reads version {VERSION}"
-        )
+    version = document.pop("version", None)
+    if version != VERSION:
+        raise Unreadable(f"{path.name} is of version {version!r}; this analysis reads version {VERSION}")
     return document
 
 
 def _grid(path: Path) -> dict[str, Any]:
-    document = _versioned(path)
+    document = _document(path)
     signatures = document.get("signatures")
     if not isinstance(signatures, list) or not all(
         isinstance(name, str) and Path(name).name == name for name in signatures
@@ -172,7 +168,8 @@ def _grid(path: Path) -> dict[str, Any]:
     return document
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, int, str, str, float]]]:
+def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int, str, str, float]]]:
+    """The row of `runs`, the rows of `environment` and the rows of `metrics` of one run folder. Raises Unreadable."""
     config = flatten(_document(folder / "config.json"))
     for name in REQUIRED:
         if config.get(name) is None:
@@ -180,20 +177,25 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[
     taken = sorted(name for name in config if name in RESULT_COLUMNS or name.startswith(FINAL))
     if taken:
         raise Unreadable(f"config.json has the key {taken[0]!r}, which the tables keep for a run's result")
-    environment = flatten(_document(folder / "env.json")) if (folder / "env.json").exists() else {}
+    environment = _document(folder / "env.json") if (folder / "env.json").exists() else {}
+    resumed = environment.pop("resumed", [])
+    if not isinstance(resumed, list) or not all(isinstance(session, dict) for session in resumed):
+        raise Unreadable("env.json: resumed is no list of environments")
+    sessions = [flatten(session) for session in (environment, *resumed)]
     numbers = _numbers(folder / "metrics.jsonl")
     row: dict[str, Any] = {"signature": folder.name, **config}
     if (folder / "result.json").exists():
-        result = _versioned(folder / "result.json")
+        result = _document(folder / "result.json")
         if result.get("status") not in STATUSES:
             raise Unreadable(
                 f"result.json has the status {result.get('status')!r}; expected one of {', '.join(STATUSES)}"
             )
+        final = result.get("final") or {}
+        if not isinstance(final, dict) or not isinstance(result.get("step"), int):
+            raise Unreadable("result.json does not say the last step and the final metrics")
         row |= {name: result.get(name) for name in ("status", "step", "cause", "traceback")}
-        row |= {
-            FINAL + name: _number(value, "result.json", name) for name, value in (result.get("final") or {}).items()
-        }
-        environment["time_s"] = result.get("time_s")
+        row |= {FINAL + name: _number(value, "result.json", name) for name, value in final.items()}
+        sessions[0]["time_s"] = result.get("time_s")
     else:
         row |= {
             "status": "unfinished",
@@ -201,7 +203,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[
             "cause": None,
             "traceback": None,
         }
-    return row, {"signature": folder.name, **environment}, numbers
+    return row, [{"signature": folder.name, "session": place} | each for place, each in enumerate(sessions)], numbers
 
 
 def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:
@@ -257,7 +259,7 @@ def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in document.items():
         name = prefix + key
-        if isinstance(value, dict) and name != FORMAT_DEFINITION:
+        if isinstance(value, dict) and not name.endswith(DEFINITION):
             flat |= flatten(value, name + ".")
         elif isinstance(value, (dict, list)):
             flat[name] = json.dumps(value, sort_keys=True)

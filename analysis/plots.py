@@ -23,9 +23,7 @@ DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
 MANY_RUNS = 6  # runs of one colour in one panel beyond which they are drawn as median and band
-EACH: dict[str, Any] = {"estimator": None, "units": "signature"}
-TOGETHER: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
-RASTER_POINTS = 20_000  # points in one panel beyond which its lines are an image inside the SVG
+RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
 
 STYLE: Any = {
     "svg.hashsalt": "analysis",  # the identifiers inside an SVG are the same in every run
@@ -58,7 +56,7 @@ def colours(levels: Sequence[str], ordered: bool = False) -> dict[str, Any]:
     return {level: INK if level == BASELINE else chosen[level] for level in levels}
 
 
-def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str) -> Axes:
+def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str, smooth: int = 1) -> Axes:
     """`value` against `step`, one line a `signature`, coloured by `hue`; × where a diverged run's last finite value is.
 
     With more than 6 runs of a colour, the median over the runs that did not diverge and a band from the smallest to the
@@ -68,22 +66,26 @@ def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     """
     frame = frame[np.isfinite(frame["value"])]
     palette = {level: colours[level] for level in colours if (frame[hue] == level).any()}
-    shared: dict[str, Any] = {
-        "x": "step",
-        "y": "value",
-        "hue": hue,
-        "hue_order": list(palette),
-        "palette": palette,
-        "ax": ax,
-    }
-    shared |= {"legend": False, "linewidth": 1.2, "alpha": 0.9, "rasterized": len(frame) > RASTER_POINTS}
-    lines = [(frame, EACH)]
-    if len(frame) and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS:
-        diverged = frame["status"] == "diverged"
-        lines = [(frame[~diverged], TOGETHER), (frame[diverged], EACH)]
-    for part, how in lines:
-        if len(part):
-            sns.lineplot(part, **shared, **how)
+    diverged = frame["status"] == "diverged"
+    many = len(frame) > 0 and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS
+    alone = frame[diverged] if many else frame
+
+    def draw(part: pd.DataFrame, **how: Any) -> None:
+        if len(part):  # seaborn warns of a palette without data
+            how |= {
+                "hue": hue,
+                "hue_order": list(palette),
+                "palette": palette,
+                "rasterized": len(frame) > RASTER_POINTS,
+            }
+            sns.lineplot(part, x="step", y="value", ax=ax, legend=False, **how)
+
+    if many:
+        draw(frame[~diverged], estimator="median", errorbar=("pi", 100), linewidth=1.2)
+    if smooth > 1:
+        draw(alone, estimator=None, units="signature", linewidth=0.5, alpha=0.3)
+    running = alone.groupby("signature")["value"].rolling(smooth, min_periods=1).mean().droplevel(0)
+    draw(alone.assign(value=running), estimator=None, units="signature", linewidth=1.2, alpha=0.9)
     ends = frame[frame["status"] == "diverged"].sort_values("step").groupby("signature", sort=False).tail(1)
     for level, group in ends.groupby(hue, sort=False):
         ax.plot(group["step"], group["value"], "x", color=colours[level], markersize=7, markeredgewidth=2)

@@ -50,7 +50,7 @@ def write_report(grid_folder: str | Path, output: str | Path | None = None) -> P
         _write(target, text.encode())
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot write the report to {target}: {reason}") from error
+        raise OSError(f"cannot write the report to {target}: {reason}") from error
     return target
 
 
@@ -82,15 +82,12 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     sections.append(("where", "What ran where", list(_provenance(results))))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
     stamp = written_at.strftime("%Y-%m-%d %H:%M UTC")
-    source = results.grid.get("source", "unknown")
+    source = results.grid.get("source") or "not recorded"
     body = [
         page.heading(1, f"Grid {name}"),
         page.paragraph(f"Grid file {source} · report written at {stamp}", "meta"),
         page.paragraph(summary.lead(results), "lead" if summary.complete(results) else "lead warn"),
-        *(
-            page.heading(4, title) + page.bullets(sentences)
-            for title, sentences in summary.statements(frames["arms"], frames["differences"], frames["contrasts"])
-        ),
+        *(page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)),
         page.paragraph(
             "Brackets are 95% intervals over seeds. Each statement is about these runs, at these settings and this "
             "number of steps; terms are explained at the end. The tables lie beside this file in tables/, as CSV and "
@@ -203,17 +200,13 @@ def _effects(rows: pd.DataFrame, roles: figures.Roles, label: str) -> Iterator[s
         "averaged over the other settings within a seed; n is the number of seeds.",
         "note",
     )
-    named = rows.assign(
-        name=[
-            f"{row['optimizer']}: {_short(row['factor'])} {tables.text(row['reference'])} → {tables.text(row['level'])}"
-            for row in rows.to_dict("records")
-        ]
-    )
+    records = rows.to_dict("records")
+    named = rows.assign(name=[f"{row['optimizer']}: {summary.effect_name(row)}" for row in records])
     columns = [
         Column("optimizer", list(rows["optimizer"])),
         Column("setting", list(rows["factor"])),
-        Column("from", _texts(rows["reference"], tables.text)),
-        Column("to", _texts(rows["level"], tables.text)),
+        Column("from", list(rows["reference"])),
+        Column("to", list(rows["level"])),
         Column("runs", _texts(rows["runs"], str), number=True),
         *_difference_columns(rows),
     ]
@@ -296,16 +289,16 @@ def _incomplete(results: Results) -> Iterator[str]:
 
 def _provenance(results: Results) -> Iterator[str]:
     environment, runs = results.environment, results.runs
-    recorded = [name for name in environment.columns if name not in ("signature", *TIMES)]
     names, values = [], []
-    for name in recorded:
-        found = environment[name].map(_text_or_dash).value_counts(sort=False)
+    for name in [name for name in environment.columns if name not in ("signature", "session", *TIMES)]:
+        found = environment["signature"].groupby(environment[name].map(_text_or_dash), sort=False).nunique()
+        each = [f"{value} ({count(n, 'run')})" for value, n in found.items()]
         names.append(name)
-        values.append(
-            found.index[0]
-            if len(found) == 1
-            else "; ".join(f"{value} ({count(n, 'run')})" for value, n in found.items())
-        )
+        values.append("; ".join(each) if len(each) > 1 else found.index[0])
+    resumed = environment.loc[environment["session"] > 0, "signature"].nunique()
+    if resumed:
+        names.append("resumed")
+        values.append(f"{count(resumed, 'run')}, in {count(int((environment['session'] > 0).sum()), 'session')}")
     for name, line in (("started_at", _span), ("time_s", _total)):
         if name in environment and environment[name].notna().any():
             names.append(name)
@@ -325,9 +318,9 @@ def _provenance(results: Results) -> Iterator[str]:
         content = page.table([Column("setting", constant), Column("value", same, wrap=True)])
         yield page.folded("Settings that are the same in every run", content)
     if results.grid:
-        argv = " ".join(map(str, results.grid.get("argv", [])))
-        text = str(results.grid.get("source_text", ""))
-        yield page.folded("The grid file, as it was run", page.paragraph(f"Command: {argv}") + page.preformatted(text))
+        command = page.paragraph(f"Command: {' '.join(map(str, results.grid.get('argv') or ['not recorded']))}")
+        source = page.preformatted(str(results.grid.get("source_text") or "not recorded"))
+        yield page.folded("The grid file, as it was run", command + source)
     if len(runs):
         varied = [name for name in factors if runs[name].nunique(dropna=False) > 1]
         columns = [

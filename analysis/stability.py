@@ -16,7 +16,7 @@ from scipy.special import ndtri
 
 from analysis.tables import CONFIDENCE, counted, factors
 
-SPIKE_WINDOW = 20  # logged training losses that a loss is compared to
+SPIKE_WINDOW = 50  # logged training losses that a loss is compared to
 SPIKE_THRESHOLD = 6.0  # robust standard deviations above their median
 SPIKE_FLOOR = 0.02  # and at least this share of the median above it: a flat, converged loss has a spread near 0
 SD_PER_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
@@ -73,11 +73,11 @@ def loss_spikes(loss: np.ndarray) -> tuple[int, float]:
     """(count, largest): how often the training loss jumped, and the highest jump above the running median, in the
     loss's unit.
 
-    A logged loss is part of a spike when it exceeds the median of the 20 logged before it by more than 6 robust
+    A logged loss is part of a spike when it exceeds the median of the 50 logged before it by more than 6 robust
     standard deviations (1.4826 × their median absolute deviation) and by more than 2% of the median's magnitude;
     consecutive ones are one spike. Falling losses before it widen the spread and lift the median, so a steep descent is
     not mistaken for a spike. NaN and infinite losses are divergence, not spikes, and are left out. (0, 0.0) for a
-    series of at most 20 values.
+    series of at most 50 values.
     """
     loss = loss[np.isfinite(loss)]
     if loss.size <= SPIKE_WINDOW:

@@ -56,13 +56,11 @@ def task_name(task: Sequence[Any]) -> str:
     return f"{task[0]} on {task[1]}"
 
 
-def statements(
-    arms: pd.DataFrame, differences: pd.DataFrame, contrasts: pd.DataFrame
-) -> Iterator[tuple[str, list[str]]]:
+def statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, list[str]]]:
     """For each task its name, and in sentences: the best arm; what each optimizer changes by in each format; which
-    optimizer loses less to a format.
+    optimizer loses less to a format; what its settings change. `frames` holds the tables of the report.
     """
-    for task, table in arms.groupby(list(TASK), dropna=False, sort=False):
+    for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False):
         names = varying(table)
         metric = table["metric"].iloc[0]
         better = "higher" if higher_is_better(metric) else "lower"
@@ -72,11 +70,14 @@ def statements(
             yield title, ["No run has finished with a finite value."]
             continue
         spread = f", sd {plain(best['sd'])}" if best["n"] > 1 else ""
-        sentences = [f"The best mean is {plain(best['mean'])}, of {arm_name(best, names)} (n = {best['n']}{spread})."]
-        for optimizer, rows in _of_task(differences, task).groupby("optimizer", sort=False):
+        among = f", the best of {len(table)} arms" if len(table) > 1 else ""
+        sentences = [f"Mean {plain(best['mean'])} with {arm_name(best, names)} (n = {best['n']}{spread}){among}."]
+        for optimizer, rows in _of_task(frames["differences"], task).groupby("optimizer", sort=False):
             sentences += _changes(str(optimizer), rows, [name for name in names if name != "optimizer"])
-        for optimizer, rows in _of_task(contrasts, task).groupby("optimizer", sort=False):
+        for optimizer, rows in _of_task(frames["contrasts"], task).groupby("optimizer", sort=False):
             sentences += _comparison(str(optimizer), rows, [name for name in names if name != "optimizer"])
+        for optimizer, rows in _of_task(frames["effects"], task).groupby("optimizer", sort=False):
+            sentences += _settings(str(optimizer), rows)
         yield title, sentences
 
 
@@ -121,6 +122,24 @@ def _comparison(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterato
         f"{start}of {len(rows)} arms, {(verdicts == 'better').sum()} lose less and {(verdicts == 'worse').sum()} lose "
         f"more with an interval that excludes 0, {_no_interval(rows)}."
     )
+
+
+def _settings(optimizer: str, rows: pd.DataFrame) -> Iterator[str]:
+    """What each setting of an optimizer changes, all else equal: those whose interval excludes 0."""
+    verdicts = rows.apply(verdict, axis=1)
+    decided = rows[verdicts.isin(["better", "worse"])]
+    named = [f"{effect_name(row)} {change(row)}" for row in decided.head(SENTENCES).to_dict("records")]
+    more = f" and {len(decided) - SENTENCES} more" if len(decided) > SENTENCES else ""
+    yield (
+        f"{optimizer}, one setting changed and all else equal: {len(decided)} of {count(len(rows), 'change')} "
+        f"{'has' if len(decided) == 1 else 'have'} an interval that excludes "
+        f"0{': ' if named else ''}{'; '.join(named)}{more}."
+    )
+
+
+def effect_name(row: Mapping[str, Any] | pd.Series) -> str:
+    """`noise_scale 0 → 0.1`."""
+    return f"{row['factor'].removeprefix('optimizer.')} {row['reference']} → {row['level']}"
 
 
 def _no_interval(rows: pd.DataFrame) -> str:

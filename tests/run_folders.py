@@ -24,6 +24,7 @@ def config(model: str, optimizer: str, format: str, seed: int, **settings: Any) 
     rate = {"adamw": 6e-3, "lmd": 0.03}[optimizer]
     definition = None if format == "float32" else {"name": format, "element": {"mantissa_bits": 2}, "block_size": 32}
     resolved: Config = {
+        "version": 1,
         "grid": "made-up",
         "model": {"name": model, "layers": 3, "width": 96 if model == "gpt2-micro" else 64},
         "data": {"name": "stdlib" if model == "gpt2-micro" else "digits", "seed": seed},
@@ -65,21 +66,21 @@ def metric_lines(config: Config, stop: int | None = None, blow_up: bool = False)
     start = math.log(256) if text else math.log(10)
     growth = 0.9 if config["optimizer"]["name"] == "lmd" else 0.5
     lines: list[dict[str, Any]] = []
-    for step in range(5, last + 1, 5):
+    for step in range(1, last + 1):
         loss = end + (start - end) * math.exp(-step / 60)
         if blow_up and step > last - 40:
             loss *= 1 + (step - last + 40) / 4
         nan = blow_up and step == last
-        noisy = loss * (1 + 0.01 * random.normal())
+        noisy = loss * (1 + 0.02 * random.normal())
         gradient = "Infinity" if nan else 0.8 * math.exp(0.2 * random.normal())
         lines.append(
             {"step": step, "split": "train", "loss": "NaN" if nan else noisy, "lr": config["optimizer"]["lr"]}
             | {"grad_norm": gradient, "time_ms": 12.0}
         )
-        if step % 40 == 0 or step == last:
+        if step % 40 == 0 or step in (1, last):
             validation = {"step": step, "split": "validation", "loss": "NaN" if nan else loss}
             lines.append(validation if text else validation | {"accuracy": 1 - loss * 0.25})
-            norm = 11 * math.exp(growth * step / 1000)
+            norm = 11 * math.exp(growth * (1 + 2 * LOST.get(config["recipe"]["format"], 0.05)) * step / 1000)
             lines.append({"step": step, "split": "weights", "norm": norm, "max": norm / 20, "mean_abs": norm / 200})
     return lines
 
@@ -98,7 +99,13 @@ def write_run(
     versions = {"python": "3.11.9", "torch": "2.13.0", "numpy": "2.4.6", "numba": "0.68.1"}
     write_json(
         run / "env.json",
-        {"versions": versions, "machine": {"cpu": "Made-up CPU @ 2.0 GHz", "cores": 2}, "lpsim": "0.1.0", "threads": 1}
+        {
+            "version": 1,
+            "versions": versions,
+            "machine": {"cpu": "Made-up CPU @ 2.0 GHz", "cores": 2},
+            "lpsim": "0.1.0",
+            "threads": 1,
+        }
         | {"git": {"commit": commit, "dirty": False}, "started_at": "2025-01-01T00:00:00+00:00"},
     )
     lines = metric_lines(config, step, blow_up=status == "diverged")
