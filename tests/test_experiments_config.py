@@ -115,7 +115,7 @@ def test_golden_signature() -> None:
         device="cpu",
         grid="golden",
     )
-    assert config.signature() == "GOLDEN"
+    assert config.signature() == "525e21e4454ee0a9"
 
 
 def test_numbers_of_equal_value_are_equal_settings() -> None:
@@ -135,7 +135,7 @@ def with_value(data: dict[str, Any], value: Any, *path: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("optimizer", "name"), "adamv", r"unknown optimizer name 'adamv'; there are: adamw, "),
+        (("optimizer", "name"), "adamv", r"unknown optimizer name 'adamv'; there are: madam, adamw, "),
         (("model", "family"), "gpt3", r"unknown model family 'gpt3'; there are: gpt2, "),
         (("data", "name"), "stdlibtext", r"unknown data set name 'stdlibtext'; there are: stdlib-text, "),
         (("optimizer", "weight_decy"), 0.1, r"AdamW has no field 'weight_decy'; there are: weight_decay, "),

@@ -24,8 +24,8 @@ def micro(config: ModelConfig) -> torch.nn.Module:
 
 
 def test_the_first_guess_is_nearly_uniform() -> None:
-    tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
-    loss = torch.nn.functional.cross_entropy(micro(gpt2.MICRO)(tokens).flatten(0, 1), tokens.flatten())
+    tokens, targets = torch.randint(256, (2, 4, 64), generator=torch.Generator().manual_seed(0))
+    loss = torch.nn.functional.cross_entropy(micro(gpt2.MICRO)(tokens).flatten(0, 1), targets.flatten())
     assert abs(loss.item() - math.log(256)) < 0.1
     images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     probabilities = micro(vit.MICRO)(images).softmax(-1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,12 @@ class Stopper:
 
 def run(config: Config, folder: Path, stops: tuple[int, ...] = ()) -> dict[str, Any]:
     """Train to the end, stopped and resumed after each of `stops` further steps. Without times."""
+    folder.mkdir(exist_ok=True)
     for after in stops:
-        record = RunRecord(folder)
-        assert train(config, record, Stopper(after)) is None
-        record.close()
-    record = RunRecord(folder)
-    result = train(config, record)
-    record.close()
+        with closing(RunRecord(folder)) as record:
+            assert train(config, record, Stopper(after)) is None
+    with closing(RunRecord(folder)) as record:
+        result = train(config, record)
     assert result is not None
     result.pop("time_s")
     return result
@@ -78,9 +78,9 @@ def test_a_run_killed_after_its_last_checkpoint_repeats_the_steps_since(tmp_path
     """What kill -9 leaves: later metrics than the checkpoint's, and a torn last line."""
     config = tiny_config(optimizer=LMD(lr=0.03))
     whole = run(config, tmp_path / "a")
-    record = RunRecord(tmp_path / "b")
-    assert train(config, record, Stopper(6)) is None
-    record.close()
+    (tmp_path / "b").mkdir()
+    with closing(RunRecord(tmp_path / "b")) as record:
+        assert train(config, record, Stopper(6)) is None
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "split": "train", "loss": 9.0}\n{"step": 8, "split": "tra')
     assert run(config, tmp_path / "b") == whole
@@ -126,8 +126,8 @@ def test_arms_of_one_seed_start_from_the_same_weights_and_batches(tmp_path: Path
     for i, optimizer in enumerate((AdamW(lr=0.01), LMD(lr=0.03, noise_scale=0.0))):
         run(tiny_config(optimizer=optimizer), tmp_path / str(i))
         runs.append(metrics(tmp_path / str(i)))
-    assert runs[0][:3] == runs[1][:3] or runs[0][2]["loss"] == runs[1][2]["loss"]
-    assert runs[0][0] == runs[1][0] and runs[0][1] == runs[1][1]
+    assert runs[0][:2] == runs[1][:2]  # validation and weights at step 0
+    assert runs[0][2]["loss"] == runs[1][2]["loss"] and runs[0][2] != runs[1][2]  # the first step differs in its rate
 
 
 def test_float32_is_plain_torch_bit_for_bit() -> None:
