@@ -7,6 +7,7 @@ from lpsim import formats
 from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
 from lpsim.quantizer import Quantizer, available_backends
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.simulate import Gemm, Recipe, simulate
 
 __version__ = "0.1.0"
 
@@ -15,12 +16,15 @@ __all__ = [
     "Codebook",
     "FixedFormat",
     "FloatFormat",
+    "Gemm",
     "Key",
     "Overflow",
     "Quantizer",
+    "Recipe",
     "Rounding",
     "ScaleRule",
     "Specials",
     "available_backends",
     "formats",
+    "simulate",
 ]

@@ -1,0 +1,122 @@
+"""The autograd Functions of the machine: a matrix product with its three named GEMMs, and rounding.
+
+Every product of every op comes here. fprop, dgrad and wgrad are matrix products of their own, and each quantizes its
+operands along the axis it sums over (DESIGN §5).
+"""
+
+from __future__ import annotations
+
+import enum
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lpsim.recipes import BackwardOperands, Gemm
+
+if TYPE_CHECKING:
+    from lpsim.ops.site import Call
+    from lpsim.quantizer import Quantizer
+
+
+class Role(enum.IntEnum):
+    """Which tensor of an op. The number is part of the random stream: never renumber."""
+
+    FPROP_LHS = 0
+    FPROP_RHS = 1
+    FPROP_OUT = 2
+    DGRAD_LHS = 3
+    DGRAD_RHS = 4
+    DGRAD_OUT = 5
+    WGRAD_LHS = 6
+    WGRAD_RHS = 7
+    WGRAD_OUT = 8
+    VECTOR = 9
+
+    @property
+    def label(self) -> str:
+        """As written in a site's name: fprop.lhs."""
+        return self.name.lower().replace("_", ".")
+
+
+def _matmul(gemm: Gemm, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """lhs [..., M, K] · rhs [..., K, N] with the product's accumulator."""
+    if gemm.accumulate is None:
+        return torch.matmul(lhs, rhs)
+    return gemm.accumulate.matmul(lhs, rhs)
+
+
+class Product(torch.autograd.Function):
+    """out = lhs · rhs (+ bias), its gradients dgrad and wgrad, each by its own Gemm of the recipe.
+
+    lhs [..., M, K] with lhs_axis = -1, or [..., K, M] with -2; rhs [..., K, N] with rhs_axis = -2, or [..., N, K] with
+    -1: operands come in the layout their owner stores, so that random bits belong to the stored element. Batch
+    dimensions broadcast; the gradient of a broadcast operand is summed in the compute dtype. bias [N]. out [..., M, N].
+
+    Not differentiable twice: the second derivative of a rounded function has no convention to follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, lhs: Tensor, rhs: Tensor, bias: Tensor | None, call: Call, lhs_axis: int, rhs_axis: int
+    ) -> Tensor:
+        fprop = call.recipe.fprop
+        lhs_q = call.quantize(Role.FPROP_LHS, fprop.lhs, lhs, lhs_axis)
+        rhs_q = call.quantize(Role.FPROP_RHS, fprop.rhs, rhs, rhs_axis)
+        out = _matmul(fprop, lhs_q if lhs_axis == -1 else lhs_q.mT, rhs_q if rhs_axis == -2 else rhs_q.mT)
+        if bias is not None:
+            out += bias
+        if call.recipe.backward_operands is BackwardOperands.QUANTIZED:
+            lhs, rhs = lhs_q, rhs_q
+        needs_lhs_grad, needs_rhs_grad = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(lhs if needs_rhs_grad else None, rhs if needs_lhs_grad else None)
+        ctx.call, ctx.lhs_axis, ctx.rhs_axis = call, lhs_axis, rhs_axis
+        ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call, lhs_axis, rhs_axis = ctx.call, ctx.lhs_axis, ctx.rhs_axis
+        dgrad, wgrad = call.recipe.dgrad, call.recipe.wgrad
+        grad_lhs = grad_rhs = grad_bias = None
+        with ExitStack() as stack:
+            stack.enter_context(torch._C.DisableTorchFunction())  # these are the machine's ops, not the model's
+            if torch.is_autocast_enabled(grad.device.type):
+                stack.enter_context(torch.autocast(grad.device.type, enabled=False))
+            lhs, rhs = ctx.saved_tensors
+            if ctx.needs_input_grad[0]:  # [M, N] · [N, K]: sums over N
+                grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
+                rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
+                rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
+                if lhs_axis == -1:
+                    grad_lhs = _matmul(dgrad, grad_q, rhs_q)
+                else:
+                    grad_lhs = _matmul(dgrad, rhs_q.mT, grad_q.mT)
+                grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs.sum_to_size(ctx.lhs_shape))
+            if ctx.needs_input_grad[1]:  # [K, M] · [M, N]: sums over M
+                lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
+                grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
+                lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
+                if rhs_axis == -2:
+                    grad_rhs = _matmul(wgrad, lhs_q.mT, grad_q)
+                else:
+                    grad_rhs = _matmul(wgrad, grad_q.mT, lhs_q)
+                grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs.sum_to_size(ctx.rhs_shape))
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_lhs, grad_rhs, grad_bias, None, None, None
+
+
+class StraightThrough(torch.autograd.Function):
+    """A result rounded by the recipe; its gradient passes unchanged, also where the rounding saturates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, role: Role, quantizer: Quantizer) -> Tensor:
+        return call.quantize(role, quantizer, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None

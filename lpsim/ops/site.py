@@ -1,0 +1,143 @@
+"""Where an op runs and what the recipe says there: sites, roles, random streams, and one call's quantizations.
+
+A site is "module path/op", with "#k" when the op occurs again in the same call of the module. With a role it names one
+tensor of one op: an override, a telemetry row, a random stream (DESIGN §5).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lpsim.ops.product import Product, Role, StraightThrough
+from lpsim.quantizer import Quantizer
+from lpsim.recipes import Recipe
+from lpsim.rounding import Key, Rounding
+
+ELEMENT_BITS, ROLE_BITS, OCCURRENCE_BITS = 38, 4, 20  # of Key.offset, which has 62
+
+
+class Site:
+    """One op at one place of the model, with the recipe that holds there.
+
+    `stream` is the CRC-32 of the name: stable across runs, processes and recipes, so that two arms of an ablation
+    with the same seed draw the same bits at the same site.
+    """
+
+    __slots__ = ("_count", "_recomputed", "_step", "name", "op", "path", "plain", "recipe", "stochastic", "stream")
+
+    def __init__(self, path: str, op: str, repetition: int, recipe: Recipe) -> None:
+        self.path = path
+        self.op = op
+        self.name = f"{path}/{op}#{repetition}" if repetition else f"{path}/{op}"
+        self.recipe = recipe
+        self.plain = recipe.plain
+        self.stream = zlib.crc32(self.name.encode())
+        gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
+        quantizers = [recipe.vector, *(q for gemm in gemms for q in (gemm.lhs, gemm.rhs, gemm.out))]
+        self.stochastic = any(q is not None and q.rounding is Rounding.STOCHASTIC for q in quantizers)
+        self._step = -1
+        self._count = self._recomputed = 0
+
+    def occurrence(self, step: int, recomputing: bool, calls: int = 1) -> int:
+        """How many calls this site saw before in this step; in a recomputation, the number of the call recomputed.
+
+        `calls` consecutive numbers are taken, and the first is returned.
+
+        Recomputations run latest call first, as a backward pass meets them; so the number is exact where a
+        checkpointed region passes a site once.
+        """
+        if step != self._step:
+            self._step, self._count, self._recomputed = step, 0, 0
+        if recomputing and self._recomputed + calls <= self._count:
+            self._recomputed += calls
+            return self._count - self._recomputed
+        self._recomputed = 0
+        self._count += calls
+        if self._count > 1 << OCCURRENCE_BITS:
+            raise ValueError(
+                f"{self.name} ran {self._count} times in step {step}: set sim.step in the training loop, "
+                "so that random bits are keyed by the step"
+            )
+        return self._count - calls
+
+
+Observer = Callable[[Site, Role, Quantizer, Tensor, Tensor], None]
+
+
+class Call:
+    """One execution of an op at a site: quantizes its tensors by role, with this call's random bits."""
+
+    __slots__ = ("observer", "occurrence", "recipe", "seed", "site", "step")
+
+    def __init__(self, site: Site, seed: int, step: int, occurrence: int, observer: Observer | None) -> None:
+        self.site = site
+        self.recipe = site.recipe
+        self.seed = seed
+        self.step = step
+        self.occurrence = occurrence
+        self.observer = observer
+
+    def at(self, n: int) -> Call:
+        """The n-th of the calls that were reserved together with this one."""
+        return Call(self.site, self.seed, self.step, self.occurrence + n, self.observer)
+
+    def key(self, role: Role) -> Key:
+        """The random bits of one role: stream and step, and an offset that no other role or call of the step shares."""
+        offset = (self.occurrence << ROLE_BITS | role) << ELEMENT_BITS
+        return Key(self.seed, self.site.stream, self.step, offset)
+
+    def quantize(self, role: Role, quantizer: Quantizer | None, x: Tensor, axis: int = -1) -> Tensor:
+        """x rounded by the role's quantizer, blocks along `axis`; x itself where there is none. Not differentiable."""
+        if quantizer is None:
+            return x
+        key = self.key(role) if quantizer.rounding is Rounding.STOCHASTIC else None
+        result = quantizer.quantize(x, axis, key)
+        if self.observer is not None:
+            self.observer(self.site, role, quantizer, x, result)
+        return result
+
+    def product(
+        self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
+    ) -> Tensor:
+        """lhs · rhs + bias by the recipe's three products, before fprop.out rounds it; see Product for the shapes."""
+        return Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis)
+
+    def gemm(
+        self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
+    ) -> Tensor:
+        """`product`, rounded by fprop.out."""
+        return self.out(Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis))
+
+    def out(self, x: Tensor) -> Tensor:
+        """A product's result rounded by fprop.out, straight-through gradient."""
+        return self._rounded(Role.FPROP_OUT, self.recipe.fprop.out, x)
+
+    def vector(self, x: Tensor) -> Tensor:
+        """A vector op's result rounded to the vector format, straight-through gradient; other dtypes are left."""
+        return self._rounded(Role.VECTOR, self.recipe.vector, x)
+
+    def _rounded(self, role: Role, quantizer: Quantizer | None, x: Tensor) -> Tensor:
+        if quantizer is None or not (x.is_floating_point() or x.is_complex()):
+            return x
+        if x.is_complex():
+            return torch.view_as_complex(self._rounded(role, quantizer, torch.view_as_real(x)))
+        if x.requires_grad and torch.is_grad_enabled():
+            return StraightThrough.apply(x, self, role, quantizer)
+        return self.quantize(role, quantizer, x)
+
+
+class Composite:
+    """One execution of an op that hides products: hands out the calls of its parts, each part a site of its own."""
+
+    __slots__ = ("_part",)
+
+    def __init__(self, part: Callable[[str, int], Call]) -> None:
+        self._part = part
+
+    def part(self, name: str, calls: int = 1) -> Call:
+        """The call at the site "path/op.name"; with `calls`, the first of so many, see Call.at."""
+        return self._part(name, calls)

@@ -1,0 +1,408 @@
+"""`with simulate(model, recipe)`: every floating-point function called inside runs as the recipe's machine runs it.
+
+Implements DESIGN §5. A TorchFunctionMode sees each call of a torch function, method or operator; `ops.WRAPPED` says
+what becomes of it. Nothing in torch is patched and no module is replaced: hooks, which live as long as the context,
+tell which module is running. Another thread's calls are not seen.
+
+What is not the model's arithmetic is exempt by rule:
+- a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
+  attributes;
+- everything in Optimizer.step under no_grad;
+- vector ops outside every module under no_grad (clipping, weight averages, metrics): rounding them would round the
+  weights. Matrix products there still follow the recipe;
+- vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lpsim.audit import Audit, Auditor
+from lpsim.module_paths import BACKWARD, OUTSIDE, ROOT, Frame, ModulePaths
+from lpsim.ops import WRAPPED, Call, Composite, Kind, Observer, Op, Site, body, inplace_argument, op_name
+from lpsim.recipes import BackwardOperands, Gemm, Recipe
+
+__all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+ATTRIBUTE = ("__get__", "__set__", "__delete__")
+
+
+class UnknownOpError(NotImplementedError):
+    """A floating-point function that the table does not know: it would have run in full precision."""
+
+
+def simulate(model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = True) -> Simulation:
+    """A context in which `model` runs on the machine that `recipe` describes.
+
+    seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit), which costs some
+    microseconds an aten op until `step` is first changed.
+
+    Raises TypeError for a model that cannot be simulated (compiled, scripted, DataParallel), ValueError for an override
+    whose module path matches no module.
+    """
+    return Simulation(model, recipe, seed, audit)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__()
+        self.simulation = simulation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handlers = self.simulation._handlers
+        handler = handlers.get(func)
+        if handler is None:
+            handler = handlers[func] = self.simulation._handler(func)
+        return handler(func, args, kwargs or {})
+
+
+class Simulation:
+    """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
+
+    step: the training loop's step, set by the loop; random bits are keyed by (seed, site, step, call within the step),
+    so that a resumed run draws what it would have drawn. observer: called with every tensor quantized, for telemetry.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
+            )
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
+        for path, module in model.named_modules():
+            _check_module(path or ROOT, module)
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self.observer: Observer | None = None
+        self._step = 0
+        self._paths = ModulePaths(model)
+        self._unmatched = set(recipe.overrides)
+        self._check_overrides()
+        self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
+        self._sites: dict[tuple[str, str, int], Site] = {}
+        self._streams: dict[int, str] = {}
+        self._handlers: dict[Any, Handler] = {}
+        self._mode = _Mode(self)
+        self._stepping = False
+        self._auditor: Auditor | None = Auditor() if audit else None
+        self._auditing = False
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Simulation:
+        if any(isinstance(mode, _Mode) for mode in torch.overrides._get_current_function_mode_stack()):
+            raise RuntimeError("a simulation is already running here; its ops would be simulated twice")
+        with ExitStack() as stack:
+            stack.callback(self._handlers.clear)
+            self._paths.follow(stack)
+            stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
+            stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
+            self._stepping = False
+            if self._auditor is not None and not self._auditor.finished:
+                stack.callback(self._stop_audit)
+                self._auditor.__enter__()
+                self._auditing = True
+            stack.enter_context(self._mode)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        stack, self._stack = self._stack, None
+        assert stack is not None
+        stack.__exit__(exc_type, exc, traceback)
+        if exc_type is None and self._sites and self._unmatched:
+            warnings.warn(
+                f"overrides matched no site that ran: {', '.join(sorted(self._unmatched))}; "
+                f"sites are named like {next(iter(self._sites.values())).name}",
+                stacklevel=2,
+            )
+
+    @property
+    def step(self) -> int:
+        """The training step that random bits are keyed by."""
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise ValueError(f"step must be an int in [0, 2**32), got {value!r}")
+        if value != self._step and self._auditing and self._auditor is not None and self._auditor.rows:
+            self._auditor.finished = True
+            self._stop_audit()
+        self._step = value
+
+    def advance(self) -> None:
+        """The next step."""
+        self.step += 1
+
+    def audit(self) -> Audit:
+        """What ran in the first step: op, class, count, formats and reason, and the matrix products that escaped.
+
+        Raises RuntimeError where the simulation was made with audit=False.
+        """
+        if self._auditor is None:
+            raise RuntimeError("this simulation counts nothing: it was made with audit=False")
+        return self._auditor.result()
+
+    def _stop_audit(self) -> None:
+        """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
+        if self._auditing and self._auditor is not None and _get_current_dispatch_mode() is self._auditor:
+            self._auditor.__exit__(None, None, None)
+            self._auditing = False
+            self._handlers.clear()
+
+    # What becomes of a function
+
+    def _handler(self, func: Callable[..., Any]) -> Handler:
+        name = op_name(func)
+        if name in ATTRIBUTE:
+            return _run
+        op = WRAPPED.get(name)
+        if op is None:
+            return partial(self._unlisted, name)
+        if op.transparent:
+            return self._through
+        if op.function is not None:
+            return partial(self._product, op, op.function)
+        if op.kind in (Kind.VECTOR, Kind.REDUCTION) and self._rounds_vectors:
+            return partial(self._vector, op)
+        if not self._auditing:
+            return _run
+        reason = "the recipe has no vector format" if op.kind in (Kind.VECTOR, Kind.REDUCTION) else op.reason
+        return partial(self._counted, op, reason)
+
+    def _counted(
+        self, op: Op, reason: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._auditor is not None:
+            self._auditor.count(op.name, op.kind, "-", reason)
+        return func(*args, **kwargs)
+
+    def _through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._mode:
+            return body(func)(*args, **kwargs)
+
+    def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function that is not in the table, if a rule exempts it."""
+        result = func(*args, **kwargs)
+        if not _has_floating(result) or not (_has_floating(args) or _has_floating(kwargs)):
+            return result
+        frame = self._paths.current()
+        if self._bookkeeping(frame) or self._optimizing():
+            return result
+        path = BACKWARD if frame is None else frame.path
+        raise UnknownOpError(
+            f"{path}/{name}: the simulated machine does not know the op {name!r}, so its operands would stay in full "
+            "precision unnoticed. Add it to lpsim.ops.WRAPPED: one entry with its class and reason in "
+            "lpsim/ops/table.py, and one function if it hides matrix products"
+        )
+
+    def _vector(self, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame = self._paths.current()
+        if frame is None or self._bookkeeping(frame):
+            return self._counted(op, "outside the model's forward pass", func, args, kwargs)
+        site = self._site(frame.path, op.name, frame.repetition(op.name))
+        quantizer = site.recipe.vector
+        if quantizer is None:
+            return self._counted(op, f"the recipe of {site.name} has no vector format", func, args, kwargs)
+        if self._auditing and self._auditor is not None:
+            self._auditor.count(op.name, op.kind, quantizer.format.name, op.reason)
+        target = _inplace_target(func, args, kwargs)
+        if target is not None:
+            # On a copy: what the op saves for its backward pass must not be rounded afterwards.
+            copy = target.clone()
+            result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
+            return target.copy_(self._call(site).vector(result))
+        result = func(*args, **kwargs)
+        if kwargs.get("out") is not None:
+            for t in (result,) if isinstance(result, Tensor) else result:
+                t.copy_(self._call(site).vector(t))
+            return result
+        return self._rounded(site, result)
+
+    def _rounded(self, site: Site, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return self._call(site).vector(result)
+        if isinstance(result, list | tuple):
+            call = self._call(site, len(result))
+            parts = [call.at(i).vector(x) if isinstance(x, Tensor) else x for i, x in enumerate(result)]
+            if isinstance(result, list):
+                return parts
+            return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+        return result
+
+    def _product(
+        self,
+        op: Op,
+        function: Callable[..., Any],
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        first = _first_tensor(args) if args else _first_tensor(tuple(kwargs.values()))
+        if first is None or not (first.is_floating_point() or first.is_complex()):
+            return func(*args, **kwargs)
+        if self._optimizing():
+            with self._owned("the optimizer"):
+                return func(*args, **kwargs)
+        frame = self._paths.current() or Frame(None, BACKWARD)
+        repetition = frame.repetition(op.name)
+        if op.parts:
+            products = [self._site(frame.path, f"{op.name}.{part}", repetition) for part in op.parts]
+            vectors = [self._site(frame.path, f"{op.name}.{part}", repetition) for part in op.vector_parts]
+        else:
+            products, vectors = [self._site(frame.path, op.name, repetition)], []
+        left = all(s.recipe.products_plain for s in products) and all(s.recipe.vector is None for s in vectors)
+        if self._auditing and self._auditor is not None:
+            self._auditor.count_product(op, products, vectors, "left as it is by the recipe" if left else op.reason)
+        if left:
+            with self._owned("left by the recipe"):
+                return func(*args, **kwargs)
+        target = args[0] if inplace_argument(func) == -1 else None
+        out = kwargs.pop("out", None) if "out" in kwargs else None
+        with ExitStack() as stack:
+            if self._auditing:
+                stack.enter_context(self._owned("the recipe"))
+            device = first.device.type
+            if op.autocasts and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if op.parts:
+                sites = dict(zip(op.parts + op.vector_parts, products + vectors, strict=True))
+                composite = Composite(lambda part, calls: self._call(sites[part], calls))
+                result = function(composite, *args, **kwargs)
+            else:
+                result = function(self._call(products[0]), *args, **kwargs)
+        if target is not None:
+            return target.copy_(result)
+        return result if out is None else _written(out, result)
+
+    # Where, and under which rule
+
+    def _site(self, path: str, op: str, repetition: int) -> Site:
+        key = (path, op, repetition)
+        site = self._sites.get(key)
+        if site is None:
+            site = self._sites[key] = Site(path, op, repetition, self._resolve(path, op, repetition))
+            if site.stochastic and self._streams.setdefault(site.stream, site.name) != site.name:
+                raise ValueError(
+                    f"the sites {site.name} and {self._streams[site.stream]} would draw the same random bits "
+                    "(equal CRC-32): rename one of the modules"
+                )
+        return site
+
+    def _resolve(self, path: str, op: str, repetition: int) -> Recipe:
+        names = (f"{path}/{op}", f"{path}/{op}#{repetition}")
+        for pattern, recipe in self.recipe.overrides.items():
+            if any(fnmatchcase(name, pattern) for name in (names if "/" in pattern else (path,))):
+                self._unmatched.discard(pattern)
+                return recipe
+        return self.recipe
+
+    def _check_overrides(self) -> None:
+        paths = [path for path, _ in self.model.named_modules(remove_duplicate=False) if path]
+        for pattern in self.recipe.overrides:
+            prefix = pattern.rpartition("/")[0] if "/" in pattern else pattern
+            if not any(fnmatchcase(path, prefix) for path in (*paths, ROOT, OUTSIDE, BACKWARD)):
+                raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
+
+    def _call(self, site: Site, calls: int = 1) -> Call:
+        occurrence = 0
+        if site.stochastic:
+            recomputing = torch._C._current_graph_task_id() != -1
+            occurrence = site.occurrence(self._step, recomputing, calls)
+        return Call(site, self.seed, self._step, occurrence, self.observer)
+
+    def _bookkeeping(self, frame: Frame | None) -> bool:
+        """Vector ops that are not the model's: outside every module, and no part of any graph."""
+        return frame is None or (frame.path == OUTSIDE and not torch.is_grad_enabled())
+
+    def _optimizing(self) -> bool:
+        """In Optimizer.step, but not in a closure that it calls."""
+        return self._stepping and not self._paths.inside() and not torch.is_grad_enabled()
+
+    def _enter_step(self, *_: Any) -> None:
+        self._stepping = True
+
+    def _leave_step(self, *_: Any) -> None:
+        self._stepping = False
+
+    # What the audit is told
+
+    def _owned(self, owner: str) -> AbstractContextManager[None]:
+        return self._auditor.owned(owner) if self._auditing and self._auditor is not None else nullcontext()
+
+
+def _check_module(path: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{path} is a scripted module: its ops cannot be seen. Simulate the model before torch.jit")
+    if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+        raise TypeError(f"{path} is compiled: its ops cannot be seen. Simulate the model before torch.compile")
+    if isinstance(module, nn.DataParallel):
+        raise TypeError(f"{path} is DataParallel, whose threads cannot be seen; use DistributedDataParallel")
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _inplace_target(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    position = inplace_argument(func)
+    if position is None:
+        return None
+    if position >= 0 and not kwargs.get("inplace", len(args) > position and args[position]):
+        return None
+    return args[0] if args else kwargs["input"]
+
+
+def _written(out: Tensor, result: Tensor) -> Tensor:
+    if result.requires_grad:
+        raise RuntimeError("functions with out=... do not support automatic differentiation")
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
+def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, list | tuple):
+            found = _first_tensor(tuple(value))
+            if found is not None:
+                return found
+    return None
+
+
+def _has_floating(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    if isinstance(value, dict):
+        return any(_has_floating(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_has_floating(v) for v in value)
+
+
+def _autocast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in `value`, float64 excepted, in the dtype autocast gives to products."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
+    if isinstance(value, dict):
+        return {key: _autocast(v, dtype) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_autocast(v, dtype) for v in value)
+    return value
