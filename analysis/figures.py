@@ -97,7 +97,7 @@ def curves(
         return None
     smooth = SMOOTH if split == "train" else 1
     line = (
-        f"One line a run, the mean of its last {smooth} values over the values themselves"
+        f"One line a run, the mean of {smooth} neighbouring values over the values themselves"
         if smooth > 1
         else "One line a run"
     )
@@ -201,7 +201,7 @@ def _panels(
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(
-            figsize=(WIDTH if columns > 1 else 0.7 * WIDTH, 2.7 * rows + 0.55 * legend), layout="constrained"
+            figsize=(WIDTH if columns > 1 else 0.7 * WIDTH, 2.9 * rows + 0.55 * legend), layout="constrained"
         )
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for index, (level, part) in enumerate(panels):

@@ -185,7 +185,7 @@ def _difference_columns(rows: pd.DataFrame) -> list[Column]:
         Column("difference", _texts(rows["difference"], signed), number=True),
         Column(
             "95% interval",
-            [summary.bracket(row) if row["n"] > 1 else f"n = {row['n']}" for row in records],
+            [summary.bracket(row) if row["n"] > 1 else "–" for row in records],
             number=True,
         ),
         Column("reads as", [summary.verdict(row) for row in records]),
