@@ -82,11 +82,11 @@ class Product(torch.autograd.Function):
         call, lhs_axis, rhs_axis = ctx.call, ctx.lhs_axis, ctx.rhs_axis
         dgrad, wgrad = call.recipe.dgrad, call.recipe.wgrad
         grad_lhs = grad_rhs = grad_bias = None
+        lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, so before anything is disabled
         with ExitStack() as stack:
             stack.enter_context(torch._C.DisableTorchFunction())  # these are the machine's ops, not the model's
             if torch.is_autocast_enabled(grad.device.type):
                 stack.enter_context(torch.autocast(grad.device.type, enabled=False))
-            lhs, rhs = ctx.saved_tensors
             if ctx.needs_input_grad[0]:  # [M, N] · [N, K]: sums over N
                 grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
                 rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
