@@ -27,6 +27,7 @@ RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image
 
 STYLE: Any = {
     "svg.hashsalt": "analysis",  # the identifiers inside an SVG are the same in every run
+    "text.parse_math": False,  # a name with dollar signs is a name
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.labelsize": 10,
