@@ -246,7 +246,6 @@ def test_a_checkpointed_function_recomputes_at_its_own_site() -> None:
 
 
 def test_optimizer_and_clipping_stay_in_full_precision() -> None:
-    model, x, y = gpt()
     recipe = Recipe.forward(FP4.format, vector=BF16.format)
 
     def weights(inside: bool, make: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lpsim.ops.site import Composite
+from lpsim.ops.product import Role
+from lpsim.ops.site import Call, Composite
 
 
 def scaled_dot_product_attention(
@@ -28,31 +31,75 @@ def scaled_dot_product_attention(
     Parts: qk and pv are products, scores (scaled and masked) and softmax (with dropout) are vector ops. A row with
     every position masked gives zeros, as in torch. With enable_gqa the query heads of one key head form one product.
     """
-    heads, length = query.shape[-3:-1] if query.dim() > 2 else (1, query.shape[-2])
-    grouped = enable_gqa and heads != key.shape[-3]
-    if grouped:
-        if heads % key.shape[-3]:
-            raise ValueError(f"{heads} query heads do not divide into {key.shape[-3]} key heads")
-        query = query.unflatten(-3, (key.shape[-3], -1)).flatten(-3, -2)  # [..., Hkv, G * L, E]
-    scores = composite.part("qk").gemm(query, key, rhs_axis=-1)
-    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if grouped:
-        scores = scores.unflatten(-2, (-1, length)).flatten(-4, -3)  # [..., H, L, S]
+    length, positions = query.shape[-2], key.shape[-2]
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention takes either attn_mask or is_causal")
-        attn_mask = torch.ones(length, key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
-        else:
-            scores = scores + attn_mask
-    scores = composite.part("scores").vector(scores)
-    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+        mask = torch.ones(length, positions, dtype=torch.bool, device=query.device).triu(1)
+    else:
+        mask = attn_mask.logical_not() if attn_mask is not None and attn_mask.dtype is torch.bool else None
+    bias = attn_mask if mask is None else None
+    grouped = enable_gqa and query.shape[-3] != key.shape[-3]
+    lead = query.shape[:-2] if grouped else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    if grouped:
+        if query.shape[-3] % key.shape[-3]:
+            raise ValueError(f"{query.shape[-3]} query heads do not divide into {key.shape[-3]} key heads")
+        query = query.unflatten(-3, (key.shape[-3], -1)).flatten(-3, -2)  # [..., Hkv, H / Hkv * L, E]
+    flat = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() > 3
+    if flat:
+        query, key, value = (t.flatten(0, -3) for t in (query, key, value))  # contiguous, once for all products
+    scores = composite.part("qk").gemm(query, key, rhs_axis=-1)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    shape = (*lead, length, positions)
+    weights = _Softmax.apply(scores, bias, mask, factor, shape, attn_mask is not None, composite.part("scores"))
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     weights = composite.part("softmax").vector(weights)
-    if grouped:
-        weights = weights.unflatten(-3, (key.shape[-3], -1)).flatten(-3, -2)
     out = composite.part("pv").gemm(weights, value)
-    return out.unflatten(-2, (-1, length)).flatten(-4, -3) if grouped else out
+    return out.view(*lead, length, out.shape[-1]) if flat or grouped else out
+
+
+class _Softmax(torch.autograd.Function):
+    """softmax(round(factor · scores + bias), masked positions left out) in the memory of scores.
+
+    scores: as the product of the queries and keys left it, `shape` [..., H, L, S] as the mask and the bias see it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        factor: float,
+        shape: tuple[int, ...],
+        rows_may_be_masked: bool,
+        call: Call,
+    ) -> Tensor:
+        x = scores.view(shape)
+        x.mul_(factor)
+        if bias is not None:
+            x.add_(bias)
+        if mask is not None:
+            x.masked_fill_(mask, -math.inf)
+        if call.recipe.vector is not None:
+            x.copy_(call.quantize(Role.VECTOR, call.recipe.vector, x))
+        torch.softmax(x, -1, out=x)
+        if rows_may_be_masked:
+            masked = mask if mask is not None else bias == -math.inf  # type: ignore[operator]
+            empty = masked.all(-1, keepdim=True)
+            if empty.any():
+                x.masked_fill_(empty, 0)
+        ctx.mark_dirty(scores)
+        ctx.save_for_backward(scores)
+        ctx.factor, ctx.shape, ctx.bias_shape = factor, shape, None if bias is None else bias.shape
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+            grad_bias = grad.view(ctx.shape).sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[1] else None
+            return grad.mul_(ctx.factor), grad_bias, None, None, None, None, None
