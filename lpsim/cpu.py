@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +26,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from lpsim import reference
-from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format
+from lpsim.formats import BlockFormat, Format
+from lpsim.plan import MODES, SPAN, Plan, Variant, geometry, plan
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
-_MODES = list(Rounding)  # the compiled-in number of a rounding is its place here
-_EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, _STOCHASTIC = range(len(_MODES))
+_EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, _STOCHASTIC = range(len(MODES))
 
 
 @intrinsic
@@ -302,18 +301,8 @@ def _power_of_two_scales(m, s, n, rule, x):  # type: ignore[no-untyped-def]
         n[b] = _power_of_two(-e) if finite else np.nan
 
 
-class _Variant(NamedTuple):
-    """What is compiled into a kernel."""
-
-    mode: int
-    table: bool  # the element is a codebook
-    double: bool  # float64 tensors
-    gap: bool  # no subnormals
-    bare: bool  # no mantissa bits
-
-
 @functools.cache
-def _kernel(variant: _Variant) -> Any:
+def _kernel(variant: Variant) -> Any:
     mode, table, double, gap, bare = variant
     pattern = np.int64 if double else np.int32
 
@@ -415,125 +404,10 @@ def _overflow_to_special(x, out, largest, special, for_positive, for_negative): 
             out[j] = math.copysign(special if passes or np.isinf(x[j]) else largest, r)
 
 
-# ---------------------------------------------------------------------------------------------- parameters
-
-
-def _smallest_at_least(bound: Fraction, dtype: Any, strict: bool) -> Any:
-    """The smallest float of `dtype` that is >= bound (> bound if strict)."""
-    near = dtype(float(bound))
-    while Fraction(float(near)) > bound:
-        near = np.nextafter(near, dtype(-np.inf))
-    while Fraction(float(near)) < bound or (strict and Fraction(float(near)) == bound):
-        near = np.nextafter(near, dtype(np.inf))
-    return near
-
-
-def _thresholds(fmt: Codebook, rounding: Rounding, dtype: Any) -> np.ndarray:
-    """For each pair of neighbours the smallest number that rounds to the upper one, from the oracle's rules."""
-    ordered = fmt.sorted_values
-    result = []
-    for lo, hi in itertools.pairwise(ordered):
-        middle = (Fraction(lo) + Fraction(hi)) / 2
-        if rounding in (Rounding.TIES_TO_EVEN, Rounding.TIES_TO_AWAY):
-            at_middle = reference.round_value(float(middle), fmt, rounding) == hi
-            result.append(_smallest_at_least(middle, dtype, strict=not at_middle))
-        else:  # the same neighbour everywhere between the two
-            inside = np.nextafter(dtype(lo), dtype(np.inf))
-            up = float(inside) == hi or reference.round_value(float(inside), fmt, rounding) == hi
-            result.append(inside if up else dtype(hi))
-    return np.array(result, dtype)
-
-
-class _Plan(NamedTuple):
-    """A quantizer turned into kernel arguments for one width of tensor."""
-
-    kernel: Any
-    floats: np.ndarray
-    integers: np.ndarray
-    thresholds: np.ndarray
-    values: np.ndarray
-    rule: np.ndarray
-    bits: int
-    overflow: tuple[float, float, bool, bool] | None
-
-
-def _fits_float32(element: Element) -> bool:
-    """Whether float32 arithmetic rounds exactly: C and q are normal, and what underflows is far below any tie."""
-    if isinstance(element, Codebook):
-        return 2.0**-60 <= element.min_subnormal and element.max <= 2.0**60
-    return element.min_subnormal >= 2.0**-60 and element.emax <= 60 and element.mantissa_bits <= 20
-
-
-@functools.lru_cache(maxsize=1024)
-def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool) -> _Plan:
-    """The kernel and its arguments for a format and rounding."""
-    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
-    wide = double or not _fits_float32(element)
-    p, float_type, int_type = (52, np.float64, np.int64) if wide else (23, np.float32, np.int32)
-    unit = 1023 if wide else 127
-    bits = 32 if random_bits is None else random_bits
-    special = overflow is Overflow.SPECIAL and (element.has_inf or element.has_nan)
-    lowest, highest = element.min, element.max
-    emin = mantissa = parity = 0
-    gap = bare = False
-    if isinstance(element, FloatFormat):
-        emin, mantissa, parity = element.emin, element.mantissa_bits, element._bias
-        gap = not element.subnormals and mantissa > 0
-        bare = mantissa == 0
-        if special:
-            lowest, highest = -math.ldexp(1.0, element.emax + 1), math.ldexp(1.0, element.emax + 1)
-    elif isinstance(element, FixedFormat):  # one binade of "subnormals", wide enough for every value
-        emin, mantissa = element.bits - 1 - element.frac_bits, element.bits - 1
-    floats = [lowest, highest, -0.0 if element.has_negative_zero else 0.0, 2.0 ** min(bits, 16), element.min_normal]
-    integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity, 1]
-    integers += [16 - min(bits, 16), 2 ** min(bits, 16)]
-    table = isinstance(element, Codebook)
-    dtype = np.float64 if double else np.float32
-    deterministic = table and rounding is not Rounding.STOCHASTIC
-    largest_special = None
-    if special:
-        beyond = math.inf if element.has_inf else math.nan
-        nearest = rounding in (Rounding.TIES_TO_EVEN, Rounding.TIES_TO_AWAY, Rounding.STOCHASTIC)
-        up, down = nearest or rounding is Rounding.TOWARD_POSITIVE, nearest or rounding is Rounding.TOWARD_NEGATIVE
-        largest_special = (element.max, beyond, up, down)
-    return _Plan(
-        kernel=_kernel(_Variant(_MODES.index(rounding), table, double, gap, bare)),
-        floats=np.array(floats, float_type),
-        integers=np.array(integers, int_type),
-        thresholds=_thresholds(element, rounding, dtype) if deterministic else np.empty(0, dtype),
-        values=np.array(element.sorted_values if isinstance(element, Codebook) else [], dtype),
-        rule=_rule(fmt, double) if isinstance(fmt, BlockFormat) else np.empty(0, np.int64),
-        bits=bits,
-        overflow=largest_special,
-    )
-
-
-def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
-    """A power-of-two scale rule as numbers: (add, p, bias, emax, lowest and highest exponent, mask of the magnitude).
-
-    The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Empty for other rules.
-    """
-    p, unit = (52, 1023) if double else (23, 127)
-    element, ones = fmt.element, (1 << p) - 1
-    if fmt.scale_rule is ScaleRule.FLOOR:
-        add = 0
-    elif fmt.scale_rule is ScaleRule.CEIL:
-        add = ones
-    elif fmt.scale_rule is ScaleRule.RCEIL:
-        add = ones - round((math.frexp(element.max)[0] * 2 - 1) * 2**p)
-    elif fmt.scale_rule is ScaleRule.EVEN:
-        add = 1 << (p - 1 - element.mantissa_bits)
-    else:
-        return np.empty(0, np.int64)
-    absolute = (1 << (63 if double else 31)) - 1
-    return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, absolute], np.int64)
-
-
 # ---------------------------------------------------------------------------------------------- tensors
 
 _NO_KEY = np.zeros(4, np.uint64)
 _NO_SCALE = {np.dtype(np.float32): np.empty(0, np.float32), np.dtype(np.float64): np.empty(0, np.float64)}
-_SPAN = 4096  # elements of a row that the kernel takes at a time where rows are long: stays in the first-level cache
 _SERIAL = 1 << 18  # below this many elements a second thread costs more than it gains
 
 
@@ -543,7 +417,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _run(
-    p: _Plan,
+    p: Plan,
     x: np.ndarray,
     out: np.ndarray,
     shape: tuple[int, int, int],
@@ -558,36 +432,18 @@ def _run(
     outer, rows, columns = shape
     tile_rows = outer * -(-rows // tile[0])
     threads = min(torch.get_num_threads(), tile_rows, x.size // _SERIAL + 1)
+    kernel = _kernel(p.variant)
     fixed = (x, out, (rows, columns), tile, p.floats, p.integers, p.thresholds, p.values, rule, scale, inverse)
     if threads == 1:
-        p.kernel(*fixed, key, offset, p.bits, 0, tile_rows)
+        kernel(*fixed, key, offset, p.bits, 0, tile_rows)
         return
     bounds = [tile_rows * t // threads for t in range(threads + 1)]
     pending = [
-        _pool(threads).submit(p.kernel, *fixed, key, offset, p.bits, first, last)
+        _pool(threads).submit(kernel, *fixed, key, offset, p.bits, first, last)
         for first, last in itertools.pairwise(bounds)
     ]
     for future in pending:
         future.result()
-
-
-def _geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """A row-major tensor as (outer, rows, columns) and its tiles."""
-    size = fmt.block_size
-    numel = math.prod(shape)
-    if size is None or not shape:
-        return (1, 1, numel), (1, numel)
-    if isinstance(size, tuple):
-        rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
-        return (numel // (rows * columns), rows, columns), size
-    length, inner = shape[axis], math.prod(shape[axis + 1 :]) if axis != -1 else 1
-    size = min(size or length, length)
-    if inner > 1:
-        return (numel // (length * inner), length, inner), (size, 1)
-    if length % size == 0 and size < _SPAN:  # rows end with a block: cut them as suits the cache
-        span = size * math.gcd(numel // size, max(_SPAN // size, 1))
-        return (1, numel // span, span), (1, size)
-    return (1, numel // length, length), (1, size)
 
 
 def quantize(
@@ -618,7 +474,7 @@ def quantize(
         if p.overflow is not None:
             _overflow_to_special(source, target, *p.overflow)
         return
-    shape, tile = _geometry(tuple(x.shape), fmt, axis)
+    shape, tile = geometry(tuple(x.shape), fmt, axis)
     if len(p.rule) > 0 and tile != (1, x.numel()):
         _run(p, source, target, shape, tile, none, none, p.rule, words, offset)
         return
@@ -633,14 +489,14 @@ _NO_RULE = np.empty(0, np.int64)
 
 
 def _flat(
-    p: _Plan, x: np.ndarray, out: np.ndarray, scale: np.ndarray, inverse: np.ndarray, key: np.ndarray, offset: int
+    p: Plan, x: np.ndarray, out: np.ndarray, scale: np.ndarray, inverse: np.ndarray, key: np.ndarray, offset: int
 ) -> None:
     """One scale for all elements: rows of a span, and the rest."""
-    rows = x.size // _SPAN
-    head = rows * _SPAN
+    rows = x.size // SPAN
+    head = rows * SPAN
     if rows:
         many = np.repeat(scale, rows), np.repeat(inverse, rows)
-        _run(p, x[:head], out[:head], (1, rows, _SPAN), (1, _SPAN), *many, _NO_RULE, key, offset)
+        _run(p, x[:head], out[:head], (1, rows, SPAN), (1, SPAN), *many, _NO_RULE, key, offset)
     if head < x.size:
         rest = x.size - head
         tail = (1, 1, rest), (1, max(rest, 2))
@@ -648,7 +504,7 @@ def _flat(
 
 
 def _given_scales(
-    x: np.ndarray, fmt: BlockFormat, shape: tuple[int, int, int], tile: tuple[int, int], p: _Plan
+    x: np.ndarray, fmt: BlockFormat, shape: tuple[int, int, int], tile: tuple[int, int], p: Plan
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scale of every tile and its inverse, from the maxima: reference.tensor_scale and block_scale, vectorized."""
     outer, rows, columns = shape

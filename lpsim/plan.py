@@ -1,0 +1,161 @@
+"""A format, a rounding and an overflow policy as the numbers that a kernel takes; a tensor as rows of tiles.
+
+Shared by the backends `cpu` and `gpu`; knows neither Numba nor Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lpsim import reference
+from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format
+from lpsim.rounding import Overflow, Rounding, ScaleRule
+
+MODES = list(Rounding)  # the compiled-in number of a rounding is its place here
+SPAN = 4096  # elements of a row that a kernel takes at a time where rows are long: stays in the first-level cache
+
+
+class Variant(NamedTuple):
+    """What is compiled into a kernel."""
+
+    mode: int
+    table: bool  # the element is a codebook
+    double: bool  # float64 tensors
+    gap: bool  # no subnormals
+    bare: bool  # no mantissa bits
+
+
+def _smallest_at_least(bound: Fraction, dtype: Any, strict: bool) -> Any:
+    """The smallest float of `dtype` that is >= bound (> bound if strict)."""
+    near = dtype(float(bound))
+    while Fraction(float(near)) > bound:
+        near = np.nextafter(near, dtype(-np.inf))
+    while Fraction(float(near)) < bound or (strict and Fraction(float(near)) == bound):
+        near = np.nextafter(near, dtype(np.inf))
+    return near
+
+
+def _thresholds(fmt: Codebook, rounding: Rounding, dtype: Any) -> np.ndarray:
+    """For each pair of neighbours the smallest number that rounds to the upper one, from the oracle's rules."""
+    ordered = fmt.sorted_values
+    result = []
+    for lo, hi in itertools.pairwise(ordered):
+        middle = (Fraction(lo) + Fraction(hi)) / 2
+        if rounding in (Rounding.TIES_TO_EVEN, Rounding.TIES_TO_AWAY):
+            at_middle = reference.round_value(float(middle), fmt, rounding) == hi
+            result.append(_smallest_at_least(middle, dtype, strict=not at_middle))
+        else:  # the same neighbour everywhere between the two
+            inside = np.nextafter(dtype(lo), dtype(np.inf))
+            up = float(inside) == hi or reference.round_value(float(inside), fmt, rounding) == hi
+            result.append(inside if up else dtype(hi))
+    return np.array(result, dtype)
+
+
+class Plan(NamedTuple):
+    """A format and a rounding as kernel arguments, for one width of tensor. Floats and integers: see cpu.Grid."""
+
+    variant: Variant
+    floats: np.ndarray
+    integers: np.ndarray
+    thresholds: np.ndarray
+    values: np.ndarray
+    rule: np.ndarray
+    bits: int
+    overflow: tuple[float, float, bool, bool] | None
+
+
+def _fits_float32(element: Element) -> bool:
+    """Whether float32 arithmetic rounds exactly: C and q are normal, and what underflows is far below any tie."""
+    if isinstance(element, Codebook):
+        return element.min_subnormal >= 2.0**-60 and element.max <= 2.0**60
+    return element.min_subnormal >= 2.0**-60 and element.emax <= 60 and element.mantissa_bits <= 20
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool) -> Plan:
+    """What a kernel is compiled for, and its arguments."""
+    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
+    wide = double or not _fits_float32(element)
+    p, float_type, int_type = (52, np.float64, np.int64) if wide else (23, np.float32, np.int32)
+    unit = 1023 if wide else 127
+    bits = 32 if random_bits is None else random_bits
+    special = overflow is Overflow.SPECIAL and (element.has_inf or element.has_nan)
+    lowest, highest = element.min, element.max
+    emin = mantissa = parity = 0
+    gap = bare = False
+    if isinstance(element, FloatFormat):
+        emin, mantissa, parity = element.emin, element.mantissa_bits, element._bias
+        gap = not element.subnormals and mantissa > 0
+        bare = mantissa == 0
+        if special:
+            lowest, highest = -math.ldexp(1.0, element.emax + 1), math.ldexp(1.0, element.emax + 1)
+    elif isinstance(element, FixedFormat):  # one binade of "subnormals", wide enough for every value
+        emin, mantissa = element.bits - 1 - element.frac_bits, element.bits - 1
+    floats = [lowest, highest, -0.0 if element.has_negative_zero else 0.0, 2.0 ** min(bits, 16), element.min_normal]
+    integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity, 1]
+    integers += [16 - min(bits, 16), 2 ** min(bits, 16)]
+    table = isinstance(element, Codebook)
+    dtype = np.float64 if double else np.float32
+    deterministic = table and rounding is not Rounding.STOCHASTIC
+    largest_special = None
+    if special:
+        beyond = math.inf if element.has_inf else math.nan
+        nearest = rounding in (Rounding.TIES_TO_EVEN, Rounding.TIES_TO_AWAY, Rounding.STOCHASTIC)
+        up, down = nearest or rounding is Rounding.TOWARD_POSITIVE, nearest or rounding is Rounding.TOWARD_NEGATIVE
+        largest_special = (element.max, beyond, up, down)
+    return Plan(
+        variant=Variant(MODES.index(rounding), table, double, gap, bare),
+        floats=np.array(floats, float_type),
+        integers=np.array(integers, int_type),
+        thresholds=_thresholds(element, rounding, dtype) if deterministic else np.empty(0, dtype),
+        values=np.array(element.sorted_values if isinstance(element, Codebook) else [], dtype),
+        rule=_rule(fmt, double) if isinstance(fmt, BlockFormat) else np.empty(0, np.int64),
+        bits=bits,
+        overflow=largest_special,
+    )
+
+
+def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
+    """A power-of-two scale rule as numbers: (add, p, bias, emax, lowest and highest exponent, mask of the magnitude).
+
+    The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Empty for other rules.
+    """
+    p, unit = (52, 1023) if double else (23, 127)
+    element, ones = fmt.element, (1 << p) - 1
+    if fmt.scale_rule is ScaleRule.FLOOR:
+        add = 0
+    elif fmt.scale_rule is ScaleRule.CEIL:
+        add = ones
+    elif fmt.scale_rule is ScaleRule.RCEIL:
+        add = ones - round((math.frexp(element.max)[0] * 2 - 1) * 2**p)
+    elif fmt.scale_rule is ScaleRule.EVEN:
+        add = 1 << (p - 1 - element.mantissa_bits)
+    else:
+        return np.empty(0, np.int64)
+    absolute = (1 << (63 if double else 31)) - 1
+    return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, absolute], np.int64)
+
+
+def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """A row-major tensor as (outer, rows, columns) and its tiles."""
+    size = fmt.block_size
+    numel = math.prod(shape)
+    if size is None or not shape:
+        return (1, 1, numel), (1, numel)
+    if isinstance(size, tuple):
+        rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
+        return (numel // (rows * columns), rows, columns), size
+    length, inner = shape[axis], math.prod(shape[axis + 1 :]) if axis != -1 else 1
+    size = min(size or length, length)
+    if inner > 1:
+        return (numel // (length * inner), length, inner), (size, 1)
+    if length % size == 0 and size < SPAN:  # rows end with a block: cut them as suits the cache
+        span = size * math.gcd(numel // size, max(SPAN // size, 1))
+        return (1, numel // span, span), (1, size)
+    return (1, numel // length, length), (1, size)
