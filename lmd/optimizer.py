@@ -3,20 +3,22 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lmd import update
+from lmd import plain, update
+from lmd.plain import Weight
 from lmd.priors import PRIORS
-from lmd.random import NoiseKey, normal_pair
 
 PARAMETERIZATIONS = ("shared", "split")
 NONFINITE = ("raise", "skip")
 POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
-MASTER_OF = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+MASTER_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+Replacement = Callable[[dict[str, Any], list[Weight]], list[Tensor]]
 
 
 class LMD(Optimizer):
@@ -34,7 +36,7 @@ class LMD(Optimizer):
 
     A gradient taken outside `sampled_params` (or with noise_scale 0) is taken at the mean, and `step` treats it so.
 
-    Arguments (all but seed, mc_samples and nonfinite may be set per group and changed between steps):
+    Arguments (all but mc_samples, nonfinite and fused may be set per group):
         lr: alpha >= 0, in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay apart.
             0.01 to 0.05.
         betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
@@ -52,6 +54,7 @@ class LMD(Optimizer):
         mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
         nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
             anything changes, or "skip" the step and count it in `skipped_steps`.
+        fused: take the fused backend where there is one (lmd/kernels.py on CPU); False: lmd/plain.py everywhere.
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. Sparse gradients are refused
@@ -72,6 +75,7 @@ class LMD(Optimizer):
         parameterization: str = "shared",
         mc_samples: int = 1,
         nonfinite: str = "raise",
+        fused: bool = True,
         seed: int = 0,
     ) -> None:
         if not isinstance(mc_samples, int) or mc_samples < 1:
@@ -80,6 +84,7 @@ class LMD(Optimizer):
             raise ValueError(f"nonfinite must be one of {NONFINITE}, not {nonfinite!r}")
         self.mc_samples = mc_samples
         self.nonfinite = nonfinite
+        self.fused = fused
         self._sampling = False  # a sample or the median is in place of the means
         self._draws = 0  # samples taken since the last step
         defaults = {
@@ -114,17 +119,21 @@ class LMD(Optimizer):
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
         """Within the block the parameters hold a sample of the posterior; afterwards, also after an exception, the
-        means, exactly.
+        means.
+
+        The parameters' own memory is left alone and put back: `data` points elsewhere within the block, and what is
+        written there is dropped. backward() must be called inside; called later it raises, as after any change in
+        place.
 
         The sample is a function of the seed and the step: entered again before `step`, the block gives the same
         sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
         samples in turn and each exit leaves in `grad` the running average of the weight-scaled gradients, expressed
-        at the mean; enter it S times (or a multiple) a step. Free where noise_scale is 0. Raises RuntimeError when
+        at the mean; enter S times (or a multiple) a step. Free where noise_scale is 0. Raises RuntimeError when
         nested.
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
-        with self._replaced(self._sample, draw):
+        with self._replaced(lambda group, weights: self._sample(group, weights, draw)):
             self._draws += 1
             if self.mc_samples > 1:
                 earlier = self._set_gradients_aside()
@@ -139,8 +148,12 @@ class LMD(Optimizer):
 
     @contextmanager
     def median_params(self) -> Iterator[None]:
-        """Within the block the parameters hold the posterior medians m+ - m-; afterwards the means, exactly."""
-        with self._replaced(lambda p, group, key: self._mean(p) * math.exp(-0.5 * group["noise_scale"] ** 2), 0):
+        """Within the block the parameters hold the posterior medians m+ - m-; afterwards the means."""
+
+        def medians(group: dict[str, Any], weights: list[Weight]) -> list[Tensor]:
+            return [weight.mean * math.exp(-0.5 * group["noise_scale"] ** 2) for weight in weights]
+
+        with self._replaced(medians):
             yield
 
     def posterior_samples(self, count: int) -> Iterator[AbstractContextManager[None]]:
@@ -150,50 +163,48 @@ class LMD(Optimizer):
                 with sample:
                     probability += model(x).softmax(-1) / 8
 
-        The samples depend on the seed and the step and differ from those of training, which they leave unchanged.
+        The samples depend on the seed and the step, differ from those of training and do not change it.
         """
         for index in range(count):
-            yield self._replaced(self._sample, POSTERIOR_DRAW + index)
+            draw = POSTERIOR_DRAW + index
+            yield self._replaced(lambda group, weights, draw=draw: self._sample(group, weights, draw))  # type: ignore[misc]
 
     @contextmanager
-    def _replaced(self, value: Callable[[Tensor, dict[str, Any], NoiseKey], Tensor], draw: int) -> Iterator[None]:
-        """Puts value(...) in place of every parameter that has noise, and the parameter back on the way out."""
+    def _replaced(self, values: Replacement) -> Iterator[None]:
+        """Puts values(group, weights) in place of the parameters that have noise, and those back on the way out."""
         if self._sampling:
             raise RuntimeError("a posterior sample is already in place: leave that block first")
         self._sampling = True
-        saved: list[tuple[Tensor, Tensor]] = []
+        means: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
-                for p, group, key in self._noisy_params(draw):
-                    drawn = value(p, group, key)
-                    saved.append((p, p.detach().clone()))
-                    p.copy_(drawn)
+                for group, numbered in self._numbered_params():
+                    noisy = [(i, p) for i, p in numbered if p.requires_grad and group["noise_scale"] > 0.0]
+                    weights = self._weights(group, noisy)
+                    for (_, p), value in zip(noisy, values(group, weights) if weights else [], strict=True):
+                        means.append((p, p.data))
+                        p.data = value.to(p.dtype)
             yield
         finally:
-            with torch.no_grad():
-                for p, mean in saved:
-                    p.copy_(mean)
+            for p, mean in means:
+                p.data = mean
+            if means:
+                torch.autograd.graph.increment_version([p for p, _ in means])
             self._sampling = False
 
-    def _noisy_params(self, draw: int) -> Iterator[tuple[Tensor, dict[str, Any], NoiseKey]]:
-        """The parameters that a sample changes, with the key of their noise; their state is set up on the way."""
-        index = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group["noise_scale"] > 0.0 and p.requires_grad and p.numel() > 0:
-                    self._prepare(p, group)
-                    yield p, group, NoiseKey(group["seed"], index, group["step"], draw)
-                index += 1
-
-    def _sample(self, p: Tensor, group: dict[str, Any], key: NoiseKey) -> Tensor:
-        mean = self._mean(p)
-        return update.sample(mean, self._center(p), group["noise_scale"], normal_pair(key, mean))
+    def _sample(self, group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
+        samples = [weight.mean for weight in weights]
+        for backend, places in self._backends(samples):
+            drawn = backend.sample(group, [weights[i] for i in places], draw)
+            for i, value in zip(places, drawn, strict=True):
+                samples[i] = value
+        return samples
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
         """Takes the gradients of earlier samples away, so that backward starts from none."""
         earlier = {}
-        for group in self.param_groups:
-            for p in group["params"]:
+        for _, numbered in self._numbered_params():
+            for _, p in numbered:
                 if p.grad is not None:
                     earlier[p], p.grad = p.grad, None
         return earlier
@@ -201,43 +212,56 @@ class LMD(Optimizer):
     @torch.no_grad()
     def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
-        noisy = {p: key for p, group, key in self._noisy_params(draw)}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    gradient = p.grad / self.mc_samples
-                    if p in noisy:
-                        mean, sigma = self._mean(p), group["noise_scale"]
-                        a = update.half_log_ratio(mean, self._center(p), sigma)
-                        drawn = sum(update.multipliers(a, self._center(p), sigma, normal_pair(noisy[p], mean)))
-                        gradient = gradient * (drawn / sum(update.multipliers(a, self._center(p), sigma, None)))
-                    p.grad = (gradient + earlier[p] if p in earlier else gradient).to(p.dtype)
-                elif p in earlier:
-                    p.grad = earlier[p]
+        for group, numbered in self._numbered_params():
+            sigma = group["noise_scale"]
+            present = [(i, p) for i, p in numbered if p.grad is not None]
+            for (_, p), weight in zip(present, self._weights(group, present), strict=True):
+                assert p.grad is not None
+                gradient = p.grad / self.mc_samples
+                if sigma > 0.0:
+                    a = update.half_log_ratio(weight.mean, weight.center, sigma)
+                    drawn = sum(update.multipliers(a, weight.center, sigma, plain.noise(group, weight, draw)))
+                    gradient = gradient * (drawn / sum(update.multipliers(a, weight.center, sigma, None)))
+                p.grad = gradient.to(p.dtype)
+        for p, gradient in earlier.items():
+            p.grad = gradient if p.grad is None else p.grad + gradient
 
     # --- state ---
 
-    def _prepare(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The state of a parameter, made from its present value the first time."""
-        state = self.state[p]
-        if not state:
-            dtype = MASTER_OF.get(p.dtype, p.dtype)
-            state["m0"] = update.initial_center(p, group["kappa"])
-            names = ("v",) if group["parameterization"] == "shared" else ("v_plus", "v_minus", "log_center")
-            for name in names:
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            if dtype != p.dtype:
-                state["master"] = p.detach().to(dtype)
-        return state
+    def _numbered_params(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+        """Every group with its non-empty parameters, numbered through all groups; the number keys a parameter's
+        noise.
+        """
+        first = 0
+        for group in self.param_groups:
+            yield group, [(i, p) for i, p in enumerate(group["params"], first) if p.numel()]
+            first += len(group["params"])
 
-    def _mean(self, p: Tensor) -> Tensor:
-        """The posterior mean in the precision that the update works in."""
-        return self.state[p].get("master", p.detach())
+    def _weights(self, group: dict[str, Any], numbered: list[tuple[int, Tensor]]) -> list[Weight]:
+        """The numbered parameters with their state, which is made from their present values the first time."""
+        weights = []
+        for index, p in numbered:
+            state = self.state[p]
+            if not state:
+                dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
+                state["m0"] = update.initial_center(p, group["kappa"])
+                shared = group["parameterization"] == "shared"
+                for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
+                    state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+                if dtype != p.dtype:
+                    state["master"] = p.detach().to(dtype)
+            weights.append(Weight(index, state.get("master", p.detach()), state))
+        return weights
 
-    def _center(self, p: Tensor) -> float | Tensor:
-        """sqrt(m+ m-): a number in the shared parameterization, a tensor in the split one."""
-        state = self.state[p]
-        return state["m0"] * torch.exp(state["log_center"]) if "log_center" in state else state["m0"]
+    def _backends(self, tensors: list[Tensor]) -> Iterator[tuple[ModuleType, list[int]]]:
+        """The backends that serve the tensors, each with the places of its tensors in the list."""
+        fused = [i for i, tensor in enumerate(tensors) if self.fused and _is_fusible(tensor)]
+        if fused:
+            from lmd import kernels  # not before it is needed: it loads Numba
+
+            yield kernels, fused
+        if len(fused) < len(tensors):
+            yield plain, sorted(set(range(len(tensors))) - set(fused))
 
     @property
     def skipped_steps(self) -> int:
@@ -278,7 +302,7 @@ class LMD(Optimizer):
         self._draws = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("mc_samples", "nonfinite", "_sampling", "_draws")}
+        own = {name: self.__dict__[name] for name in ("mc_samples", "nonfinite", "fused", "_sampling", "_draws")}
         return {**super().__getstate__(), **own}
 
     # --- step ---
@@ -298,7 +322,7 @@ class LMD(Optimizer):
         if draws % self.mc_samples:
             raise RuntimeError(f"sampled_params ran {draws} times since the last step, mc_samples is {self.mc_samples}")
         with torch.no_grad():
-            self._update(at_sample=draws > 0 and self.mc_samples == 1, passes=max(1, draws // self.mc_samples))
+            self._update(at_sample=draws > 0 and self.mc_samples == 1)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -311,45 +335,43 @@ class LMD(Optimizer):
                 losses.append(closure())
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
-    def _update(self, at_sample: bool, passes: int) -> None:
-        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not present:
-            raise RuntimeError("no parameter has a gradient: call backward() before step()")
-        if any(p.grad.is_sparse for p in present):
-            raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
-        finite = all(bool(torch.isfinite(p.grad).all()) for p in present)
+    def _update(self, at_sample: bool) -> None:
+        gradients = self._gradients()
+        found = list(gradients.values())
+        finite = all(backend.finite([found[i] for i in places]) for backend, places in self._backends(found))
         if not finite and self.nonfinite == "raise":
             raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
-        index = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if finite and p.grad is not None and p.numel() > 0:
-                    self._prepare(p, group)
-                    self._step_param(p, group, NoiseKey(group["seed"], index, group["step"]) if at_sample else None)
-                index += 1
+        for group, numbered in self._numbered_params():
+            if finite:
+                present = [(i, p) for i, p in numbered if i in gradients]
+                weights = self._weights(group, present)
+                for backend, places in self._backends([weight.mean for weight in weights]):
+                    chosen = [weights[i] for i in places]
+                    backend.step(group, chosen, [gradients[weight.number] for weight in chosen], at_sample)
+                for _, p in present:
+                    if "master" in self.state[p]:
+                        p.copy_(self.state[p]["master"])
             group["step"] += 1
             group["skipped_steps"] += not finite
 
-    def _step_param(self, p: Tensor, group: dict[str, Any], key: NoiseKey | None) -> None:
-        state, mean = self.state[p], self._mean(p)
-        assert p.grad is not None
-        gradient = p.grad.to(mean.dtype)
-        sigma = group["noise_scale"]
-        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale")}
-        settings["prior"] = PRIORS[group["prior"]]
-        settings["noise"] = normal_pair(key, mean) if key is not None and sigma > 0.0 else None
-        result: update.Shared | update.Split
-        if group["parameterization"] == "shared":
-            result = update.step_shared(mean, state["v"], gradient, state["m0"], **settings)
-        else:
-            moments = (state["log_center"], state["v_plus"], state["v_minus"])
-            result = update.step_split(
-                mean, *moments, gradient, state["m0"], entropy=float(group["entropy"]), **settings
-            )
-        for name, value in result._asdict().items():
-            (mean if name == "mean" else state[name]).copy_(value)
-        if "master" in state:
-            p.copy_(mean)
+    def _gradients(self) -> dict[int, Tensor]:
+        """The gradients there are, by the number of their parameter, in the dtype and the layout of the mean."""
+        gradients = {}
+        for _, numbered in self._numbered_params():
+            for index, p in numbered:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
+                    gradient = p.grad.to(MASTER_DTYPE.get(p.dtype, p.dtype))
+                    gradients[index] = gradient.contiguous() if p.is_contiguous() else gradient
+        if not gradients:
+            raise RuntimeError("no parameter has a gradient: call backward() before step()")
+        return gradients
+
+
+def _is_fusible(tensor: Tensor) -> bool:
+    """Whether lmd/kernels.py serves a tensor of this device, dtype and layout."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _check_group(group: dict[str, Any], mc_samples: int) -> None:
@@ -365,6 +387,7 @@ def _check_group(group: dict[str, Any], mc_samples: int) -> None:
     betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
     for name in ("lr", "weight_decay", "noise_scale"):
         require(math.isfinite(group[name]) and group[name] >= 0.0, name, "finite and at least 0")
+    require(group["noise_scale"] <= 4.0, "noise_scale", "at most 4, a factor of 50 a standard deviation")
     require(math.isfinite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "finite and above 0")
     require(len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
     require(group["lr"] * group["weight_decay"] < 1.0, "weight_decay", "below 1 / lr")

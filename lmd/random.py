@@ -1,9 +1,9 @@
 """Counter-based normal noise: Philox4x32-7 words and Box-Muller.
 
-Every word is a function of (seed, parameter index, step, draw, element index) and of nothing else: no generator
-state, so the noise can be drawn again instead of stored, and does not depend on device, thread count or on what was
-drawn before. Philox4x32 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2,
-3" (SC 2011); seven rounds are the fewest that the authors found to pass BigCrush.
+Every word is a function of (seed, parameter index, step, draw, element index) and of nothing else: there is no
+generator state, so noise is drawn again instead of stored, and depends neither on device and thread count nor on what
+was drawn before. Philox4x32 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3" (SC 2011); seven rounds are the fewest that its authors found to pass BigCrush.
 """
 
 import math
@@ -23,7 +23,7 @@ Words = tuple[Word, Word, Word, Word]
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Names one noise tensor pair. `seed`: 64 bits; the others: 32 bits each."""
+    """Names the noise of one tensor. `seed`: 64 bits; the others: 32 bits each."""
 
     seed: int
     parameter: int = 0
@@ -34,8 +34,8 @@ class NoiseKey:
 def philox4x32(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Words:
     """The four 32-bit output words of a counter and a key.
 
-    A word is a Python int or an int64 tensor holding 0 .. 2**32 - 1 (broadcast against the others). The 64-bit
-    products wrap in int64, which leaves both 32-bit halves right.
+    A word is a Python int or an int64 tensor with values 0 .. 2**32 - 1; tensors broadcast. The 64-bit products wrap
+    in int64, which leaves both of their 32-bit halves right.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -48,34 +48,31 @@ def philox4x32(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Wo
     return c0, c1, c2, c3
 
 
-def words(key: NoiseKey, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Two words for each of `count` elements, as int64 tensors of shape (count,).
+def words(key: NoiseKey, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """One 32-bit word for each of `count` elements, as an int64 tensor of shape (count,).
 
-    Counter (block, draw, step, parameter) serves the elements 2 * block (its words 0 and 1) and 2 * block + 1 (words
-    2 and 3).
+    Element i takes word i % 4 of the counter (i // 4, draw, step, parameter) under the key (low, high half of the
+    seed).
     """
-    block = torch.arange((count + 1) // 2, dtype=torch.int64, device=device)
-    w0, w1, w2, w3 = philox4x32((block, key.draw, key.step, key.parameter), (key.seed & MASK, key.seed >> 32))
-    first = torch.stack((torch.as_tensor(w0), torch.as_tensor(w2)), dim=1).reshape(-1)[:count]
-    second = torch.stack((torch.as_tensor(w1), torch.as_tensor(w3)), dim=1).reshape(-1)[:count]
-    return first, second
+    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    output = philox4x32((block, key.draw, key.step, key.parameter), (key.seed & MASK, key.seed >> 32))
+    return torch.stack([torch.as_tensor(word, device=device) for word in output], dim=1).reshape(-1)[:count]
 
 
-def box_muller(first: Tensor, second: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals for each pair of words.
+def box_muller(word: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from each word, of the given dtype and the word's shape.
 
-    radius = sqrt(-2 log((first + 1/2) / 2**32)), at most 6.77; angle = 2 pi second / 2**32, `second` read as a signed
-    integer so that small angles keep their precision. (first + 1/2) / 2**32 rounds to at most 1, so the radius is
-    never NaN.
+    Bits 0-15 give the radius sqrt(-2 log((k + 1/2) / 2**16)), at most 4.86; bits 16-29 the angle in the first quarter,
+    (k + 1/2) / 2**14 pi / 2; bits 31 and 30 the signs. The arguments of log, cos and sin are exact on every backend.
     """
-    radius = torch.sqrt(-2.0 * torch.log((first.to(dtype) + 0.5) * 2.0**-32))
-    signed = torch.where(second >= 2**31, second - 2**32, second)
-    angle = signed.to(dtype) * (2.0 * math.pi * 2.0**-32)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    radius = torch.sqrt(-2.0 * torch.log(((word & 0xFFFF).to(dtype) + 0.5) * 2.0**-16))
+    angle = ((word >> 16 & 0x3FFF).to(dtype) + 0.5) * (math.pi * 2.0**-15)
+    plus = radius * torch.cos(angle)
+    minus = radius * torch.sin(angle)
+    return torch.where(word >> 31 == 1, -plus, plus), torch.where(word >> 30 & 1 == 1, -minus, minus)
 
 
 def normal_pair(key: NoiseKey, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Independent standard normal tensors (eps_plus, eps_minus) with the shape, dtype and device of `like`."""
-    first, second = words(key, like.numel(), like.device)
-    plus, minus = box_muller(first, second, like.dtype)
+    """Independent standard normal tensors (eps+, eps-) with the shape, dtype and device of `like`."""
+    plus, minus = box_muller(words(key, like.numel(), like.device), like.dtype)
     return plus.view(like.shape), minus.view(like.shape)

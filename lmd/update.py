@@ -82,7 +82,7 @@ def step_shared(
     a = half_log_ratio(mean, m0, noise_scale)
     plus, minus = multipliers(a, m0, noise_scale, noise)
     u, v = momentum(v, gradient * (plus + minus), betas)
-    a = a - lr * (torch.sign(u) + weight_decay * prior.regularizer(a, noise_scale, 0.0))
+    a = a - lr * (torch.sign(u) + weight_decay * prior.regularizer(a, noise_scale))
     return Shared(posterior_mean(a, m0, noise_scale), v)
 
 
@@ -109,7 +109,7 @@ def step_split(
     noise_scale: float,
     noise: Noise | None,
     prior: Prior,
-    entropy: float,
+    entropy: bool,
 ) -> Split:
     """One EG+- step: G+- = +-g theta+-, log m+-' = log m+- - lr (sign(u+-) + weight_decay R(m+-)).
 
