@@ -25,7 +25,7 @@ from analysis.tables import BASELINE, TASK, counted, higher_is_better, text
 
 WIDTH = 11.0  # inches, 1056 CSS pixels: the width of the page
 PANELS_A_ROW, PANELS, ROWS, LEVELS = 3, 6, 30, 12  # what one figure shows at most
-SMOOTH = 20  # training losses that a smoothed one is the mean of
+SMOOTH = 30  # a smoothed training loss is the mean over this part of the longest run
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def levels(column: pd.Series) -> list[str]:
 def curves(
     runs: pd.DataFrame, metrics: pd.DataFrame, roles: Roles, split: str, metric: str, label: str
 ) -> Drawing | None:
-    """`metric` of `split` against the step for the runs of a task; training metrics, of one batch each, smoothed. None
-    when no run has such numbers."""
+    """`metric` of `split` against the step for the runs of a task; training metrics, of one batch each, are smoothed.
+    None when no run has such numbers.
+    """
     numbers = metrics[(metrics["split"] == split) & (metrics["metric"] == metric)]
     frame = numbers[["signature", "step", "value"]].merge(
         runs[["signature", "status", roles.hue, *([roles.facet] if roles.facet else [])]],
@@ -95,7 +96,7 @@ def curves(
     )
     if frame.empty:
         return None
-    smooth = SMOOTH if split == "train" else 1
+    smooth = 1 + int(frame.groupby("signature").size().max()) // SMOOTH if split == "train" else 1
     line = (
         f"One line a run, the mean of {smooth} neighbouring values over the values themselves"
         if smooth > 1

@@ -84,7 +84,7 @@ def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     if many:
         draw(frame[~diverged], estimator="median", errorbar=("pi", 100), linewidth=1.2)
     if smooth > 1:
-        draw(alone, estimator=None, units="signature", linewidth=0.5, alpha=0.3)
+        draw(alone, estimator=None, units="signature", linewidth=0.6, alpha=0.35)
     running = alone.groupby("signature")["value"].rolling(smooth, min_periods=1, center=True).mean().droplevel(0)
     draw(alone.assign(value=running), estimator=None, units="signature", linewidth=1.2, alpha=0.9)
     ends = frame[frame["status"] == "diverged"].sort_values("step").groupby("signature", sort=False).tail(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -336,14 +337,13 @@ def _provenance(results: Results) -> Iterator[str]:
 
 
 def _follows(runs: pd.DataFrame, name: str, factors: list[str]) -> str:
-    """`adamw: 0.006; lmd: 0.03`: the values of a derived setting by the fewest leading factors that decide it."""
-    for length in range(1, len(factors) + 1):
-        singles = [[factor] for factor in factors] if length == 1 else [factors[:length]]
-        for chosen in singles:
-            groups = runs.groupby(chosen, dropna=False, sort=False)[name]
-            if groups.nunique(dropna=False).max() == 1:
-                firsts = [(key, group.iloc[0]) for key, group in groups]
-                return "; ".join(f"{', '.join(map(tables.text, key))}: {tables.text(value)}" for key, value in firsts)
+    """`adamw: 0.006; lmd: 0.03`: the values of a derived setting by the fewest factors that decide it."""
+    varying = [factor for factor in factors if runs[factor].nunique(dropna=False) > 1]
+    for chosen in (some for size in range(1, len(varying) + 1) for some in combinations(varying, size)):
+        groups = runs.groupby(list(chosen), dropna=False, sort=False)[name]
+        if groups.nunique(dropna=False).max() == 1:
+            firsts = [(", ".join(map(tables.text, key)), group.iloc[0]) for key, group in groups]
+            return "; ".join(f"{key}: {tables.text(value)}" for key, value in firsts)
     return "differs within arms"
 
 

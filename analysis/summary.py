@@ -89,7 +89,11 @@ def _changes(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[s
     """What an optimizer changes by in each format, arms without a pair included."""
     start = f"{optimizer}, against its own {BASELINE} with the same seeds: "
     if len(rows) <= SENTENCES:
-        yield f"{start}{'; '.join(f'{arm_name(row, names)} {change(row)}' for row in rows.to_dict('records'))}."
+        words = {"better": ": better", "worse": ": worse", "undecided": ": undecided"}
+        parts = [
+            f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
+        ]
+        yield f"{start}{'; '.join(parts)}."
         return
     harm = -rows["difference"] if higher_is_better(rows["metric"].iloc[0]) else rows["difference"]
     furthest = ""
@@ -104,18 +108,16 @@ def _changes(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[s
 
 
 def _comparison(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[str]:
-    """What an optimizer loses to each format beside what the reference loses, arms without a pair included."""
+    """Whether an optimizer loses less to each format than the reference, arms without a pair included."""
     reference = rows["reference"].iloc[0]
     settings = rows["reference_settings"].iloc[0]
-    start = f"What {optimizer} loses to the format beside {reference}{f' ({settings})' if settings else ''}: "
+    start = f"{optimizer}'s change from {BASELINE} minus {reference}'s{f' ({settings})' if settings else ''}: "
+    words = {"better": f": {optimizer} loses less", "worse": f": {optimizer} loses more", "undecided": ": undecided"}
     if len(rows) <= SENTENCES:
-        parts = []
-        for row in rows.to_dict("records"):
-            word = "less" if on_better_side(row) else "more"
-            amount = f"{plain(abs(row['difference']))} {word} in " if row["n"] else ""
-            doubt = "; the interval contains 0" if verdict(row) == "undecided" else ""
-            parts.append(f"{amount}{arm_name(row, names)} ({change(row)}{doubt})")
-        yield f"{start}{', '.join(parts)}."
+        parts = [
+            f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
+        ]
+        yield f"{start}{'; '.join(parts)}."
         return
     verdicts = rows.apply(verdict, axis=1)
     yield (
@@ -169,12 +171,7 @@ def verdict(row: Mapping[str, Any] | pd.Series) -> str:
         return "n = 1" if row["n"] else "no pair"
     if row["low"] <= 0 <= row["high"]:
         return "undecided"
-    return "better" if on_better_side(row) else "worse"
-
-
-def on_better_side(row: Mapping[str, Any] | pd.Series) -> bool:
-    """Whether the mean difference is one for the better."""
-    return bool((row["difference"] > 0) == higher_is_better(row["metric"]))
+    return "better" if (row["difference"] > 0) == higher_is_better(row["metric"]) else "worse"
 
 
 def change(row: Mapping[str, Any] | pd.Series) -> str:
