@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:
-    """For child processes: this repository and this folder importable, one thread."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    """For child processes: this repository importable, one thread."""
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 
-import experiment_jobs
 import pytest
-from experiment_jobs import add, alive, announce_and_wait, die, fail, wait_until
 
 from experiments.executors import DaskExecutor, LocalExecutor, SlurmExecutor, StoppableExecutor, WorkerDied
+from tests import experiment_jobs
+from tests.experiment_jobs import add, alive, announce_and_wait, die, fail, wait_until
 
 SBATCH = """#!/bin/bash
 for argument; do case $argument in --output=*) log=${argument#*=};; --wrap=*) wrap=${argument#*=};; esac; done
@@ -113,7 +113,7 @@ def test_workers_keep_to_one_thread_and_import_torch_once() -> None:
 
 ORPHAN = """
 import sys
-from experiment_jobs import announce_and_wait
+from tests.experiment_jobs import announce_and_wait
 from experiments.executors import LocalExecutor
 if __name__ == "__main__":
     executor = LocalExecutor(2)
@@ -141,7 +141,7 @@ def test_slurm_passes_options_and_cleans_up(tmp_path: Path, monkeypatch: pytest.
     with SlurmExecutor(tmp_path / "jobs", options=["--partition=gpu"], poll_s=0.05) as executor:
         assert executor.submit(add, 1, 1).result(60) == 2
     submitted = (slurm / "submitted").read_text()
-    assert "--partition=gpu" in submitted and "experiments.executors experiment_jobs:add" in submitted
+    assert "--partition=gpu" in submitted and "experiments.executors tests.experiment_jobs:add" in submitted
     assert list((tmp_path / "jobs").iterdir()) == []
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from experiment_jobs import tiny_config
 
 from experiments import train as training
 from experiments.config import Config, RecipeConfig, forward, model
@@ -18,6 +17,7 @@ from experiments.optimizers import LMD, OPTIMIZERS, SGD, AdamW
 from experiments.record import RunRecord
 from experiments.train import train
 from lpsim import Recipe, Rounding, simulate
+from tests.experiment_jobs import tiny_config
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,38 @@
+"""Does LMD lose less than AdamW to a low-precision forward pass? 24 runs: two optimizers, three formats, two micro
+models, two seeds.
+
+Small enough for a laptop, so the answer is a direction at most. The learning rates are those that
+`quickstart_tuning.py` found best in float32, the same number tried for each optimizer (FINDINGS.md).
+"""
+
+from collections.abc import Iterator
+
+from experiments.config import Config, forward, model
+from experiments.data import Digits, StdlibText
+from experiments.optimizers import LMD, AdamW, OptimizerConfig
+
+TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
+STEPS, WARMUP_STEPS = 300, 30
+TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
+    "gpt2-micro": (AdamW(lr=0.006), LMD(lr=0.06)),
+    "vit-micro": (AdamW(lr=0.006), LMD(lr=0.03)),
+}
+
+
+def grid() -> Iterator[Config]:
+    for seed in (0, 1):
+        for network, data, batch_size in TASKS:
+            for optimizer in TUNED[network.name]:
+                for name in ("float32", "mxfp6_e3m2", "mxfp4_e2m1"):
+                    yield Config(
+                        model=network,
+                        data=data,
+                        optimizer=optimizer,
+                        recipe=forward(name),
+                        seed=seed,
+                        steps=STEPS,
+                        batch_size=batch_size,
+                        warmup_steps=WARMUP_STEPS,
+                        validate_every=50,
+                        checkpoint_every=50,
+                    )

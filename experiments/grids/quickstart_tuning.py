@@ -1,0 +1,30 @@
+"""The learning rates of the quickstart: four each for AdamW and LMD, a factor of 2 apart, in float32, on seeds that the
+quickstart does not use.
+"""
+
+from collections.abc import Iterator
+
+from experiments.config import Config
+from experiments.grids.quickstart import STEPS, TASKS, WARMUP_STEPS
+from experiments.optimizers import LMD, AdamW
+
+RATES = {AdamW: (0.0015, 0.003, 0.006, 0.012), LMD: (0.015, 0.03, 0.06, 0.12)}
+SEEDS = (1000, 1001)
+
+
+def grid() -> Iterator[Config]:
+    for network, data, batch_size in TASKS:
+        for optimizer, rates in RATES.items():
+            for rate in rates:
+                for seed in SEEDS:
+                    yield Config(
+                        model=network,
+                        data=data,
+                        optimizer=optimizer(lr=rate),
+                        seed=seed,
+                        steps=STEPS,
+                        batch_size=batch_size,
+                        warmup_steps=WARMUP_STEPS,
+                        validate_every=50,
+                        checkpoint_every=50,
+                    )
