@@ -74,8 +74,7 @@ class Quantizer:
 
     def __call__(self, x: torch.Tensor, axis: int = -1, key: Key | None = None) -> torch.Tensor:
         """x quantized; the gradient passes straight through. Arguments and errors as for `quantize`."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            self._check(x, axis, key)
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
             return _StraightThrough.apply(x, self, axis, key)
         return self.quantize(x, axis, key)
 

@@ -75,7 +75,7 @@ def decode(code: int, fmt: Element) -> float:
         return math.ldexp(code - (code >> (fmt.bits - 1) << fmt.bits), -fmt.frac_bits)
     width = fmt.exponent_bits + fmt.mantissa_bits
     negative, magnitude = bool(code >> width), code & ((1 << width) - 1)
-    if fmt.specials is Specials.FNUZ and negative and magnitude == 0:
+    if fmt.specials in (Specials.FNUZ, Specials.EXTENDED) and negative and magnitude == 0:
         return math.nan
     if magnitude > fmt._max_code():
         infinite = fmt.has_inf and magnitude == fmt._max_code() + 1
@@ -105,10 +105,10 @@ def encode(value: float, fmt: Element) -> int:
     if math.isnan(value):
         if not fmt.has_nan:
             raise ValueError(f"{fmt.name} has no NaN")
-        if fmt.specials is Specials.FNUZ:
+        if fmt.signed and fmt.specials in (Specials.FNUZ, Specials.EXTENDED):
             return 1 << width
         quiet = 1 << max(fmt.mantissa_bits - 1, 0)
-        return (1 << width) - 1 if fmt.specials is Specials.FN else fmt._max_code() + 1 + quiet
+        return fmt._max_code() + 1 + quiet if fmt.specials is Specials.IEEE else (1 << width) - 1
     negative = math.copysign(1.0, value) < 0
     sign = int(negative) << width if fmt.signed else 0
     if math.isinf(value):
@@ -226,7 +226,10 @@ def _round_magnitude(
     if lower != steps:
         lower_is_even = (lower + lower_even_at) % 2 == 0
         lower += _away_from_zero(steps - lower, lower_is_even, negative, rounding, word, bits)
-    return math.ldexp(lower, step_exponent)
+    try:
+        return math.ldexp(lower, step_exponent)
+    except OverflowError:  # rounded past the largest float64
+        return math.inf
 
 
 def _round_to_table(x: float, fmt: Codebook, rounding: Rounding, word: int, bits: int | None) -> float:
@@ -297,6 +300,8 @@ def block_indices(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> Iterat
 
     A tile (rows, columns) covers the last two axes; a 0-d tensor is one block, a 1-d tensor one row.
     """
+    if 0 in shape:
+        return
     index = np.arange(math.prod(shape)).reshape(shape if shape else (1,))
     size = fmt.block_size
     if size is None:

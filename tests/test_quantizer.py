@@ -1,0 +1,197 @@
+"""Quantizer on the CPU: equality with the oracle, layouts, dtypes, random bits, gradients, bad input."""
+
+import numpy as np
+import pytest
+import torch
+
+from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, formats, reference
+from lpsim.formats import BlockFormat
+from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
+
+KEY = Key(seed=5, stream=7, step=9, offset=300)
+ELEMENTS = [f for f in SCALAR if f.bits <= 19] + ODD_ONES
+FEW = [
+    formats.float6_e3m2fn,
+    formats.float4_e2m1fn,
+    formats.int8_q6,
+    formats.bfloat16,
+    *(f for f in ODD_ONES if f.name in ("e4m3_flushed", "e3m0", "q4_3", "log_sqrt2", "no_zero")),
+]
+
+
+def amax_over_three(amax: float, element: object) -> float:
+    """A user's own scale rule."""
+    return amax / 3
+
+
+SCALES = [
+    *((formats.float8_e8m0fnu, rule, None) for rule in ScaleRule if rule is not ScaleRule.ROUND),
+    (formats.float8_e4m3fn, ScaleRule.ROUND, formats.float32),
+    (formats.float8_e4m3fn, ScaleRule.FLOOR, None),
+    (formats.float32, ScaleRule.ROUND, None),
+    (formats.float8_e4m3fn, amax_over_three, formats.float32),
+]
+
+
+@pytest.mark.parametrize("fmt", ELEMENTS, ids=lambda f: f.name)
+def test_scalar_formats_equal_the_oracle(fmt) -> None:
+    """All roundings and overflow policies on every value, midpoint and neighbour, in float32 and float64."""
+    for dtype in (np.float32, np.float64):
+        x = critical_inputs(fmt, dtype) if fmt.bits <= 8 else np.concatenate(hostile_tensors((200,), dtype))
+        for rounding, overflow in pairs(Rounding, Overflow):
+            if overflow is Overflow.SPECIAL and not (fmt.has_inf or fmt.has_nan):
+                continue
+            quantizer = Quantizer(fmt, rounding, overflow, random_bits=None)
+            expected = reference.quantize(x, fmt, 0, rounding, overflow, None, KEY)
+            assert_same_bits(quantizer(torch.from_numpy(x), key=KEY).numpy(), expected, f"{rounding} {overflow} {dtype}")
+
+
+@pytest.mark.parametrize("element", FEW, ids=lambda f: f.name)
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s[0].name}-{getattr(s[1], 'name', 'own')}")
+def test_block_formats_equal_the_oracle(element, scale) -> None:
+    """All kinds of blocks on hostile tensors; axis, rounding and dtype take turns."""
+    turn = 0
+    for block_size in (8, 16, 0, None, (3, 5)):
+        fmt = BlockFormat("b", element, scale[0], block_size, scale[1], scale[2])
+        for x in hostile_tensors((3, 5, 20)):
+            rounding = list(Rounding)[turn % 7]
+            axis = turn % 3
+            x = x.astype(np.float64) if turn % 11 == 0 else x
+            expected = reference.quantize(x, fmt, axis, rounding, key=KEY)
+            actual = Quantizer(fmt, rounding)(torch.from_numpy(x), axis=axis, key=KEY).numpy()
+            assert_same_bits(actual, expected, f"block {block_size}, axis {axis}, {rounding}")
+            turn += 1
+
+
+@pytest.mark.parametrize("random_bits", [1, 2, 4, 8, 16, 17, 31, None])
+@pytest.mark.parametrize("name", ["mxfp4_e2m1", "float8_e4m3fn", "nvfp4"])
+def test_stochastic_bits_are_the_same_from_oracle_halves_and_threads(name: str, random_bits: int | None) -> None:
+    quantizer = Quantizer(formats.get(name), Rounding.STOCHASTIC, random_bits=random_bits)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 96)).astype(np.float32))
+    whole = quantizer(x, key=KEY)
+    expected = reference.quantize(x.numpy(), quantizer.format, 1, Rounding.STOCHASTIC, random_bits=random_bits, key=KEY)
+    assert_same_bits(whole.numpy(), expected)
+    if quantizer.format is not formats.nvfp4:  # its tensor scale depends on the whole
+        first, second = quantizer(x[:9], key=KEY), quantizer(x[9:], key=Key(5, 7, 9, offset=300 + 9 * 96))
+        assert torch.equal(torch.cat([first, second]), whole)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((1024, 1024)).astype(np.float32))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for fmt, axis in ((formats.mxfp6_e3m2, 1), (formats.mxfp6_e3m2, 0), (formats.bfloat16, 1)):
+                results.append(Quantizer(fmt, Rounding.STOCHASTIC)(x, axis=axis, key=KEY))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("random_bits", [1, 2, 4, 8, None])
+def test_stochastic_mean_and_variance(random_bits: int | None) -> None:
+    """In n draws at x = lo + r·q the share that goes up is p = ⌊r 2^k⌋/2^k within 5 standard deviations.
+
+    A false alarm has probability below 1e-6 per case; the seed is fixed.
+    """
+    n = 1 << 16
+    k = 32 if random_bits is None else random_bits
+    for r in (0.0, 0.1, 0.3, 0.5, 0.77):
+        x = torch.full((n,), 1 + r * 0.25)  # between 1.0 and 1.25 of E3M2
+        y = Quantizer(formats.float6_e3m2fn, Rounding.STOCHASTIC, random_bits=random_bits)(x, key=Key(3))
+        share = ((y - 1) / 0.25).double().mean().item()
+        p = np.floor((float(x[0]) - 1) / 0.25 * 2**k) / 2**k
+        assert abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "transposed": x.mT,
+        "strided": x.repeat_interleave(2, dim=1)[:, ::2],
+        "flipped": x.flip(0),
+        "expanded": x[:, :1].expand(-1, 40),
+        "permuted": x.reshape(4, 6, -1).permute(2, 0, 1),
+        "empty": x[:0],
+        "0-d": x[0, 0],
+        "1-d": x[0],
+        "gradient": x.clone().requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(24, 40)))
+@pytest.mark.parametrize("fmt", [formats.mxfp4_e2m1, formats.bfloat16, formats.nvfp4], ids=lambda f: f.name)
+def test_every_layout_equals_the_oracle(layout: str, fmt) -> None:
+    base = torch.from_numpy(np.random.default_rng(2).standard_normal((24, 40)).astype(np.float32))
+    x = layouts(base)[layout]
+    for axis in range(-max(x.dim(), 1), max(x.dim(), 1)):
+        for rounding in (Rounding.TIES_TO_EVEN, Rounding.STOCHASTIC):
+            expected = reference.quantize(np.ascontiguousarray(x.detach().numpy()), fmt, axis, rounding, key=KEY)
+            actual = Quantizer(fmt, rounding)(x, axis=axis, key=KEY)
+            assert_same_bits(actual.detach().numpy(), expected.reshape(tuple(x.shape)), f"axis {axis}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_tensors_are_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for fmt in (formats.mxfp6_e2m3, formats.float8_e5m2):
+        for rounding in (Rounding.TIES_TO_EVEN, Rounding.TOWARD_POSITIVE):
+            actual = Quantizer(fmt, rounding)(x)
+            assert actual.dtype is dtype
+            expected = torch.from_numpy(reference.quantize(x.float().numpy(), fmt, rounding=rounding)).to(dtype)
+            assert_same_bits(actual.float().numpy(), expected.float().numpy())
+
+
+def test_out_and_in_place() -> None:
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((32, 64)).astype(np.float32))
+    for rounding in Rounding:
+        for fmt in (formats.mxfp6_e3m2, formats.float8_e4m3fn):
+            quantizer = Quantizer(fmt, rounding)
+            expected = quantizer.quantize(x, key=KEY)
+            strided = torch.empty(32, 128)[:, ::2]
+            for out in (torch.empty_like(x), x.clone(), strided):
+                source = out if out is not strided and torch.equal(out, x) else x
+                assert quantizer.quantize(source, key=KEY, out=out) is out
+                assert torch.equal(out, expected)
+
+
+def test_the_gradient_passes_straight_through() -> None:
+    x = torch.randn(8, 32, requires_grad=True)
+    weight = torch.randn(8, 32)
+    (Quantizer(formats.mxfp4_e2m1)(x) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+    with torch.no_grad():
+        assert not Quantizer(formats.mxfp4_e2m1)(x).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q, x: q(x.int()), TypeError, "float32"),
+        (lambda q, x: q(x.to(torch.complex64)), TypeError, "float32"),
+        (lambda q, x: q([1.0]), TypeError, "tensor"),
+        (lambda q, x: q(x, axis=2), ValueError, "axis"),
+        (lambda q, x: q(x, axis=-3), ValueError, "axis"),
+        (lambda q, x: Quantizer(q.format, Rounding.STOCHASTIC)(x), ValueError, "key=Key"),
+        (lambda q, x: q.quantize(x, out=torch.empty(3)), ValueError, "out must be"),
+        (lambda q, x: Quantizer("mxfp4_e2m1"), TypeError, "formats.get"),
+        (lambda q, x: Quantizer(q.format, "even"), TypeError, "TIES_TO_EVEN"),
+        (lambda q, x: Quantizer(q.format, random_bits=4), ValueError, "STOCHASTIC"),
+        (lambda q, x: Quantizer(q.format, Rounding.STOCHASTIC, random_bits=33), ValueError, "32"),
+        (lambda q, x: Quantizer(q.format, overflow=Overflow.SPECIAL), ValueError, "saturate"),
+        (lambda q, x: Quantizer(formats.float4_e2m1fn, overflow=Overflow.SPECIAL), ValueError, "neither"),
+        (lambda q, x: Quantizer(q.format, backend="cuda"), ValueError, "known"),
+        (lambda q, x: Key(-1), ValueError, "seed"),
+        (lambda q, x: Key(0, stream=2**32), ValueError, "stream"),
+        (lambda q, x: Key(0.5), TypeError, "seed"),
+    ],
+)
+def test_bad_input_is_refused_with_what_would_be_right(call, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(Quantizer(formats.mxfp4_e2m1), torch.randn(4, 32))
+
+
+def test_backends_in_this_environment() -> None:
+    assert {"reference", "numba"} <= set(available_backends())
