@@ -210,6 +210,7 @@ def _round_magnitude(
 ) -> float:
     """The finite magnitude a >= 0 rounded on the grid of the format, the exponent not bounded above."""
     if isinstance(fmt, FixedFormat):
+        a = min(a, 4 * fmt.max)  # as good as any number beyond
         step_exponent, lower_even_at = -fmt.frac_bits, 0
     else:
         if not fmt.zero and a < fmt.min_normal:
