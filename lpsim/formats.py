@@ -29,6 +29,9 @@ class Specials(enum.Enum):
     """No Inf, no negative zero: the code of -0 is the only NaN (AMD/Graphcore FNUZ types)."""
     NONE = "none"
     """Every code is a finite number (MX FP6 and FP4)."""
+    EXTENDED = "extended"
+    """±Inf at the outermost code of each sign, no negative zero: the code of -0 is the only NaN. An unsigned format has
+    NaN at the outermost code and Inf below it (IEEE P3109, extended domain)."""
 
 
 def _check_name(name: object) -> None:
@@ -76,8 +79,8 @@ class FloatFormat:
             raise TypeError(f"{self.name}: specials must be one of {[str(s) for s in Specials]}, got {self.specials!r}")
         if self.specials is Specials.FNUZ and not self.signed:
             raise ValueError(f"{self.name}: FNUZ puts NaN at the code of -0; an unsigned format has none. Use FN or NONE")
-        if self.specials is Specials.FNUZ and not self.zero:
-            raise ValueError(f"{self.name}: FNUZ needs a zero")
+        if self.specials in (Specials.FNUZ, Specials.EXTENDED) and not self.zero:
+            raise ValueError(f"{self.name}: {self.specials.name} needs a zero")
         if not self.zero and self.subnormals:
             raise ValueError(f"{self.name}: without a zero there are no subnormals; set subnormals=False")
         if self._max_code() < self._min_normal_code():
@@ -93,6 +96,8 @@ class FloatFormat:
         top = (1 << (self.exponent_bits + self.mantissa_bits)) - 1
         if self.specials is Specials.IEEE:
             return (((1 << self.exponent_bits) - 1) << self.mantissa_bits) - 1
+        if self.specials is Specials.EXTENDED:
+            return top - (1 if self.signed else 2)
         return top - 1 if self.specials is Specials.FN else top
 
     def _min_normal_code(self) -> int:
@@ -151,16 +156,16 @@ class FloatFormat:
 
     @property
     def has_inf(self) -> bool:
-        return self.specials is Specials.IEEE
+        return self.specials in (Specials.IEEE, Specials.EXTENDED)
 
     @property
     def has_nan(self) -> bool:
         """IEEE formats without mantissa bits have only Inf at the top exponent."""
-        return self.specials in (Specials.FN, Specials.FNUZ) or (self.specials is Specials.IEEE and self.mantissa_bits > 0)
+        return self.specials is not Specials.NONE and (self.specials is not Specials.IEEE or self.mantissa_bits > 0)
 
     @property
     def has_negative_zero(self) -> bool:
-        return self.signed and self.zero and self.specials is not Specials.FNUZ
+        return self.signed and self.zero and self.specials not in (Specials.FNUZ, Specials.EXTENDED)
 
 
 @dataclass(frozen=True)
@@ -311,6 +316,24 @@ def _is_float32(value: float) -> bool:
     return value == 0 or (exponent <= 128 and math.ldexp(mantissa, exponent - quantum).is_integer())
 
 
+def p3109(bits: int, precision: int, signed: bool = True, extended: bool = True, name: str | None = None) -> FloatFormat:
+    """The format binary{bits}p{precision}{s|u}{e|f} of IEEE P3109: one zero, one NaN, ±Inf if `extended`.
+
+    precision counts the leading one. The bias is 2^(bits − precision − 1), of unsigned formats 2^(bits − precision).
+    Signed finite formats of this family are FNUZ, unsigned finite ones FN.
+
+    Raises ValueError where the family has no such format. Source: IEEE SA P3109 Working Group, Interim Report on
+    Binary Floating-point Formats for Machine Learning, and its value tables.
+    """
+    name = name or f"binary{bits}p{precision}{'s' if signed else 'u'}{'e' if extended else 'f'}"
+    _check_int(name, "bits", bits, 2, 16)
+    _check_int(name, "precision", precision, 1, bits - signed)
+    exponent_bits = bits - precision + (0 if signed else 1)
+    finite = Specials.FNUZ if signed else Specials.FN
+    specials = Specials.EXTENDED if extended else finite
+    return FloatFormat(name, exponent_bits, precision - 1, 2 ** (exponent_bits - 1), specials, signed)
+
+
 Element = FloatFormat | FixedFormat | Codebook
 CustomScaleRule = Callable[[float, Element], float]
 
@@ -393,6 +416,7 @@ float8_e5m2 = FloatFormat("float8_e5m2", 5, 2)
 float6_e3m2fn = FloatFormat("float6_e3m2fn", 3, 2, specials=Specials.NONE)
 float6_e2m3fn = FloatFormat("float6_e2m3fn", 2, 3, specials=Specials.NONE)
 float4_e2m1fn = FloatFormat("float4_e2m1fn", 2, 1, specials=Specials.NONE)
+float4_e3m0fn = FloatFormat("float4_e3m0fn", 3, 0, specials=Specials.NONE)  # powers of two and zero; not in OCP MX
 float8_e8m0fnu = FloatFormat(
     "float8_e8m0fnu", 8, 0, bias=127, specials=Specials.FN, signed=False, subnormals=False, zero=False
 )
@@ -411,6 +435,10 @@ float8_e3m4 = FloatFormat("float8_e3m4", 3, 4)
 float8_e4m3fnuz = FloatFormat("float8_e4m3fnuz", 4, 3, bias=8, specials=Specials.FNUZ)
 float8_e5m2fnuz = FloatFormat("float8_e5m2fnuz", 5, 2, bias=16, specials=Specials.FNUZ)
 float8_e4m3b11fnuz = FloatFormat("float8_e4m3b11fnuz", 4, 3, bias=11, specials=Specials.FNUZ)
+
+# IEEE P3109: the formats of 8 bits whose range and precision are those of E4M3 and E5M2
+binary8p3se = p3109(8, 3)
+binary8p4se = p3109(8, 4)
 
 # OCP MX v1.0 table 1
 mxfp8_e4m3 = BlockFormat("mxfp8_e4m3", float8_e4m3fn, float8_e8m0fnu)
