@@ -84,15 +84,16 @@ class Auditor(TorchDispatchMode):
         """One call of an op, for the table."""
         self.rows[kind, op, formats, reason] += 1
 
-    def count_product(self, op: Op, products: list[Site], vectors: list[Site], reason: str) -> None:
+    def count_product(self, op: Op, sites: list[Site], reason: str) -> None:
         """One call of a product, or of a composite by its parts."""
-        for site in products:
-            self.count(site.op, Kind.PRODUCT, formats_of(site), reason)
-        for site in vectors:
-            vector = site.recipe.vector
-            self.count(
-                site.op, Kind.VECTOR, "-" if vector is None else vector.format.name, f"between products of {op.name}"
-            )
+        vectors = [f"{op.name}.{part}" for part in op.vector_parts]
+        for site in sites:
+            if site.op in vectors:
+                vector = site.recipe.vector
+                formats = "-" if vector is None else vector.format.name
+                self.count(site.op, Kind.VECTOR, formats, f"between the products of {op.name}")
+            else:
+                self.count(site.op, Kind.PRODUCT, formats_of(site), reason)
 
     @contextmanager
     def owned(self, owner: str) -> Iterator[None]:

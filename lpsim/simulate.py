@@ -37,7 +37,9 @@ __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError",
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-ATTRIBUTE = ("__get__", "__set__", "__delete__")
+_ATTRIBUTE = ("__get__", "__set__", "__delete__")
+_NOWHERE = Frame(None, BACKWARD)
+_UNCOUNTED: AbstractContextManager[None] = nullcontext()
 
 
 class UnknownOpError(NotImplementedError):
@@ -54,6 +56,22 @@ def simulate(model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = T
     whose module path matches no module.
     """
     return Simulation(model, recipe, seed, audit)
+
+
+class _Place:
+    """The sites of one product: {part: site}, or {op: site}; and whether the recipe leaves all of them alone."""
+
+    __slots__ = ("left", "sites")
+
+    def __init__(self, op: Op, site: Callable[[str], Site]) -> None:
+        if op.parts:
+            self.sites = {part: site(f"{op.name}.{part}") for part in op.parts + op.vector_parts}
+        else:
+            self.sites = {op.name: site(op.name)}
+        self.left = all(
+            s.recipe.vector is None if part in op.vector_parts else s.recipe.products_plain
+            for part, s in self.sites.items()
+        )
 
 
 class _Mode(TorchFunctionMode):
@@ -95,6 +113,7 @@ class Simulation:
         self._check_overrides()
         self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
         self._sites: dict[tuple[str, str, int], Site] = {}
+        self._places: dict[tuple[str, str, int], _Place] = {}
         self._streams: dict[int, str] = {}
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
@@ -169,7 +188,7 @@ class Simulation:
 
     def _handler(self, func: Callable[..., Any]) -> Handler:
         name = op_name(func)
-        if name in ATTRIBUTE:
+        if name in _ATTRIBUTE:
             return _run
         op = WRAPPED.get(name)
         if op is None:
@@ -253,46 +272,46 @@ class Simulation:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        first = _first_tensor(args) if args else _first_tensor(tuple(kwargs.values()))
+        first = _first_tensor(args or tuple(kwargs.values()))
         if first is None or not (first.is_floating_point() or first.is_complex()):
             return func(*args, **kwargs)
         if self._optimizing():
             with self._owned("the optimizer"):
                 return func(*args, **kwargs)
-        frame = self._paths.current() or Frame(None, BACKWARD)
-        repetition = frame.repetition(op.name)
-        if op.parts:
-            products = [self._site(frame.path, f"{op.name}.{part}", repetition) for part in op.parts]
-            vectors = [self._site(frame.path, f"{op.name}.{part}", repetition) for part in op.vector_parts]
-        else:
-            products, vectors = [self._site(frame.path, op.name, repetition)], []
-        left = all(s.recipe.products_plain for s in products) and all(s.recipe.vector is None for s in vectors)
-        if self._auditing and self._auditor is not None:
-            self._auditor.count_product(op, products, vectors, "left as it is by the recipe" if left else op.reason)
-        if left:
-            with self._owned("left by the recipe"):
+        place = self._place(op)
+        if place.left:
+            with self._owned("left by the recipe", op, place):
                 return func(*args, **kwargs)
         target = args[0] if inplace_argument(func) == -1 else None
         out = kwargs.pop("out", None) if "out" in kwargs else None
-        with ExitStack() as stack:
-            if self._auditing:
-                stack.enter_context(self._owned("the recipe"))
-            device = first.device.type
+        device = first.device.type
+        with self._owned("the recipe", op, place):
             if op.autocasts and torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
                 args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
-                stack.enter_context(torch.autocast(device, enabled=False))
-            if op.parts:
-                sites = dict(zip(op.parts + op.vector_parts, products + vectors, strict=True))
-                composite = Composite(lambda part, calls: self._call(sites[part], calls))
-                result = function(composite, *args, **kwargs)
+                with torch.autocast(device, enabled=False):
+                    result = function(self._execution(op, place), *args, **kwargs)
             else:
-                result = function(self._call(products[0]), *args, **kwargs)
+                result = function(self._execution(op, place), *args, **kwargs)
         if target is not None:
             return target.copy_(result)
         return result if out is None else _written(out, result)
 
+    def _execution(self, op: Op, place: _Place) -> Call | Composite:
+        if op.parts:
+            return Composite(lambda part, calls: self._call(place.sites[part], calls))
+        return self._call(place.sites[op.name])
+
     # Where, and under which rule
+
+    def _place(self, op: Op) -> _Place:
+        """Where a product is about to run: its site, or those of its parts."""
+        frame = self._paths.current() or _NOWHERE
+        key = (frame.path, op.name, frame.repetition(op.name))
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _Place(op, partial(self._site, frame.path, repetition=key[2]))
+        return place
 
     def _site(self, path: str, op: str, repetition: int) -> Site:
         key = (path, op, repetition)
@@ -342,10 +361,15 @@ class Simulation:
     def _leave_step(self, *_: Any) -> None:
         self._stepping = False
 
-    # What the audit is told
-
-    def _owned(self, owner: str) -> AbstractContextManager[None]:
-        return self._auditor.owned(owner) if self._auditing and self._auditor is not None else nullcontext()
+    def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
+        """What runs inside is counted as `owner`'s, and the op by its sites."""
+        if not self._auditing or self._auditor is None:
+            return _UNCOUNTED
+        if op is not None and place is not None:
+            self._auditor.count_product(
+                op, list(place.sites.values()), "left by the recipe" if place.left else op.reason
+            )
+        return self._auditor.owned(owner)
 
 
 def _check_module(path: str, module: nn.Module) -> None:

@@ -32,12 +32,13 @@ def scaled_dot_product_attention(
     every position masked gives zeros, as in torch. With enable_gqa the query heads of one key head form one product.
     """
     length, positions = query.shape[-2], key.shape[-2]
+    mask: Tensor | None = None  # True where a position is left out
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention takes either attn_mask or is_causal")
         mask = torch.ones(length, positions, dtype=torch.bool, device=query.device).triu(1)
-    else:
-        mask = attn_mask.logical_not() if attn_mask is not None and attn_mask.dtype is torch.bool else None
+    elif attn_mask is not None and attn_mask.dtype is torch.bool:
+        mask = attn_mask.logical_not()
     bias = attn_mask if mask is None else None
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     lead = query.shape[:-2] if grouped else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
@@ -86,7 +87,8 @@ class _Softmax(torch.autograd.Function):
             x.copy_(call.quantize(Role.VECTOR, call.recipe.vector, x))
         torch.softmax(x, -1, out=x)
         if rows_may_be_masked:
-            masked = mask if mask is not None else bias == -math.inf  # type: ignore[operator]
+            masked = bias.isneginf() if mask is None and bias is not None else mask
+            assert masked is not None
             empty = masked.all(-1, keepdim=True)
             if empty.any():
                 x.masked_fill_(empty, 0)

@@ -7,13 +7,13 @@ operands along the axis it sums over (DESIGN §5).
 from __future__ import annotations
 
 import enum
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lpsim.ops import exact
 from lpsim.recipes import BackwardOperands, Gemm
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class Role(enum.IntEnum):
         return self.name.lower().replace("_", ".")
 
 
-def _matmul(gemm: Gemm, lhs: Tensor, rhs: Tensor) -> Tensor:
-    """lhs [..., M, K] · rhs [..., K, N] with the product's accumulator."""
-    if gemm.accumulate is None:
-        return torch.matmul(lhs, rhs)
-    return gemm.accumulate.matmul(lhs, rhs)
+def _matmul(gemm: Gemm, exact_bits: int | None, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """lhs [..., M, K] · rhs [..., K, N] with the product's accumulator. exact_bits: see exact.bits_of_product."""
+    if gemm.accumulate is not None:
+        return gemm.accumulate.matmul(lhs, rhs)
+    return torch.matmul(lhs, rhs) if exact_bits is None else exact.matmul(lhs, rhs, exact_bits)
 
 
 class Product(torch.autograd.Function):
@@ -65,7 +65,9 @@ class Product(torch.autograd.Function):
         fprop = call.recipe.fprop
         lhs_q = call.quantize(Role.FPROP_LHS, fprop.lhs, lhs, lhs_axis)
         rhs_q = call.quantize(Role.FPROP_RHS, fprop.rhs, rhs, rhs_axis)
-        out = _matmul(fprop, lhs_q if lhs_axis == -1 else lhs_q.mT, rhs_q if rhs_axis == -2 else rhs_q.mT)
+        out = _matmul(
+            fprop, call.site.fprop_bits, lhs_q if lhs_axis == -1 else lhs_q.mT, rhs_q if rhs_axis == -2 else rhs_q.mT
+        )
         if bias is not None:
             out += bias
         if call.recipe.backward_operands is BackwardOperands.QUANTIZED:
@@ -79,35 +81,41 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call, lhs_axis, rhs_axis = ctx.call, ctx.lhs_axis, ctx.rhs_axis
-        dgrad, wgrad = call.recipe.dgrad, call.recipe.wgrad
-        grad_lhs = grad_rhs = grad_bias = None
         lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, so before anything is disabled
-        with ExitStack() as stack:
-            stack.enter_context(torch._C.DisableTorchFunction())  # these are the machine's ops, not the model's
-            if torch.is_autocast_enabled(grad.device.type):
-                stack.enter_context(torch.autocast(grad.device.type, enabled=False))
-            if ctx.needs_input_grad[0]:  # [M, N] · [N, K]: sums over N
-                grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
-                rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
-                rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
-                if lhs_axis == -1:
-                    grad_lhs = _matmul(dgrad, grad_q, rhs_q)
-                else:
-                    grad_lhs = _matmul(dgrad, rhs_q.mT, grad_q.mT)
-                grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs.sum_to_size(ctx.lhs_shape))
-            if ctx.needs_input_grad[1]:  # [K, M] · [M, N]: sums over M
-                lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
-                grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
-                lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
-                if rhs_axis == -2:
-                    grad_rhs = _matmul(wgrad, lhs_q.mT, grad_q)
-                else:
-                    grad_rhs = _matmul(wgrad, grad_q.mT, lhs_q)
-                grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs.sum_to_size(ctx.rhs_shape))
-            if ctx.needs_input_grad[2]:
-                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_lhs, grad_rhs, grad_bias, None, None, None
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _backward(ctx, lhs, rhs, grad)
+        return _backward(ctx, lhs, rhs, grad)
+
+
+def _backward(ctx: Any, lhs: Tensor, rhs: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    call, lhs_axis, rhs_axis = ctx.call, ctx.lhs_axis, ctx.rhs_axis
+    dgrad, wgrad = call.recipe.dgrad, call.recipe.wgrad
+    needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
+    grad_lhs = grad_rhs = grad_bias = None
+    with torch._C.DisableTorchFunction():  # these are the machine's ops, not the model's
+        if needs_lhs:  # [M, N] · [N, K]: sums over N
+            grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
+            rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
+            rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
+            pair = (grad_q, rhs_q) if lhs_axis == -1 else (rhs_q.mT, grad_q.mT)
+            grad_lhs = _summed_to(ctx.lhs_shape, _matmul(dgrad, call.site.dgrad_bits, *pair))
+            grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs)
+        if needs_rhs:  # [K, M] · [M, N]: sums over M
+            lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
+            grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
+            lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
+            pair = (lhs_q.mT, grad_q) if rhs_axis == -2 else (grad_q.mT, lhs_q)
+            grad_rhs = _summed_to(ctx.rhs_shape, _matmul(wgrad, call.site.wgrad_bits, *pair))
+            grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs)
+        if needs_bias:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_lhs, grad_rhs, grad_bias, None, None, None
+
+
+def _summed_to(shape: torch.Size, grad: Tensor) -> Tensor:
+    """The gradient of an operand whose batch dimensions were broadcast."""
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
 class StraightThrough(torch.autograd.Function):

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lpsim.ops import exact
 from lpsim.ops.product import Product, Role, StraightThrough
 from lpsim.quantizer import Quantizer
-from lpsim.recipes import Recipe
+from lpsim.recipes import BackwardOperands, Recipe
 from lpsim.rounding import Key, Rounding
 
 ELEMENT_BITS, ROLE_BITS, OCCURRENCE_BITS = 38, 4, 20  # of Key.offset, which has 62
@@ -27,18 +28,35 @@ class Site:
     with the same seed draw the same bits at the same site.
     """
 
-    __slots__ = ("_count", "_recomputed", "_step", "name", "op", "path", "plain", "recipe", "stochastic", "stream")
+    __slots__ = (
+        "_count",
+        "_recomputed",
+        "_step",
+        "dgrad_bits",
+        "fprop_bits",
+        "name",
+        "op",
+        "path",
+        "recipe",
+        "stochastic",
+        "stream",
+        "wgrad_bits",
+    )
 
     def __init__(self, path: str, op: str, repetition: int, recipe: Recipe) -> None:
         self.path = path
         self.op = op
         self.name = f"{path}/{op}#{repetition}" if repetition else f"{path}/{op}"
         self.recipe = recipe
-        self.plain = recipe.plain
         self.stream = zlib.crc32(self.name.encode())
         gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
         quantizers = [recipe.vector, *(q for gemm in gemms for q in (gemm.lhs, gemm.rhs, gemm.out))]
         self.stochastic = any(q is not None and q.rounding is Rounding.STOCHASTIC for q in quantizers)
+        quantized = recipe.backward_operands is BackwardOperands.QUANTIZED
+        kept = (recipe.fprop.lhs, recipe.fprop.rhs) if quantized else (None, None)
+        self.fprop_bits = _product_bits(recipe.fprop.lhs, recipe.fprop.rhs)
+        self.dgrad_bits = _product_bits(recipe.dgrad.lhs, recipe.dgrad.rhs or kept[1])
+        self.wgrad_bits = _product_bits(recipe.wgrad.lhs or kept[0], recipe.wgrad.rhs)
         self._step = -1
         self._count = self._recomputed = 0
 
@@ -63,6 +81,13 @@ class Site:
                 "so that random bits are keyed by the step"
             )
         return self._count - calls
+
+
+def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
+    """For exact.matmul; None where an operand is not rounded to a format that fits bfloat16."""
+    if lhs is None or rhs is None:
+        return None
+    return exact.bits_of_product(lhs.format, rhs.format)
 
 
 Observer = Callable[[Site, Role, Quantizer, Tensor, Tensor], None]
