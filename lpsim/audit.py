@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpsim.ops import Kind, Op, Product, Site
@@ -112,7 +113,8 @@ class Auditor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self._names or any(family in name for family in _PRODUCT_FAMILIES):
+        is_product = name in self._names or any(family in name for family in _PRODUCT_FAMILIES)
+        if is_product and any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in args):
             self._attribute(name)
         with torch._C.DisableTorchFunction():  # an OpOverload called from here would reach the simulation's mode
             return func(*args, **(kwargs or {}))

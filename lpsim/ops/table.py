@@ -188,7 +188,7 @@ WRAPPED: dict[str, Op] = {
         "embedding select narrow narrow_copy slice_copy select_scatter slice_scatter diagonal_scatter "
         "as_strided_scatter view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose t adjoint "
         "swapaxes swapdims permute movedim moveaxis expand expand_as broadcast_to broadcast_tensors contiguous clone "
-        "copy copy_ alias detach as_strided cat concat concatenate stack hstack vstack dstack row_stack column_stack "
+        "copy alias detach as_strided cat concat concatenate stack hstack vstack dstack row_stack column_stack "
         "chunk split split_with_sizes tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split "
         "unsafe_split_with_sizes unbind __iter__ __reversed__ flip fliplr flipud roll rot90 repeat repeat_interleave "
         "tile tril triu diag diag_embed diagflat diagonal linalg_diagonal block_diag meshgrid cartesian_prod "
@@ -196,7 +196,7 @@ WRAPPED: dict[str, Op] = {
         "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle view_as_real view_as_complex real imag "
         "complex conj conj_physical resolve_conj resolve_neg fill zero fill_diagonal set resize resize_as "
         "_pack_padded_sequence _pad_packed_sequence pin_memory to_dense as_subclass _make_subclass data "
-        "requires_grad __deepcopy__ rename refine_names align_to",
+        "requires_grad __deepcopy__",
     ),
     **_entries(
         Kind.MOVEMENT,
