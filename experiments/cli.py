@@ -103,7 +103,10 @@ def add_run(commands: Any) -> None:
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the usable cores)"
+        "--jobs",
+        type=int,
+        default=getattr(os, "process_cpu_count", os.cpu_count)() or 1,
+        help="processes (default: the usable cores)",
     )
     parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
     parser.add_argument(

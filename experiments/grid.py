@@ -6,13 +6,14 @@ nothing.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,10 @@ def run_grid(
         if by_signature.setdefault(config.signature(), config) is not config:
             raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
     with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
-        rows = {signature: _recorded(folder / signature, config) for signature, config in by_signature.items()}
+        fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
+        rows = {
+            signature: _recorded(folder / signature, config, fingerprint) for signature, config in by_signature.items()
+        }
         record.write_json(
             folder / "grid.json",
             {
@@ -124,7 +128,7 @@ def run_grid(
     return [row for row in rows.values() if row is not None]
 
 
-def _recorded(folder: Path, config: Config) -> Row | None:
+def _recorded(folder: Path, config: Config, fingerprint: Callable[[Any], str]) -> Row | None:
     """The row of a run that is done, None for one that is to be run or resumed. Raises RunFolderError for a folder not
     to be touched.
     """
@@ -141,7 +145,7 @@ def _recorded(folder: Path, config: Config) -> Row | None:
         raise RunFolderError(
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
-    if made_in is not None and made_in.get("data_sha256") != config.data.fingerprint():
+    if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
         raise RunFolderError(
             f"{folder} was trained on other data than {config.data.name} holds now (the text differs between Python "
             f"versions: that run had {made_in.get('versions', {}).get('python')}); use another --runs folder, or "

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -275,6 +276,26 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_resume(tmp_path: Path, uninterrupt
     assert contents(folder) == uninterrupted
 
 
+def test_a_full_disk_ends_in_one_message_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The disk is full from the first checkpoint on: a limit on the size of files stands in for it."""
+    (tmp_path / "full.py").write_text(
+        "from tests.experiment_jobs import tiny_config\ndef grid():\n    yield tiny_config()\n"
+    )
+    arguments = ["-m", "experiments.cli", "run", str(tmp_path / "full.py"), "--jobs", "1", "--runs", str(tmp_path)]
+    limited = shlex.join([sys.executable, *arguments])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 150; {limited}"], env=experiment_jobs.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    run = next((tmp_path / "full").glob("*/config.json")).parent
+    assert f"cannot write {run}/checkpoint.pt: File too large. What is on disk is kept" in done.stdout
+    assert not (run / "result.json").exists() and not (run / "checkpoint.pt.tmp").exists()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6  # step 0's two lines, steps 1 to 4
+    run_grid([tiny_config()], tmp_path / "full", Here())
+    run_grid([tiny_config()], tmp_path / "whole" / "full", Here())
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole" / "full")
+
+
 # --- grid files ---
 
 
@@ -290,7 +311,7 @@ def test_the_shipped_grids_load() -> None:
         rates = [
             {c.optimizer.lr for c in tuned if (c.optimizer.name, c.model.name) == (o, name)} for o in ("adamw", "lmd")
         ]
-        assert len(rates[0]) == len(rates[1]) == 4
+        assert len(rates[0]) == len(rates[1]) == 5
     assert not {c.seed for c in tuned} & {c.seed for c in configs}
     chosen = {(c.model.name, c.optimizer) for c in configs}
     assert chosen < {(c.model.name, c.optimizer) for c in tuned}
