@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from lpsim import reference
 from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format
@@ -81,7 +82,8 @@ def _fits_float32(element: Element) -> bool:
 def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool) -> Plan:
     """What a kernel is compiled for, and its arguments."""
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
-    wide = double or not _fits_float32(element)
+    far = isinstance(fmt, BlockFormat) and fmt.scale.emin < -127  # the inverse of its smallest scale is no float32
+    wide = double or far or not _fits_float32(element)
     p, float_type, int_type = (52, np.float64, np.int64) if wide else (23, np.float32, np.int32)
     unit = 1023 if wide else 127
     bits = 32 if random_bits is None else random_bits
@@ -100,9 +102,12 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
     floats = [lowest, highest, -0.0 if element.has_negative_zero else 0.0, 2.0 ** min(bits, 16), element.min_normal]
     integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity, 1]
     integers += [16 - min(bits, 16), 2 ** min(bits, 16)]
-    table = isinstance(element, Codebook)
     dtype = np.float64 if double else np.float32
-    deterministic = table and rounding is not Rounding.STOCHASTIC
+    thresholds = values = np.empty(0, dtype)
+    if isinstance(element, Codebook):
+        values = np.array(element.sorted_values, dtype)
+        if rounding is not Rounding.STOCHASTIC:
+            thresholds = _thresholds(element, rounding, dtype)
     largest_special = None
     if special:
         beyond = math.inf if element.has_inf else math.nan
@@ -110,11 +115,11 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
         up, down = nearest or rounding is Rounding.TOWARD_POSITIVE, nearest or rounding is Rounding.TOWARD_NEGATIVE
         largest_special = (element.max, beyond, up, down)
     return Plan(
-        variant=Variant(MODES.index(rounding), table, double, gap, bare),
+        variant=Variant(MODES.index(rounding), isinstance(element, Codebook), double, gap, bare),
         floats=np.array(floats, float_type),
         integers=np.array(integers, int_type),
-        thresholds=_thresholds(element, rounding, dtype) if deterministic else np.empty(0, dtype),
-        values=np.array(element.sorted_values if isinstance(element, Codebook) else [], dtype),
+        thresholds=thresholds,
+        values=values,
         rule=_rule(fmt, double) if isinstance(fmt, BlockFormat) else np.empty(0, np.int64),
         bits=bits,
         overflow=largest_special,
@@ -133,9 +138,9 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     elif fmt.scale_rule is ScaleRule.CEIL:
         add = ones
     elif fmt.scale_rule is ScaleRule.RCEIL:
-        add = ones - round((math.frexp(element.max)[0] * 2 - 1) * 2**p)
+        add = ones - math.floor((math.frexp(element.max)[0] * 2 - 1) * 2**p)
     elif fmt.scale_rule is ScaleRule.EVEN:
-        add = 1 << (p - 1 - element.mantissa_bits)
+        add = 1 << (p - 1 - element.mantissa_bits) if element.mantissa_bits < p else 0
     else:
         return np.empty(0, np.int64)
     absolute = (1 << (63 if double else 31)) - 1
@@ -159,3 +164,31 @@ def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple
         span = size * math.gcd(numel // size, max(SPAN // size, 1))
         return (1, numel // span, span), (1, size)
     return (1, numel // length, length), (1, size)
+
+
+def exact(fmt: Format, overflow: Overflow) -> bool:
+    """Whether the arithmetic of the kernels is exact for a format; where it is not, the oracle serves.
+
+    Not with exponents or significands near those of float64, integers above 24 bits, and overflow to NaN in formats
+    without a sign or a zero, where it also befalls what lies below the range.
+    """
+    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
+    if isinstance(element, FixedFormat) and element.bits > 24:
+        return False
+    if overflow is Overflow.SPECIAL and isinstance(element, FloatFormat) and not (element.signed and element.zero):
+        return False
+    scales = (fmt.scale, fmt.tensor_scale) if isinstance(fmt, BlockFormat) else ()
+    floats = [f for f in (element, *scales) if isinstance(f, FloatFormat)]
+    return all(f.emax <= 500 and f.emin >= -500 and f.mantissa_bits <= 40 for f in floats)
+
+
+def memory_order(x: torch.Tensor, fmt: Format, rounding: Rounding) -> list[int] | None:
+    """The permutation of axes that makes a dense tensor contiguous; None where none does or the axes must stay.
+
+    Tiles lie in the last two axes, and random bits belong to the row-major index of an element.
+    """
+    if rounding is Rounding.STOCHASTIC or (isinstance(fmt, BlockFormat) and isinstance(fmt.block_size, tuple)):
+        return None
+    strides = list(x.stride())
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    return order if x.permute(order).is_contiguous() else None

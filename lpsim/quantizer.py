@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from lpsim.formats import BlockFormat, FixedFormat, FloatFormat, Format
-from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim import plan
+from lpsim.formats import BlockFormat, Format
+from lpsim.rounding import Key, Overflow, Rounding
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -95,7 +95,9 @@ class Quantizer:
         axis = self._check(x, axis, key)
         x = x.detach()
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
-            raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}")
+            raise ValueError(
+                f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}"
+            )
         return _serving(self, x.device.type).quantize(x, self, axis, key, out)
 
     def _check(self, x: torch.Tensor, axis: int, key: Key | None) -> int:
@@ -151,16 +153,7 @@ class NumbaBackend:
     name = "numba"
 
     def supports(self, quantizer: Quantizer, device: torch.device) -> bool:
-        element = quantizer.format.element if isinstance(quantizer.format, BlockFormat) else quantizer.format
-        if device.type != "cpu":
-            return False
-        if isinstance(element, FixedFormat):
-            return element.bits <= 24
-        if not isinstance(element, FloatFormat):
-            return True
-        if quantizer.overflow is Overflow.SPECIAL and not (element.signed and element.zero):
-            return False
-        return element.emax <= 500 and element.emin >= -500 and element.mantissa_bits <= 40
+        return device.type == "cpu" and plan.exact(quantizer.format, quantizer.overflow)
 
     def quantize(
         self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
@@ -172,7 +165,7 @@ class NumbaBackend:
         source = x.float() if narrow else x
         order = None
         if not source.is_contiguous():
-            order = _memory_order(source) if q.rounding is not Rounding.STOCHASTIC and _by_axis(fmt) else None
+            order = plan.memory_order(source, fmt, q.rounding)
             source = source.contiguous() if order is None else source.permute(order)
             axis = axis if order is None else order.index(axis)
         in_place = out is not None and not narrow and order is None and out.is_contiguous()
@@ -185,25 +178,15 @@ class NumbaBackend:
         return target.to(x.dtype)
 
 
-def _by_axis(fmt: Format) -> bool:
-    """Whether a tensor's axes may be permuted before it is quantized."""
-    return not (isinstance(fmt, BlockFormat) and isinstance(fmt.block_size, tuple))
-
-
-def _memory_order(x: torch.Tensor) -> list[int] | None:
-    """The permutation that makes a dense tensor contiguous, or None."""
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
-    return order if x.permute(order).is_contiguous() else None
-
-
 def _load(name: str) -> Backend:
     module, _, attribute = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)()
 
 
-# name -> where its class stands; in the order in which they are asked
+# name -> where its class stands
 BACKENDS: dict[str, str] = {
     "numba": "lpsim.quantizer:NumbaBackend",
+    "triton": "lpsim.gpu:TritonBackend",
     "reference": "lpsim.quantizer:ReferenceBackend",
 }
 
@@ -211,7 +194,7 @@ _instances: dict[str, Backend] = {}
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name. Raises ValueError for an unknown one, ImportError (how to install it) for an absent one."""
+    """The backend of that name. Raises ValueError for an unknown one, ImportError (how to install it) if absent."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     if name not in _instances:
@@ -239,7 +222,7 @@ def _serving(quantizer: Quantizer, device_type: str) -> Backend:
         if not chosen.supports(quantizer, device):
             raise ValueError(f"the backend {chosen.name} does not serve {quantizer} on {device_type}; use backend=None")
         return chosen
-    for name in ("numba", "reference"):
+    for name in ("triton" if device_type == "cuda" else "numba", "reference"):
         candidate = backend(name)
         if candidate.supports(quantizer, device):
             return candidate
