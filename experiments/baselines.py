@@ -41,8 +41,9 @@ class _OneStateOptimizer(Optimizer):
 
 
 class Lion(_OneStateOptimizer):
-    """w <- (1 - lr λ) w - lr sign(β₁ m + (1 - β₁) g);  m <- β₂ m + (1 - β₂) g. Chen et al. 2023, arXiv:2302.06675,
-    algorithm 2.
+    """w <- (1 - lr λ) w - lr sign(β₁ m + (1 - β₁) g);  m <- β₂ m + (1 - β₂) g.
+
+    Chen et al. 2023, arXiv:2302.06675, algorithm 2.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Lion(_OneStateOptimizer):
 
 
 class Signum(_OneStateOptimizer):
-    """m <- β m + (1 - β) g;  w <- (1 - lr λ) w - lr sign(m). Bernstein et al. 2018, arXiv:1802.04434, algorithm 2;
-    decay decoupled.
+    """m <- β m + (1 - β) g;  w <- (1 - lr λ) w - lr sign(m).
+
+    Bernstein et al. 2018, arXiv:1802.04434, algorithm 2; the decay is decoupled.
     """
 
     def __init__(self, params: Parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
@@ -72,9 +74,9 @@ class Signum(_OneStateOptimizer):
 
 
 class Madam(_OneStateOptimizer):
-    """w <- w exp(-lr sign(w) clamp(g / g_rms, ±g_bound)), then clamped to ±w_bound. Bernstein et al. 2020,
-    arXiv:2006.14560.
+    """w <- w exp(-lr sign(w) clamp(g / g_rms, ±g_bound)), then clamped to ±w_bound.
 
+    Bernstein et al. 2020, arXiv:2006.14560.
     g_rms is the bias-corrected root of the running mean of g²; w_bound is `clamp` times the initial root mean square of
     the tensor, None for no bound. Signs never change, and a weight that is zero stays zero: its update is zero.
     """

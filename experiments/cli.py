@@ -66,8 +66,9 @@ def run_formats(options: argparse.Namespace) -> int:
 
 
 def format_row(fmt: "Format") -> tuple[str, ...]:
-    """The cells of one format. Of a block format: bits with the scale's share, the range of element times scale, the
-    element's codes.
+    """The cells of one format.
+
+    Of a block format: bits with the scale's share, the range of element times scale, the element's codes.
     """
     import math
 
@@ -136,7 +137,8 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
-    from experiments.grid import GridError, load_grid, run_grid
+    from experiments.grid import run_grid
+    from experiments.grids import GridError, load_grid
     from experiments.record import RunFolderError
 
     try:

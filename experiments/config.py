@@ -136,9 +136,7 @@ class Config(Settings):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The config that `to_dict` wrote. Raises ValueError for another version, an unknown name or field, a wrong
-        type.
-        """
+        """The config that `to_dict` wrote. Raises ValueError for another version, an unknown name, a wrong type."""
         if data.get("version") != VERSION:
             raise ValueError(f"config of version {data.get('version')!r}; this is version {VERSION}")
         parts = {name: value for name, value in data.items() if name != "version"}

@@ -72,9 +72,7 @@ def generator(seed: int, step: int) -> np.random.Generator:
 
 
 class Tokens:
-    """Windows of two token streams (uint8 or uint16, in memory or memory-mapped): inputs (B, T) and targets one token
-    on, int64.
-    """
+    """Windows of two token streams (uint8 or uint16): inputs (B, T) and targets, one token on, both int64."""
 
     def __init__(self, train: np.ndarray, held_out: np.ndarray, model: GPT2Config, validation_windows: int) -> None:
         self.train, self.held_out = train, held_out
@@ -160,9 +158,7 @@ def _stdlib_bytes(modules: str) -> bytes:
 
 @dataclass(frozen=True)
 class Digits(Settings):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, standardized; every fifth of a fixed shuffle is held out
-    (360 images).
-    """
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, standardized; 360 of a fixed shuffle are held out."""
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "digits"
@@ -198,9 +194,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class TokenFiles(Settings):
-    """train.bin and val.bin of uint16 tokens in `folder`, memory-mapped: the layout in which OpenWebText is commonly
-    prepared.
-    """
+    """train.bin and val.bin of uint16 tokens in `folder`, memory-mapped: the usual layout of prepared OpenWebText."""
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "token-files"
@@ -240,11 +234,11 @@ class TokenFiles(Settings):
 
 @dataclass(frozen=True)
 class ImageFolders(Settings):
-    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet; files are decoded when a batch needs
-    them (Pillow).
+    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet.
 
-    Training images: a random crop of 8-100% of the area and of aspect 3/4 to 4/3, a mirror image half of the time.
-    Validation: the shorter side scaled to image_size / 0.875, the centre cut out.
+    Files are decoded when a batch needs them (Pillow). Training images: a random crop of 8-100% of the area and of
+    aspect 3/4 to 4/3, a mirror image half of the time. Validation: the shorter side scaled to image_size / 0.875, the
+    centre cut out.
     """
 
     tag: ClassVar[str] = "name"
@@ -273,9 +267,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 class ImageFiles:
-    """The images of ImageFolders: float32 (B, 3, H, W) standardized with ImageNet's channel statistics, labels in order
-    of class name.
-    """
+    """The images of ImageFolders: float32 (B, 3, H, W), standardized by channel; labels in order of class name."""
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -60,9 +60,7 @@ class StoppableExecutor(Executor):
     """An executor whose running jobs can be asked to leave early."""
 
     def stop(self) -> None:
-        """Make `stop_requested()` true in every worker, now and from now on. Returns at once; the jobs' futures end in
-        their time.
-        """
+        """Make `stop_requested()` true in every worker, now and from now on. Returns at once."""
         raise NotImplementedError
 
 
@@ -140,12 +138,11 @@ def _listen(ear: Connection) -> None:
 
 
 class SlurmExecutor(StoppableExecutor):
-    """One Slurm job a call, submitted by `sbatch`, watched by `squeue`, ended by `scancel`. `folder` must be on a
-    shared file system.
+    """One Slurm job a call, submitted by `sbatch`, watched by `squeue`, ended by `scancel`.
 
-    options: further arguments of sbatch, such as "--partition=gpu". The answer is read from the job's folder; a job
-    that leaves the queue without one fails with WorkerDied and the end of its log. A time limit's SIGTERM asks the job
-    to stop two minutes before.
+    folder: for calls and answers, on a shared file system. options: further arguments of sbatch, such as
+    "--partition=gpu". A job that leaves the queue without an answer fails with WorkerDied and the end of its log. A job
+    is asked to stop (SIGTERM) two minutes before its time limit.
     """
 
     def __init__(self, folder: Path, options: Sequence[str] = (), poll_s: float = 5.0) -> None:
@@ -299,9 +296,7 @@ def answer_job(function: str, job: Path) -> None:
 
 
 class DaskExecutor(StoppableExecutor):
-    """Dask: the scheduler at `address`, or a cluster of `jobs` processes on this machine. Needs the package
-    `distributed`.
-    """
+    """Dask: the scheduler at `address`, or `jobs` processes on this machine. Needs the package `distributed`."""
 
     def __init__(self, address: str | None = None, jobs: int = 1) -> None:
         try:

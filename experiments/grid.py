@@ -7,10 +7,8 @@ nothing.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -24,23 +22,16 @@ from tqdm import tqdm
 from experiments import record, train
 from experiments.config import Config
 from experiments.executors import StoppableExecutor, stop_requested
+from experiments.grids import GridError
 from experiments.record import RunFolderError, RunRecord
-from experiments.settings import names_near
 
 VERSION = 1
-GRIDS = Path(__file__).parent / "grids"
 DONE = ("finished", "diverged")  # outcomes that are not tried again
-
-
-class GridError(Exception):
-    """A grid file cannot be used. The message names the file, the line and the reason."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one run of a grid stands: status "finished", "diverged", "failed" or "interrupted"; `skipped` when it was so
-    before.
-    """
+    """How one run stands: status "finished", "diverged", "failed" or "interrupted"; `skipped` when it was so before."""
 
     signature: str
     label: str
@@ -53,38 +44,6 @@ class Row:
 
 def label(config: Config) -> str:
     return f"{config.optimizer.name} {config.recipe.format.name} {config.model.name} seed {config.seed}"
-
-
-def load_grid(source: str) -> tuple[Path, list[Config]]:
-    """The file that `source` names (a path, or the name of a shipped grid) and its configs. Raises GridError, with file
-    and line.
-    """
-    path = Path(source)
-    if not path.is_file():
-        shipped = sorted(p.stem for p in GRIDS.glob("*.py") if p.stem != "__init__")
-        if source not in shipped:
-            raise GridError(f"no grid file {source!r}; shipped grids: {names_near(source, shipped)}")
-        path = GRIDS / f"{source}.py"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.py", path.name):
-        raise GridError(f"{path}: a grid file is named like ablation_1.py; its name becomes the folder of its runs")
-    try:
-        spec = importlib.util.spec_from_file_location(f"grid_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "grid", None)):
-            raise GridError(f"{path}: defines no function grid(); it must be: def grid() -> Iterator[Config]")
-        configs = list(module.grid())
-    except GridError:
-        raise
-    except SyntaxError as error:
-        raise GridError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise GridError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from None
-    if stray := [config for config in configs if not isinstance(config, Config)]:
-        raise GridError(f"{path}: grid() must yield Config objects, it yielded {stray[0]!r}")
-    return path, configs
 
 
 def run_grid(
@@ -129,16 +88,17 @@ def run_grid(
 
 
 def _recorded(folder: Path, config: Config, fingerprint: Callable[[Any], str]) -> Row | None:
-    """The row of a run that is done, None for one that is to be run or resumed. Raises RunFolderError for a folder not
-    to be touched.
+    """The row of a run that is done, None for one to be run or resumed.
+
+    Raises: RunFolderError for a folder that is not to be touched.
     """
     written = record.read_json(folder / "config.json")
     result = record.read_json(folder / "result.json")
     made_in = record.read_json(folder / "env.json")
-    for name, content, version in (("result.json", result, record.VERSION), ("env.json", made_in, record.VERSION)):
-        if content is not None and content.get("version") != version:
+    for name, content in (("result.json", result), ("env.json", made_in)):
+        if content is not None and content.get("version") != record.VERSION:
             raise RunFolderError(
-                f"{folder / name} is of version {content.get('version')!r}, this is version {version}; "
+                f"{folder / name} is of version {content.get('version')!r}, this is version {record.VERSION}; "
                 f"use another --runs folder, or delete {folder} to run it again"
             )
     if written is not None and written != config.to_dict():
@@ -211,11 +171,10 @@ def _outcome(config: Config, future: Future[Any]) -> Row:
 
 
 def run_one(config_json: dict[str, Any], folder: str) -> dict[str, Any] | None:
-    """In a worker: train one run and write its result.json. Returns what that holds, None when the worker was asked to
-    stop.
+    """In a worker: train one run and write its result.json. Returns what that holds, None when asked to stop.
 
-    An exception of the training is a result ("failed", with its traceback). Raises: RunFolderError when the folder is
-    at fault.
+    An exception of the training is a result ("failed", with its traceback).
+    Raises: RunFolderError when the folder is at fault.
     """
     import torch
 

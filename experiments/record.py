@@ -94,9 +94,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def exclusive(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path`; the system drops it with the process. Raises RunFolderError `busy` when another holds
-    it.
-    """
+    """Hold the lock file `path`; the system drops it with the process. Raises RunFolderError `busy` when it is held."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -241,9 +239,7 @@ def _cpu_name() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the source tree this package is imported from, and whether it has uncommitted changes; None outside
-    git.
-    """
+    """Commit of the tree this package is imported from, and whether that has changes; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -75,8 +75,9 @@ class Settings:
 
 
 def from_table(table: Mapping[str, type[T]], data: object, what: str) -> T:
-    """The settings in `data`, of the class of `table` that its tag names. Raises ValueError as `choose` and
-    `Settings.from_dict` do.
+    """The settings in `data`, of the class of `table` that its tag names.
+
+    Raises: ValueError as `choose` and `Settings.from_dict` do.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} must be an object, is {data!r}")

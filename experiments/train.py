@@ -26,10 +26,9 @@ Result = dict[str, Any]
 
 
 def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False) -> Result | None:
-    """Train to the end, from the record's checkpoint where it has one. Returns what result.json is to hold, None when
-    stopped.
+    """Train to the end, from the record's checkpoint where it has one. Returns what result.json is to hold.
 
-    `stop` is asked after every step; a stopped run has written its checkpoint. Writes metrics and checkpoints.
+    None when stopped: `stop` is asked after every step; a stopped run has written its checkpoint.
     Raises: ValueError for data that do not fit the config; RunFolderError when the folder cannot be read or written.
     """
     with deterministic():
@@ -107,9 +106,7 @@ def build(config: Config) -> tuple[nn.Module, Optimizer]:
 
 
 def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
-    """Set every group's rate for update `step` (the first is 0): linear warm-up, then a half cosine. Returns the first
-    group's.
-    """
+    """Set every group's rate for update `step` (from 0): linear warm-up, then a half cosine. Returns the first's."""
     if step < config.warmup_steps:
         fraction = (step + 1) / config.warmup_steps
     else:
@@ -122,8 +119,9 @@ def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
 
 
 def gradients(config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch) -> tuple[float, float]:
-    """Put the clipped gradient into `.grad`, taken at sampled weights where the optimizer samples. Returns loss, 2-norm
-    before clipping.
+    """Put the clipped gradient into `.grad`, taken at sampled weights where the optimizer samples.
+
+    Returns the loss and the gradient's 2-norm before clipping.
     """
     inputs, targets = (tensor.to(config.device) for tensor in batch)
     with getattr(optimizer, "sampled_params", nullcontext)():
@@ -161,9 +159,7 @@ def measure(config: Config, model: nn.Module, data: Data, record: RunRecord, ste
 
 @torch.no_grad()
 def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
-    """Mean loss, and for images accuracy, over the held-out split: at the posterior mean, which is what the parameters
-    hold.
-    """
+    """Mean loss, and for images accuracy, over the held-out split, at the posterior mean: what the parameters hold."""
     loss, correct, count = 0.0, 0, 0
     model.eval()
     for batch in data.validation_batches(config.batch_size):
@@ -191,8 +187,9 @@ def weight_statistics(model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms inside, the previous setting after. Fresh memory is not filled: nothing here
-    reads it.
+    """torch's deterministic algorithms inside, the previous setting after.
+
+    Fresh memory is not filled, which would cost time: nothing here reads it.
     """
     memory: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory

@@ -18,7 +18,8 @@ from experiments import grid as grids
 from experiments import record
 from experiments.config import Config
 from experiments.executors import StoppableExecutor
-from experiments.grid import GridError, Row, load_grid, run_grid
+from experiments.grid import Row, run_grid
+from experiments.grids import GridError, load_grid
 from experiments.optimizers import LMD, SGD
 from experiments.record import RunFolderError
 from tests import experiment_jobs
@@ -334,11 +335,15 @@ def test_the_shipped_grids_load() -> None:
         ),
     ],
 )
-def test_an_error_in_a_grid_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_grid_file_is_one_line(
+    tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "g.py").write_text(text)
-    with pytest.raises(GridError, match=message) as caught:
-        load_grid(str(tmp_path / "g.py"))
-    assert "\n" not in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    for path in ("g.py", str(tmp_path / "g.py")):
+        with pytest.raises(GridError, match=message) as caught:
+            load_grid(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_grid_is_told_the_close_ones(tmp_path: Path) -> None:
