@@ -3,17 +3,19 @@
 Importing it loads neither Numba nor Triton nor any other library's kernels; backends load on first use.
 """
 
-from lpsim import formats
+from lpsim import codebooks, formats
 from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
 from lpsim.quantizer import Quantizer, available_backends
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.simulate import Gemm, Recipe, simulate
+from lpsim.storage import Encoded, decode, encode
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockFormat",
     "Codebook",
+    "Encoded",
     "FixedFormat",
     "FloatFormat",
     "Gemm",
@@ -25,6 +27,9 @@ __all__ = [
     "ScaleRule",
     "Specials",
     "available_backends",
+    "codebooks",
+    "decode",
+    "encode",
     "formats",
     "simulate",
 ]

@@ -316,7 +316,9 @@ def _is_float32(value: float) -> bool:
     return value == 0 or (exponent <= 128 and math.ldexp(mantissa, exponent - quantum).is_integer())
 
 
-def p3109(bits: int, precision: int, signed: bool = True, extended: bool = True, name: str | None = None) -> FloatFormat:
+def p3109(
+    bits: int, precision: int, signed: bool = True, extended: bool = True, name: str | None = None
+) -> FloatFormat:
     """The format binary{bits}p{precision}{s|u}{e|f} of IEEE P3109: one zero, one NaN, ±Inf if `extended`.
 
     precision counts the leading one. The bias is 2^(bits − precision − 1), of unsigned formats 2^(bits − precision).
