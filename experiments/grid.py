@@ -43,7 +43,8 @@ class Row:
 
 
 def label(config: Config) -> str:
-    return f"{config.optimizer.name} {config.recipe.format.name} {config.model.name} seed {config.seed}"
+    optimizer = f"{config.optimizer.name} lr {config.optimizer.lr:g}"
+    return f"{optimizer}, {config.recipe.format.name}, {config.model.name}, seed {config.seed}"
 
 
 def run_grid(
@@ -218,7 +219,7 @@ class Progress:
     def __init__(self, configs: dict[str, Config], rows: dict[str, Row | None], folder: Path) -> None:
         self._configs, self._folder = configs, folder
         self._steps = {s: configs[s].steps if row is not None else 0 for s, row in rows.items()}
-        self._losses: dict[str, float | str] = {}
+        self._losses: dict[str, float] = {}
         self._offsets: dict[str, int] = {s: 0 for s, row in rows.items() if row is None}  # of the runs not ended
         self._done, self._count = sum(row is not None for row in rows.values()), len(rows)
         self._read()
@@ -257,12 +258,9 @@ class Progress:
     def refresh(self) -> None:
         active = self._read()
         self._bar.set_description(f"{self._done}/{self._count} runs", refresh=False)
-        losses = (f"{label(self._configs[s])} {self._losses[s]:.3f}" for s in active[:2] if self._is_number(s))
+        losses = (f"{label(self._configs[s])} {self._losses[s]:.3f}" for s in active[:2] if s in self._losses)
         self._bar.set_postfix_str(", ".join(losses), refresh=False)
         self._bar.update(max(0, sum(self._steps.values()) - self._bar.n))
-
-    def _is_number(self, signature: str) -> bool:
-        return isinstance(self._losses.get(signature), float)
 
     def _read(self) -> list[str]:
         """Take in what the runs have logged since; those that logged something."""
@@ -282,10 +280,9 @@ class Progress:
                 try:
                     entry = json.loads(line)
                     self._steps[signature] = entry["step"]
-                    self._losses[signature] = (
-                        entry["loss"] if entry["split"] == "train" else self._losses.get(signature, "")
-                    )
-                except (ValueError, KeyError, TypeError):
+                    if entry["split"] == "train" and isinstance(entry["loss"], float):
+                        self._losses[signature] = entry["loss"]
+                except (ValueError, KeyError, TypeError):  # read while a resumed run cuts its tail off
                     continue
             if complete:
                 active.append(signature)

@@ -49,7 +49,7 @@ def test_run_then_report_then_nothing_to_do(tmp_path: Path, capsys: pytest.Captu
     first = command(*run)
     assert first.returncode == 1  # one run failed, the other did not
     assert "2 runs: 1 finished, 1 failed (2 of them run now)" in first.stdout
-    assert "failed: adamw float32 gpt2-tiny seed 1" in first.stdout and "abacus" in first.stdout
+    assert "failed: adamw lr 0.01, float32, gpt2-tiny, seed 1" in first.stdout and "abacus" in first.stdout
     assert "Traceback" not in first.stdout + first.stderr
     text = (tmp_path / "small.py").read_text()
     described = json.loads((tmp_path / "runs" / "small" / "grid.json").read_text())

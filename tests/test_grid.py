@@ -190,7 +190,7 @@ def test_two_grids_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_equal_configs_and_no_configs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(GridError, match="has the same run twice: adamw float32 gpt2-tiny seed 0"):
+    with pytest.raises(GridError, match="has the same run twice: adamw lr 0.01, float32, gpt2-tiny, seed 0"):
         run_grid([tiny_config(), tiny_config()], tmp_path / "g", Here())
     with pytest.raises(GridError, match="the grid g has no runs"):
         run_grid([], tmp_path / "g", Here())
