@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 _EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, _STOCHASTIC = (tl.constexpr(m) for m in range(len(MODES)))
 _NO_SCALE, _POWER_OF_TWO, _QUOTIENT, _OWN = (tl.constexpr(r) for r in range(4))
-_NAN = tl.constexpr(math.nan)
-_INF = tl.constexpr(math.inf)
 
 
 # ---------------------------------------------------------------------------------------------- bits
@@ -157,7 +155,8 @@ def _upper_words_of_rows(start, k0, k1, stream, step, R: tl.constexpr, G: tl.con
 
 # ---------------------------------------------------------------------------------------------- one element
 
-# f: lowest, highest, zero, random_scale, min_normal, largest; i: emin, shift; as in cpu.Grid
+# f: lowest, highest, zero, random_scale, min_normal; with Overflow.SPECIAL also max and what lies beyond it.
+# i: emin, shift, and further on the parity; both as in cpu.Grid
 
 
 @triton.jit
@@ -244,7 +243,7 @@ def _place(v, thresholds, size, STEPS: tl.constexpr):  # type: ignore[no-untyped
     for step in tl.static_range(STEPS):
         candidate = place + (1 << (STEPS - 1 - step))
         inside = candidate <= size
-        threshold = tl.load(thresholds + candidate - 1, mask=inside, other=_INF)
+        threshold = tl.load(thresholds + candidate - 1, mask=inside, other=float("inf"))
         place = tl.where(inside & (v >= threshold), candidate, place)
     return place
 
@@ -292,7 +291,7 @@ def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):  # type: ignore[no-unty
     e = tl.where(m > 0, tl.minimum(tl.maximum(e, lowest), highest), lowest)
     finite = m < ((2 * UNIT + 1) << P)
     s, n = _power_of_two(e, DOUBLE), _power_of_two(-e, DOUBLE)
-    return tl.where(finite, s, _NAN), tl.where(finite, n, _NAN)
+    return tl.where(finite, s, float("nan")), tl.where(finite, n, float("nan"))
 
 
 @triton.jit
@@ -325,8 +324,8 @@ def _quotient_scales(  # type: ignore[no-untyped-def]
     inverse = _divide(inverse, s)
     if outer is not None:
         s = s * tl.load(outer)
-    finite = amax < _INF
-    return tl.where(finite, s, _NAN), tl.where(finite, inverse, _NAN)
+    finite = amax < float("inf")
+    return tl.where(finite, s, float("nan")), tl.where(finite, inverse, float("nan"))
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -411,7 +410,7 @@ def _tensor_scale(maxima, result, f, i, limits, GAP: tl.constexpr, BARE: tl.cons
     """
     amax = _float(tl.load(maxima + tl.arange(0, 1)))
     s = _into_format(_divide(amax, tl.load(limits + tl.arange(0, 1))), f, i, limits, GAP, BARE)
-    tl.store(result + tl.arange(0, 1), tl.where(amax < _INF, s, _NAN))
+    tl.store(result + tl.arange(0, 1), tl.where(amax < float("inf"), s, float("nan")))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step", "offset", "size"])
@@ -447,7 +446,7 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr,  # > 0: a codebook; binary search in that many steps
     GAP: tl.constexpr,
     BARE: tl.constexpr,
-    BEYOND: tl.constexpr,  # Overflow.SPECIAL: inf or nan; None for SATURATE
+    SPECIAL: tl.constexpr,  # Overflow.SPECIAL
     RULE: tl.constexpr,
     SCALE_GAP: tl.constexpr,
     SCALE_BARE: tl.constexpr,
@@ -511,17 +510,17 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
         y = tl.where(v == v, tl.load(values + _place(v, thresholds, size, STEPS)), v)
     else:
         y = _round(v, f, i, MODE, GAP, BARE)
-    if BEYOND is not None:  # the grid went on to 2^(emax + 1)
+    if SPECIAL:  # the grid went on to 2^(emax + 1)
         largest = tl.load(f + 5)
         if MODE == _ZERO or MODE == _ODD:  # noqa: SIM109
-            passes = tl.abs(xs) == _INF
+            passes = tl.abs(xs) == float("inf")
         elif MODE == _POSITIVE:
-            passes = (y > 0) | (tl.abs(xs) == _INF)
+            passes = (y > 0) | (tl.abs(xs) == float("inf"))
         elif MODE == _NEGATIVE:
-            passes = (y < 0) | (tl.abs(xs) == _INF)
+            passes = (y < 0) | (tl.abs(xs) == float("inf"))
         else:
             passes = y == y
-        bound = tl.where(passes, BEYOND, largest)
+        bound = tl.where(passes, tl.load(f + 6), largest)
         y = tl.where(tl.abs(y) > largest, tl.where(y < 0, -bound, bound), y)
     if RULE != _NO_SCALE:
         y = y * s[None, :, None]
@@ -533,7 +532,7 @@ INTERPRETED = not isinstance(_quantize_tiles, triton.JITFunction)
 
 # ---------------------------------------------------------------------------------------------- cutting a tensor
 
-_BLOCK = 2048  # elements a program handles where the tiles allow it
+_BLOCK = 4096  # elements a program handles where the tiles allow it
 _LARGEST = 16384  # elements of a tile, padded to powers of two, that a program can hold
 _SEGMENT = 32  # columns side by side that make a full memory transaction
 
@@ -608,14 +607,14 @@ def _numbers(
     fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool, device: torch.device
 ) -> _Numbers:
     p = plan(fmt, rounding, overflow, random_bits, double)
-    largest, beyond = (p.overflow[0], p.overflow[1]) if p.overflow is not None else (0.0, None)
+    overflows = p.overflow[:2] if p.overflow is not None else ()
     size = len(p.thresholds) if rounding is not Rounding.STOCHASTIC else len(p.values)
 
     def there(array: np.ndarray) -> torch.Tensor | None:
         return torch.from_numpy(array).to(device) if len(array) > 0 else None
 
     return _Numbers(
-        f=torch.from_numpy(np.append(p.floats, p.floats.dtype.type(largest))).to(device),
+        f=torch.from_numpy(np.append(p.floats, np.array(overflows, p.floats.dtype))).to(device),
         i=torch.from_numpy(p.integers).to(device),
         thresholds=there(p.thresholds),
         values=there(p.values),
@@ -626,7 +625,7 @@ def _numbers(
             "STEPS": size.bit_length() if p.variant.table else 0,
             "GAP": p.variant.gap,
             "BARE": p.variant.bare,
-            "BEYOND": beyond,
+            "SPECIAL": p.overflow is not None,
             "BITS": p.bits,
         },
     )
