@@ -290,17 +290,17 @@ class Simulation:
                 dtype = torch.get_autocast_dtype(device)
                 args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
                 with torch.autocast(device, enabled=False):
-                    result = function(self._execution(op, place), *args, **kwargs)
+                    result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
             else:
-                result = function(self._execution(op, place), *args, **kwargs)
+                result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
         if target is not None:
             return target.copy_(result)
         return result if out is None else _written(out, result)
 
-    def _execution(self, op: Op, place: _Place) -> Call | Composite:
+    def _execution(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | Composite:
         if op.parts:
             return Composite(lambda part, calls: self._call(place.sites[part], calls))
-        return self._call(place.sites[op.name])
+        return self._call(place.sites[op.name], 1 if op.calls is None else op.calls(*args, **kwargs))
 
     # Where, and under which rule
 

