@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class FloatFormat:
         if not isinstance(self.specials, Specials):
             raise TypeError(f"{self.name}: specials must be one of {[str(s) for s in Specials]}, got {self.specials!r}")
         if self.specials is Specials.FNUZ and not self.signed:
-            raise ValueError(f"{self.name}: FNUZ puts NaN at the code of -0; an unsigned format has none. Use FN or NONE")
+            raise ValueError(f"{self.name}: FNUZ has NaN at the code of -0; unsigned formats have none. Use FN or NONE")
         if self.specials in (Specials.FNUZ, Specials.EXTENDED) and not self.zero:
             raise ValueError(f"{self.name}: {self.specials.name} needs a zero")
         if not self.zero and self.subnormals:
@@ -89,7 +90,7 @@ class FloatFormat:
                 f"{self.specials.name} leave no normal number; add exponent bits or use Specials.NONE"
             )
         if self.emax > 1023 or self.emin - self.mantissa_bits < -1074:
-            raise ValueError(f"{self.name}: values from 2^{self.emin} to 2^{self.emax} do not fit float64; change the bias")
+            raise ValueError(f"{self.name}: 2^{self.emin} to 2^{self.emax} do not fit float64; change the bias")
 
     def _max_code(self) -> int:
         """The magnitude code of the largest finite number."""
@@ -247,10 +248,10 @@ class Codebook:
         if not 2 <= len(values) <= 2**16:
             raise ValueError(f"{self.name}: a codebook holds 2 to 65536 values, got {len(values)}")
         if not all(math.isfinite(v) for v in values):
-            raise ValueError(f"{self.name}: a codebook holds finite numbers; NaN and Inf pass through quantization anyway")
+            raise ValueError(f"{self.name}: a codebook holds finite numbers; NaN passes through quantization anyway")
         if len(set(values)) != len(values):
             repeated = sorted({v for v in values if values.count(v) > 1} if len(values) < 4096 else ())
-            raise ValueError(f"{self.name}: a codebook holds each value once; repeated (0 and -0 are one): {repeated[:5]}")
+            raise ValueError(f"{self.name}: a codebook holds each value once (0 and -0 are one): {repeated[:5]}")
         inexact = [v for v in values if not _is_float32(v)]
         if inexact:
             raise ValueError(f"{self.name}: {inexact[0]!r} is not exact in float32; round the table with numpy.float32")
@@ -295,7 +296,7 @@ class Codebook:
     def eps(self) -> float:
         """The widest gap between neighbours, relative to the largest magnitude."""
         ordered = self.sorted_values
-        return max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) / self.max
+        return max(b - a for a, b in itertools.pairwise(ordered)) / self.max
 
     @property
     def emax(self) -> int:
@@ -365,7 +366,7 @@ class BlockFormat:
     def __post_init__(self) -> None:
         _check_name(self.name)
         if not isinstance(self.element, FloatFormat | FixedFormat | Codebook):
-            raise TypeError(f"{self.name}: element must be a FloatFormat, FixedFormat or Codebook, got {self.element!r}")
+            raise TypeError(f"{self.name}: element must be a Float- or FixedFormat or a Codebook, got {self.element!r}")
         if not isinstance(self.scale, FloatFormat):
             raise TypeError(f"{self.name}: scale must be a FloatFormat, got {self.scale!r}")
         if isinstance(self.block_size, list):  # as JSON gives it
@@ -388,7 +389,7 @@ class BlockFormat:
         if powers_of_two and self.tensor_scale is not None:
             raise ValueError(f"{self.name}: a tensor scale goes with ScaleRule.ROUND or a rule of your own")
         if powers_of_two and (self.scale.emin > 0 or self.scale.emax < 0):
-            raise ValueError(f"{self.name}: the scale format {self.scale.name} cannot hold 2^0; choose one whose range has it")
+            raise ValueError(f"{self.name}: the scale format {self.scale.name} cannot hold 2^0; take one that can")
         if self.scale.emax > 127 or (self.tensor_scale is not None and self.tensor_scale.emax > 127):
             raise ValueError(f"{self.name}: scales beyond float32 cannot be simulated")
         if self.tensor_scale is not None and not isinstance(self.tensor_scale, FloatFormat):
@@ -521,6 +522,6 @@ def from_dict(data: dict[str, Any]) -> Format:
             fields["scale_rule"] = ScaleRule(fields["scale_rule"])
         except ValueError:
             raise ValueError(
-                f"{fields['name']}: the scale rule {fields['scale_rule']!r} is a function; it cannot be read from a file"
+                f"{fields['name']}: the scale rule {fields['scale_rule']!r} is a function; files cannot hold it"
             ) from None
     return kinds[kind](**fields)

@@ -19,7 +19,7 @@ from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatForm
 from lpsim.rounding import Overflow, Rounding, ScaleRule
 
 MODES = list(Rounding)  # the compiled-in number of a rounding is its place here
-SPAN = 4096  # elements of a row that a kernel takes at a time where rows are long: stays in the first-level cache
+SPAN = 512  # elements of a row that a kernel takes at a time: read for the maxima, still near when they are rounded
 
 
 class Variant(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -93,12 +93,29 @@ class Quantizer:
         Raises TypeError for another dtype, ValueError for a wrong axis, a missing key or an unfit `out`.
         """
         axis = self._check(x, axis, key)
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
             raise ValueError(
                 f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}"
             )
-        return _serving(self, x.device.type).quantize(x, self, axis, key, out)
+        device = x.device.type
+        serving = self._backends.get(device) or self._backends.setdefault(device, _serving(self, device))
+        return serving.quantize(x, self, axis, key, out)
+
+    # What calls have found out, kept here because hashing a format takes longer than quantizing a small tensor.
+
+    @functools.cached_property
+    def _backends(self) -> dict[str, Backend]:
+        """The backend that serves a type of device."""
+        return {}
+
+    @functools.cached_property
+    def plans(self) -> dict[bool, plan.Plan]:
+        """The kernels' arguments for float64 tensors (True) and all others (False)."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _check(self, x: torch.Tensor, axis: int, key: Key | None) -> int:
         """The axis counted from the front (0 for 0-d tensors)."""
@@ -170,7 +187,10 @@ class NumbaBackend:
             axis = axis if order is None else order.index(axis)
         in_place = out is not None and not narrow and order is None and out.is_contiguous()
         target = out if in_place and out is not None else torch.empty_like(source)
-        cpu.quantize(source, fmt, axis, q.rounding, q.overflow, q.random_bits, key, target)
+        double = source.dtype is torch.float64
+        if double not in q.plans:
+            q.plans[double] = plan.plan(fmt, q.rounding, q.overflow, q.random_bits, double)
+        cpu.quantize(source, fmt, axis, q.plans[double], key, target)
         if order is not None:
             target = target.permute([order.index(d) for d in range(len(order))])
         if out is not None:
@@ -214,7 +234,6 @@ def available_backends() -> list[str]:
     return names
 
 
-@functools.lru_cache(maxsize=4096)
 def _serving(quantizer: Quantizer, device_type: str) -> Backend:
     device = torch.device(device_type)
     if quantizer.backend is not None:

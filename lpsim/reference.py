@@ -264,7 +264,7 @@ def block_scale(amax: float, fmt: BlockFormat, tensor_scale: float = 1.0, dtype:
     """
     element, scale, rule = fmt.element, fmt.scale, fmt.scale_rule
     if rule is ScaleRule.ROUND or not isinstance(rule, ScaleRule):
-        wanted = dtype(amax) / dtype(element.max) if rule is ScaleRule.ROUND else dtype(rule(amax, element))  # type: ignore[operator]
+        wanted = dtype(amax) / dtype(element.max) if rule is ScaleRule.ROUND else dtype(rule(amax, element))
         rounded = round_value(float(dtype(wanted) / dtype(tensor_scale)), scale)
         return min(max(rounded, scale.min_normal), scale.max)
     if amax == 0:
@@ -313,10 +313,10 @@ def block_indices(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> Iterat
             for row, column in itertools.product(*(range(0, matrix.shape[d], size[d]) for d in (0, 1))):
                 yield matrix[row : row + size[0], column : column + size[1]].reshape(-1)
     else:
-        rows = np.moveaxis(index, axis, -1)
-        for row in rows.reshape(-1, rows.shape[-1]):
-            for start in range(0, len(row), size or max(len(row), 1)):
-                yield row[start : start + (size or len(row))]
+        lines = np.moveaxis(index, axis, -1)
+        for line in lines.reshape(-1, lines.shape[-1]):
+            for start in range(0, len(line), size or len(line)):
+                yield line[start : start + (size or len(line))]
 
 
 def quantize(

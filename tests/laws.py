@@ -31,12 +31,14 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str = "") -
     same |= np.isnan(actual) & np.isnan(expected)
     if not same.all():
         at = tuple(np.argwhere(~same)[0])
-        raise AssertionError(f"{what}: {(~same).sum()} of {same.size} differ, at {at}: {actual[at]} is not {expected[at]}")
+        raise AssertionError(
+            f"{what}: {(~same).sum()} of {same.size} differ, at {at}: {actual[at]} is not {expected[at]}"
+        )
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
 
 
 def critical_inputs(fmt: Element, dtype: type = np.float32) -> np.ndarray:
-    """Every value, every midpoint, their neighbours in `dtype`, the surroundings of max and of zero, and the specials."""
+    """Every value, midpoint and neighbour of these in `dtype`, what surrounds max and zero, and the specials."""
     values = np.array(reference.values(fmt))
     with np.errstate(over="ignore"):
         points = np.concatenate([values, (values[:-1] + values[1:]) / 2, [fmt.max * 1.0625, fmt.max * 2]]).astype(dtype)

@@ -100,7 +100,10 @@ def test_constants_stated_by_the_specifications() -> None:
             lambda: BlockFormat("f", formats.float4_e2m1fn, formats.float8_e8m0fnu, scale_rule=ScaleRule.ROUND),
             "FLOOR, CEIL, RCEIL or EVEN",
         ),
-        (lambda: BlockFormat("f", formats.float4_e2m1fn, FloatFormat("s", 2, 0, bias=9, specials=Specials.NONE)), "2^0"),
+        (
+            lambda: BlockFormat("f", formats.float4_e2m1fn, FloatFormat("s", 2, 0, bias=9, specials=Specials.NONE)),
+            "2^0",
+        ),
         (lambda: formats.get("mxfp6_e3m3"), "mxfp6_e3m2"),
         (lambda: formats.get("nonsense"), "known"),
         (lambda: formats.from_dict({"kind": "other"}), "known"),

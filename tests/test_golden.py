@@ -28,7 +28,9 @@ def expected_output(x: np.ndarray, stored: np.ndarray, negative_zero: bool) -> n
     """The stored output with the signs of zeros as our contract has them, after checking microxcaling's own rule."""
     zero = stored == 0
     np.testing.assert_array_equal(np.signbit(stored[zero]), (x < 0)[zero])
-    return np.where(zero, np.copysign(np.float32(0), np.where(np.signbit(x) & negative_zero, -1, 1)), stored).astype(x.dtype)
+    return np.where(zero, np.copysign(np.float32(0), np.where(np.signbit(x) & negative_zero, -1, 1)), stored).astype(
+        x.dtype
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])

@@ -43,7 +43,9 @@ def test_scalar_formats_equal_the_oracle(fmt) -> None:
                 continue
             quantizer = Quantizer(fmt, rounding, overflow, random_bits=None)
             expected = reference.quantize(x, fmt, 0, rounding, overflow, None, KEY)
-            assert_same_bits(quantizer(torch.from_numpy(x), key=KEY).numpy(), expected, f"{rounding} {overflow} {dtype}")
+            assert_same_bits(
+                quantizer(torch.from_numpy(x), key=KEY).numpy(), expected, f"{rounding} {overflow} {dtype}"
+            )
 
 
 @pytest.mark.parametrize("element", FEW, ids=lambda f: f.name)

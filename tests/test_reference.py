@@ -3,7 +3,6 @@
 import math
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -28,7 +27,7 @@ DETERMINISTIC = [r for r in Rounding if r is not Rounding.STOCHASTIC]
 
 @pytest.mark.parametrize("name", [n for n in ML_DTYPES if n != "float8_e8m0fnu"])
 def test_ties_to_even_equals_ml_dtypes(name: str) -> None:
-    """Every value, midpoint and neighbour. ml_dtypes overflows to Inf or NaN where the type has them, else saturates."""
+    """Every value, midpoint and neighbour. ml_dtypes overflows to Inf or NaN where a type has them, else saturates."""
     fmt = formats.get(name)
     x = critical_inputs(fmt)
     overflow = Overflow.SPECIAL if fmt.has_inf or fmt.has_nan else Overflow.SATURATE
@@ -114,7 +113,9 @@ def test_a_word_depends_on_seed_stream_step_and_place_alone() -> None:
         assert [reference.random_word(other, i) for i in range(300)] != words
 
 
-@pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.RCEIL, ScaleRule.EVEN], ids=lambda r: r.value)
+@pytest.mark.parametrize(
+    "rule", [ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.RCEIL, ScaleRule.EVEN], ids=lambda r: r.value
+)
 @pytest.mark.parametrize("element", [f for f in SMALL if f.max >= 1], ids=lambda f: f.name)
 def test_scale_rules_equal_their_formulas(rule: ScaleRule, element) -> None:
     """The formulas of ScaleRule in rational arithmetic, around every power of two and around multiples of max."""

@@ -1,0 +1,210 @@
+"""Vectors of LLVM IR with Python's operators, for the inner loops of `cpu`.
+
+A `Lanes` is a value of type <n x T> under construction: arithmetic on it appends instructions to a builder. So an
+element's rounding is written once, as a Python function, and compiled for 16 lanes, for 8, and for the single elements
+at the end of a row. LLVM fits the lanes to the processor (AVX-512, AVX2, NEON). No instruction has fast-math flags: sums
+are neither reordered nor contracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+F32, F64 = ir.FloatType(), ir.DoubleType()
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+class Lanes:
+    """A vector value. Integers are taken as signed in comparisons, as unsigned in right shifts and conversions."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    @property
+    def element(self) -> Any:
+        return self.value.type.element
+
+    @property
+    def count(self) -> int:
+        return int(self.value.type.count)
+
+    @property
+    def floating(self) -> bool:
+        return isinstance(self.element, ir.FloatType | ir.DoubleType)
+
+    def _operand(self, other: Any) -> ir.Value:
+        """A Lanes as it is; a Python number as a constant in all lanes."""
+        return other.value if isinstance(other, Lanes) else ir.Constant(self.value.type, [other] * self.count)
+
+    def _binary(self, other: Any, integer: str, floating: str | None = None) -> Lanes:
+        name = floating if self.floating and floating is not None else integer
+        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._operand(other)))
+
+    def __add__(self, other: Any) -> Lanes:
+        return self._binary(other, "add", "fadd")
+
+    def __sub__(self, other: Any) -> Lanes:
+        return self._binary(other, "sub", "fsub")
+
+    def __mul__(self, other: Any) -> Lanes:
+        return self._binary(other, "mul", "fmul")
+
+    def __truediv__(self, other: Any) -> Lanes:
+        return self._binary(other, "fdiv", "fdiv")
+
+    def __and__(self, other: Any) -> Lanes:
+        return self._binary(other, "and_")
+
+    def __or__(self, other: Any) -> Lanes:
+        return self._binary(other, "or_")
+
+    def __xor__(self, other: Any) -> Lanes:
+        return self._binary(other, "xor")
+
+    def __lshift__(self, other: Any) -> Lanes:
+        return self._binary(other, "shl")
+
+    def __rshift__(self, other: Any) -> Lanes:
+        return self._binary(other, "lshr")
+
+    def _compare(self, other: Any, operator: str) -> Lanes:
+        """NaN compares false with everything."""
+        compare = self.builder.fcmp_ordered if self.floating else self.builder.icmp_signed
+        return Lanes(self.builder, compare(operator, self.value, self._operand(other)))
+
+    def __lt__(self, other: Any) -> Lanes:
+        return self._compare(other, "<")
+
+    def __le__(self, other: Any) -> Lanes:
+        return self._compare(other, "<=")
+
+    def __gt__(self, other: Any) -> Lanes:
+        return self._compare(other, ">")
+
+    def __ge__(self, other: Any) -> Lanes:
+        return self._compare(other, ">=")
+
+    def equals(self, other: Any) -> Lanes:
+        return self._compare(other, "==")
+
+    def differs(self, other: Any) -> Lanes:
+        return self._compare(other, "!=")
+
+    def constant(self, number: float) -> Lanes:
+        """The number in all lanes, in this vector's type."""
+        return Lanes(self.builder, self._operand(number))
+
+    def select(self, yes: Lanes, no: Lanes) -> Lanes:
+        """yes where self (a mask) is set, else no."""
+        return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
+
+    def _as(self, operation: str, element: Any) -> Lanes:
+        if element == self.element:
+            return self
+        return Lanes(self.builder, getattr(self.builder, operation)(self.value, ir.VectorType(element, self.count)))
+
+    def bits(self) -> Lanes:
+        return self._as("bitcast", I64 if self.element == F64 else I32)
+
+    def as_float(self) -> Lanes:
+        return self._as("bitcast", F64 if self.element == I64 else F32)
+
+    def widen(self, element: Any) -> Lanes:
+        """To a wider float, or to a wider integer, zeros on top."""
+        return self._as("fpext" if self.floating else "zext", element)
+
+    def narrow(self, element: Any) -> Lanes:
+        """To a narrower float, rounded to nearest even, or to the lower bits of an integer."""
+        return self._as("fptrunc" if self.floating else "trunc", element)
+
+    def to_integer(self, element: Any) -> Lanes:
+        """Truncated toward zero."""
+        return self._as("fptosi", element)
+
+    def magnitude(self) -> Lanes:
+        """|x|, by its bits."""
+        bits = self.bits()
+        return (bits & ((1 << (bits.element.width - 1)) - 1)).as_float()
+
+    def with_sign_of(self, other: Lanes) -> Lanes:
+        """A magnitude with the sign of `other`."""
+        bits = other.bits()
+        return (self.bits() | (bits & -(1 << (bits.element.width - 1)))).as_float()
+
+    def any(self) -> ir.Value:
+        """Whether a mask is set anywhere, as an i1."""
+        packed = self.builder.bitcast(self.value, ir.IntType(self.count))
+        return self.builder.icmp_unsigned("!=", packed, ir.Constant(packed.type, 0))
+
+    def largest(self) -> ir.Value:
+        """The largest lane, of integers that are not negative."""
+        if self.count == 1:
+            return self.builder.extract_element(self.value, ir.Constant(I32, 0))
+        name = f"llvm.vector.reduce.umax.v{self.count}i{self.element.width}"
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.element, [self.value.type]), name
+        )
+        return self.builder.call(function, [self.value])
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> Lanes:
+    """A scalar in all lanes."""
+    nothing = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
+    first = builder.insert_element(nothing, scalar, ir.Constant(I32, 0))
+    everywhere = ir.Constant(ir.VectorType(I32, count), [0] * count)
+    return Lanes(builder, builder.shuffle_vector(first, nothing, everywhere))
+
+
+class Memory:
+    """An array's elements, by index."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value) -> None:
+        self.builder = builder
+        self.element = context.get_data_type(array_type.dtype)
+        self.size = (
+            self.element.width // 8 if isinstance(self.element, ir.IntType) else (4 if self.element == F32 else 8)
+        )
+        self.base = context.make_array(array_type)(context, builder, array).data
+
+    def _at(self, index: ir.Value) -> ir.Value:
+        return self.builder.gep(self.base, [index], source_etype=self.element)
+
+    def scalar(self, index: ir.Value | int) -> ir.Value:
+        index = ir.Constant(I64, index) if isinstance(index, int) else index
+        return self.builder.load(self._at(index), align=self.size, typ=self.element)
+
+    def put(self, index: ir.Value, value: ir.Value) -> None:
+        self.builder.store(value, self._at(index), align=self.size)
+
+    def load(self, index: ir.Value, count: int) -> Lanes:
+        vector = ir.VectorType(self.element, count)
+        return Lanes(self.builder, self.builder.load(self._at(index), align=self.size, typ=vector))
+
+    def store(self, index: ir.Value, lanes: Lanes) -> None:
+        pointer = self.builder.bitcast(self._at(index), lanes.value.type.as_pointer())
+        self.builder.store(lanes.value, pointer, align=self.size)
+
+    def gather(self, index: Lanes) -> Lanes:
+        """One element a lane."""
+        result: ir.Value = ir.Constant(ir.VectorType(self.element, index.count), ir.Undefined)
+        for lane in range(index.count):
+            at = ir.Constant(I32, lane)
+            element = self.scalar(self.builder.zext(self.builder.extract_element(index.value, at), I64))
+            result = self.builder.insert_element(result, element, at)
+        return Lanes(self.builder, result)
+
+
+def over(builder: ir.IRBuilder, count: ir.Value, width: int, body: Callable[[ir.Value, int], None]) -> None:
+    """body(place, lanes) for all places below `count` (i64): `width` at a time, then one by one."""
+    zero, one, step = (ir.Constant(I64, n) for n in (0, 1, width))
+    rest = zero
+    if width > 1:
+        rest = builder.and_(count, ir.Constant(I64, -width))
+        with cgutils.for_range_slice(builder, zero, rest, step, I64, inc=True) as (place, _):
+            body(place, width)
+    with cgutils.for_range_slice(builder, rest, count, one, I64, inc=True) as (place, _):
+        body(place, 1)
