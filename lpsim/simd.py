@@ -2,7 +2,7 @@
 
 A `Lanes` is a value of type <n x T> under construction: arithmetic on it appends instructions to a builder. So an
 element's rounding is written once, as a Python function, and compiled for 16 lanes, for 8, and for the single elements
-at the end of a row. LLVM fits the lanes to the processor (AVX-512, AVX2, NEON). No instruction has fast-math flags: sums
+at the end of a row. LLVM fits the lanes to the processor (AVX-512, AVX2, NEON). There are no fast-math flags: sums
 are neither reordered nor contracted.
 """
 
