@@ -312,7 +312,7 @@ def test_the_shipped_grids_load() -> None:
         rates = [
             {c.optimizer.lr for c in tuned if (c.optimizer.name, c.model.name) == (o, name)} for o in ("adamw", "lmd")
         ]
-        assert len(rates[0]) == len(rates[1]) == 5
+        assert len(rates[0]) == len(rates[1]) == 6
     assert not {c.seed for c in tuned} & {c.seed for c in configs}
     chosen = {(c.model.name, c.optimizer) for c in configs}
     assert chosen < {(c.model.name, c.optimizer) for c in tuned}

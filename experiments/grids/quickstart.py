@@ -14,8 +14,8 @@ from experiments.optimizers import LMD, AdamW, OptimizerConfig
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
 TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
-    "gpt2-micro": (AdamW(lr=0.006), LMD(lr=0.06)),
-    "vit-micro": (AdamW(lr=0.006), LMD(lr=0.03)),
+    "gpt2-micro": (AdamW(lr=0.006), LMD(lr=0.03)),
+    "vit-micro": (AdamW(lr=0.0015), LMD(lr=0.0075)),
 }
 
 

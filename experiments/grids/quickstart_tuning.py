@@ -1,4 +1,4 @@
-"""The learning rates of the quickstart: five each for AdamW and LMD, a factor of 2 apart, in float32, on seeds that the
+"""The learning rates of the quickstart: six each for AdamW and LMD, a factor of 2 apart, in float32, on seeds that the
 quickstart does not use.
 """
 
@@ -8,7 +8,7 @@ from experiments.config import Config
 from experiments.grids.quickstart import STEPS, TASKS, WARMUP_STEPS
 from experiments.optimizers import LMD, AdamW
 
-RATES = {AdamW: (0.00075, 0.0015, 0.003, 0.006, 0.012), LMD: (0.0075, 0.015, 0.03, 0.06, 0.12)}
+RATES = {AdamW: (0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012), LMD: (0.00375, 0.0075, 0.015, 0.03, 0.06, 0.12)}
 SEEDS = (1000, 1001, 1002, 1003)
 
 
