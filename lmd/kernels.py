@@ -6,14 +6,14 @@ multiply-adds are written as such, nothing is reassociated, no libm is called), 
 change no bit of the result. Against lmd/update.py, whose functions are torch's, it differs by some units in the last
 place: tests/test_lmd_kernels.py states how many.
 
-The step is update.py's without asinh and sinh. With x = mean / (2 center exp(sigma^2 / 2)) and S = sqrt(x^2 + 1),
-(x, S) = (sinh a, cosh a), exp(+-a) = S +- x, and a -> a - y is the hyperbolic rotation x cosh y - S sinh y.
+The step is update.py's without asinh and sinh. With x = mean / (2 center exp(sigma^2 / 2)) and s = sqrt(x^2 + 1),
+(x, s) = (sinh a, cosh a), exp(+-a) = s +- x, and a -> a - y is the hyperbolic rotation x cosh y - s sinh y.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch  # before numba: a Numba thread pool started first would share its OpenMP runtime with torch
@@ -21,8 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from lmd.elementary import (
-    SIGN,
-    direction,
+    bounded,
     exp,
     exp2,
     fma,
@@ -30,21 +29,66 @@ from lmd.elementary import (
     inlined,
     load,
     log,
+    prefetch,
     rotate,
     sqrt,
     store,
     to_bits,
     use_wide_vectors,
+    with_sign,
 )
 from lmd.plain import Weight
 from lmd.priors import PRIORS
 from lmd.random import MASK, MULTIPLIERS, ROUNDS, WEYL
 
-TILE = 2048  # elements; a tile's scratch (a word and two factors each) stays in the first-level cache
+TILE = 2048  # elements whose noise is drawn at once; the two factors of each stay in the first-level cache
+BLOCK = 128  # elements between two bursts of prefetching
+AHEAD = 512  # elements from a prefetch to its use
 SERIAL = 1 << 17  # elements; below, starting a thread costs more than it gives
 
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
-compiled: Any = njit(nogil=True, cache=True)
+compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
+
+
+class Noise(NamedTuple):
+    """What the tensors of a group have in common in lmd/random.py's counters and keys, and the scale."""
+
+    seed_low: np.uint64
+    seed_high: np.uint64
+    step: np.uint64
+    draw: np.uint64
+    variance: np.float32  # -2 (sigma log2 e)^2; 0 stands for no noise: gradients at the mean
+
+
+class Settings(NamedTuple):
+    """A group's settings, and its prior's R(d) = linear d + [power > 0] exp(power d + moment) + offset."""
+
+    lr: np.float32
+    decay: np.float32  # lr weight_decay
+    ratio: np.float32  # beta1 / (1 - beta1): sign(ratio v + G) = sign(u)
+    beta2: np.float32
+    rest2: np.float32  # 1 - beta2
+    linear: np.float32
+    power: np.float32
+    moment: np.float32
+    offset: np.float32
+
+
+# A row of the table is a tensor; its tiles are numbered on from those of the row before. Unused addresses are 0.
+COLUMNS = ("first_tile", "count", "number", "mean", "gradient", "out", "v", "v_plus", "v_minus", "log_center")
+FIRST_TILE, COUNT, NUMBER, MEAN, GRADIENT, OUT, V, V_PLUS, V_MINUS, LOG_CENTER = range(len(COLUMNS))
+
+
+@njit
+def tiles(table: Any, first: Any, last: Any) -> Any:
+    """(row, first element, number of elements) of the tiles first .. last - 1."""
+    row = 0
+    for tile in range(first, last):
+        while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
+            row += 1
+        begin = (tile - table[row, FIRST_TILE]) * TILE
+        yield row, begin, min(TILE, table[row, COUNT] - begin)
+
 
 # --- noise ---
 
@@ -58,218 +102,229 @@ def philox_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @inlined
-def fill_words(words: Any, first: Any, count: Any, key: Any) -> Any:
-    """lmd/random.py's words of the elements first .. first + count - 1, first a multiple of 4; up to 3 more are
-    written.
-    """
-    k0, k1, parameter, step, draw = key
-    w0, w1 = u64(WEYL[0]), u64(WEYL[1])
+def fill_words(words: Any, begin: Any, count: Any, number: Any, noise: Any) -> Any:
+    """lmd/random.py's words of `count` elements from `begin`, a multiple of 4, on; up to 3 more are written."""
+    use_wide_vectors()
+    block, parameter = u64(begin) >> u64(2), u64(number)
+    k0, k1, w0, w1 = noise.seed_low, noise.seed_high, u64(WEYL[0]), u64(WEYL[1])
     for j in range((count + 3) // 4):
-        c0, c1, c2, c3 = philox_round(u64(first // 4 + j), draw, step, parameter, k0, k1)
+        c0, c1, c2, c3 = philox_round(block + u64(j), noise.draw, noise.step, parameter, k0, k1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + w0, k1 + w1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + u64(2) * w0, k1 + u64(2) * w1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + u64(3) * w0, k1 + u64(3) * w1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + u64(4) * w0, k1 + u64(4) * w1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + u64(5) * w0, k1 + u64(5) * w1)
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + u64(6) * w0, k1 + u64(6) * w1)
-        words[4 * j] = u32(c0)
-        words[4 * j + 1] = u32(c1)
-        words[4 * j + 2] = u32(c2)
-        words[4 * j + 3] = u32(c3)
+        store(words, 4 * j, from_bits(i32(c0)))
+        store(words, 4 * j + 1, from_bits(i32(c1)))
+        store(words, 4 * j + 2, from_bits(i32(c2)))
+        store(words, 4 * j + 3, from_bits(i32(c3)))
 
 
-assert ROUNDS == 7  # written out above: LLVM does not unroll the loop before it vectorizes
+ONE = i32(0x3F800000)  # the bits of 1.0
+assert ROUNDS == 7  # written out above: LLVM vectorizes before it would unroll a loop
 
 
 @inlined
 def noise_factors(word: Any, variance: Any) -> Any:
-    """(exp(sigma eps+), exp(sigma eps-)) by lmd/random.py's box_muller; variance = -2 (sigma log2 e)^2.
+    """(exp(sigma eps+), exp(sigma eps-)) by lmd/random.py's box_muller.
 
-    The angle is taken about pi / 4: cos = c - s and sin = c + s with c, s = (cos, sin)(t pi / 2) / sqrt 2, |t| < 1/2.
+    Bits of the word become the fraction of a number in [1, 2). The angle is taken about pi / 4: cos = c - s and sin =
+    c + s with c, s = (cos, sin)(t pi / 2) / sqrt 2, |t| < 1/2.
     """
-    uniform = fma(f32(i32(word & u32(0xFFFF))), f32(2.0**-16), f32(2.0**-17))
+    uniform = from_bits(i32((word << i32(7)) & i32(0x7FFF80)) | ONE) - f32(1.0 - 2.0**-17)
     radius = sqrt(variance * log(uniform))
-    t = fma(f32(i32((word >> u32(16)) & u32(0x3FFF))), f32(2.0**-14), f32(2.0**-15 - 0.5))
+    t = from_bits(i32((word >> i32(7)) & i32(0x7FFE00)) | ONE) - f32(1.5 - 2.0**-15)
     z = t * t
     s = fma(fma(f32(0.05491914227604866), z, f32(-0.4565873146057129)), z, f32(1.1107151508331299)) * t
     c = fma(fma(f32(-0.014430884271860123), z, f32(0.1793213188648224)), z, f32(-0.8723555207252502))
     c = fma(c, z, f32(0.7071067690849304))
-    plus = from_bits(to_bits(radius * (c - s)) | i32(word & u32(0x80000000)))
-    minus = from_bits(to_bits(radius * (c + s)) | i32((word << u32(1)) & u32(0x80000000)))
-    return exp2(plus), exp2(minus)
+    return exp2(with_sign(radius * (c - s), word)), exp2(with_sign(radius * (c + s), i32(word << i32(1))))
 
 
 @inlined
-def fill_factors(plus: Any, minus: Any, words: Any, first: Any, count: Any, key: Any, variance: Any) -> Any:
-    fill_words(words, first, count, key)
+def fill_noise(plus: Any, minus: Any, begin: Any, count: Any, number: Any, noise: Any) -> Any:
+    """exp(sigma eps+) and exp(sigma eps-) of `count` elements from `begin` on."""
+    use_wide_vectors()
+    fill_words(minus, begin, count, number, noise)
     for i in range(count):
-        plus[i], minus[i] = noise_factors(words[i], variance)
+        p, q = noise_factors(to_bits(load(minus, i)), noise.variance)
+        store(plus, i, p)
+        store(minus, i, q)
 
 
-# --- the kernels: rows of `table` are tensors, their tiles are numbered through, each call does tiles first .. last - 1 ---
-
-COLUMNS = ("first_tile", "count", "number", "mean", "gradient", "out", "v", "v_plus", "v_minus", "log_center")
-FIRST_TILE, COUNT, NUMBER, MEAN, GRADIENT, OUT, V, V_PLUS, V_MINUS, LOG_CENTER = range(len(COLUMNS))
+# --- update.sample ---
 
 
 @inlined
-def momenta(v: Any, g: Any, betas: Any) -> Any:
-    """(u, v'); betas = (beta1, 1 - beta1, beta2, 1 - beta2)."""
-    return fma(betas[0], v, betas[1] * g), fma(betas[2], v, betas[3] * g)
+def sample_shared_block(mean: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any) -> Any:
+    """theta+ - theta- = center ((s + x) p - (s - x) q)."""
+    use_wide_vectors()
+    for i in range(count):
+        x = load(mean, i) * inverse
+        s = sqrt(fma(x, x, f32(1.0)))
+        p, q = load(plus, i), load(minus, i)
+        store(out, i, m0 * fma(s, p - q, x * (p + q)))
+
+
+@compiled
+def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any) -> Any:
+    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+    for row, begin, count in tiles(table, first, last):
+        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
+        for start in range(0, count, BLOCK):
+            mean, out = table[row, MEAN] + 4 * (begin + start), table[row, OUT] + 4 * (begin + start)
+            for line in range(AHEAD, AHEAD + BLOCK, 16):
+                prefetch(mean, line)
+                prefetch(out, line)
+            sample_shared_block(mean, out, plus + 4 * start, minus + 4 * start, min(BLOCK, count - start), m0, inverse)
+
+
+@inlined
+def sample_split_block(
+    mean: Any, log_center: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any
+) -> Any:
+    use_wide_vectors()
+    for i in range(count):
+        c = load(log_center, i)
+        x = load(mean, i) * (inverse * exp(-c))
+        s = sqrt(fma(x, x, f32(1.0)))
+        p, q = load(plus, i), load(minus, i)
+        store(out, i, m0 * exp(c) * fma(s, p - q, x * (p + q)))
+
+
+@compiled
+def sample_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any) -> Any:
+    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+    for row, begin, count in tiles(table, first, last):
+        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
+        offset = 4 * begin
+        mean, log_center, out = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset, table[row, OUT] + offset
+        sample_split_block(mean, log_center, out, plus, minus, count, m0, inverse)
+
+
+# --- update.step_shared and update.step_split ---
 
 
 @inlined
 def half_log_ratio(x: Any, s: Any) -> Any:
     """a = asinh x."""
-    return from_bits(to_bits(log(abs(x) + s)) | (to_bits(x) & SIGN))
-
-
-@compiled
-def sample_tiles(table: Any, m0s: Any, scales: Any, first: Any, last: Any, key: Any, variance: Any) -> Any:
-    """out = center (S (p - q) + x (p + q)), p and q the noise factors: theta+ - theta-."""
-    use_wide_vectors()
-    words = np.empty(TILE, np.uint32)
-    plus = np.empty(TILE, np.float32)
-    minus = np.empty(TILE, np.float32)
-    k0, k1, step, draw = key
-    row = 0
-    for tile in range(first, last):
-        while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
-            row += 1
-        begin = (tile - table[row, FIRST_TILE]) * TILE
-        count = min(TILE, table[row, COUNT] - begin)
-        fill_factors(plus, minus, words, begin, count, (k0, k1, u64(table[row, NUMBER]), step, draw), variance)
-        mean, out = table[row, MEAN] + 4 * begin, table[row, OUT] + 4 * begin
-        m0, inverse = m0s[row], f32(1.0) / scales[row]
-        if table[row, LOG_CENTER] == 0:
-            for i in range(count):
-                x = load(mean, i) * inverse
-                s = sqrt(fma(x, x, f32(1.0)))
-                store(out, i, m0 * fma(s, plus[i] - minus[i], x * (plus[i] + minus[i])))
-        else:
-            log_center = table[row, LOG_CENTER] + 4 * begin
-            for i in range(count):
-                c = load(log_center, i)
-                x = load(mean, i) * (inverse * exp(-c))
-                s = sqrt(fma(x, x, f32(1.0)))
-                store(out, i, m0 * exp(c) * fma(s, plus[i] - minus[i], x * (plus[i] + minus[i])))
-
-
-@compiled
-def step_shared_tiles(
-    table: Any,
-    m0s: Any,
-    scales: Any,
-    first: Any,
-    last: Any,
-    key: Any,
-    variance: Any,
-    expectation: Any,
-    lr: Any,
-    decay: Any,
-    betas: Any,
-) -> Any:
-    """update.step_shared; decay = lr weight_decay prior.linear, variance 0 stands for gradients at the mean."""
-    use_wide_vectors()
-    words = np.empty(TILE, np.uint32)
-    plus = np.full(TILE, expectation)
-    minus = np.full(TILE, expectation)
-    k0, k1, step, draw = key
-    row = 0
-    for tile in range(first, last):
-        while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
-            row += 1
-        begin = (tile - table[row, FIRST_TILE]) * TILE
-        count = min(TILE, table[row, COUNT] - begin)
-        if variance < f32(0.0):
-            fill_factors(plus, minus, words, begin, count, (k0, k1, u64(table[row, NUMBER]), step, draw), variance)
-        mean, gradient, v = table[row, MEAN] + 4 * begin, table[row, GRADIENT] + 4 * begin, table[row, V] + 4 * begin
-        m0, scale = m0s[row], scales[row]
-        inverse = f32(1.0) / scale
-        for i in range(count):
-            x = load(mean, i) * inverse
-            s = sqrt(fma(x, x, f32(1.0)))
-            g = load(gradient, i) * (m0 * fma(s, plus[i] + minus[i], x * (plus[i] - minus[i])))
-            u, kept = momenta(load(v, i), g, betas)
-            store(v, i, kept)
-            store(mean, i, scale * rotate(x, s, fma(decay, half_log_ratio(x, s), direction(u, lr))))
-
-
-@compiled
-def step_split_tiles(
-    table: Any,
-    m0s: Any,
-    scales: Any,
-    first: Any,
-    last: Any,
-    key: Any,
-    variance: Any,
-    expectation: Any,
-    lr: Any,
-    lr_decay: Any,
-    betas: Any,
-    prior: Any,
-) -> Any:
-    """update.step_split; prior = (linear, power, power^2 sigma^2 / 2, offset)."""
-    use_wide_vectors()
-    words = np.empty(TILE, np.uint32)
-    plus = np.full(TILE, expectation)
-    minus = np.full(TILE, expectation)
-    k0, k1, step, draw = key
-    row = 0
-    for tile in range(first, last):
-        while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
-            row += 1
-        begin = (tile - table[row, FIRST_TILE]) * TILE
-        count = min(TILE, table[row, COUNT] - begin)
-        if variance < f32(0.0):
-            fill_factors(plus, minus, words, begin, count, (k0, k1, u64(table[row, NUMBER]), step, draw), variance)
-        mean, gradient = table[row, MEAN] + 4 * begin, table[row, GRADIENT] + 4 * begin
-        v_plus, v_minus = table[row, V_PLUS] + 4 * begin, table[row, V_MINUS] + 4 * begin
-        log_center = table[row, LOG_CENTER] + 4 * begin
-        m0, scale = m0s[row], scales[row]
-        inverse = f32(1.0) / scale
-        for i in range(count):
-            c = load(log_center, i)
-            x = load(mean, i) * (inverse * exp(-c))
-            s = sqrt(fma(x, x, f32(1.0)))
-            a = half_log_ratio(x, s)
-            large = abs(x) + s  # exp(|a|)
-            small = f32(1.0) / large
-            g = load(gradient, i) * (m0 * exp(c))
-            theta_plus = plus[i] * (small if x < f32(0.0) else large)
-            theta_minus = minus[i] * (large if x < f32(0.0) else small)
-            u_plus, kept_plus = momenta(load(v_plus, i), g * theta_plus, betas)
-            u_minus, kept_minus = momenta(load(v_minus, i), -g * theta_minus, betas)
-            up = direction(u_plus, lr) + lr_decay * regularizer(c + a, prior)
-            down = direction(u_minus, lr) + lr_decay * regularizer(c - a, prior)
-            c = fma(f32(-0.5), up + down, c)
-            store(v_plus, i, kept_plus)
-            store(v_minus, i, kept_minus)
-            store(log_center, i, c)
-            store(mean, i, scale * exp(c) * rotate(x, s, f32(0.5) * (up - down)))
+    return with_sign(log(abs(x) + s), to_bits(x))
 
 
 @inlined
-def regularizer(d: Any, prior: Any) -> Any:
-    """Prior.regularizer."""
-    linear, power, moment, offset = prior
-    value = fma(linear, d, offset)
-    return value + exp(fma(power, d, moment)) if power > f32(0.0) else value
+def direction(u: Any, size: Any) -> Any:
+    """size sign(u); 0 for 0 and NaN for NaN."""
+    return with_sign(size, to_bits(u)) if abs(u) > f32(0.0) else u
+
+
+@inlined
+def step_shared_block(
+    mean: Any, gradient: Any, v: Any, plus: Any, minus: Any, count: Any, m0: Any, scale: Any, settings: Any
+) -> Any:
+    use_wide_vectors()
+    inverse = f32(1.0) / scale
+    ratio, rest = settings.ratio / m0, settings.rest2 * m0
+    for i in range(count):
+        x = load(mean, i) * inverse
+        s = sqrt(fma(x, x, f32(1.0)))
+        p, q = load(plus, i), load(minus, i)
+        g = load(gradient, i) * fma(s, p + q, x * (p - q))  # G / m0
+        u = fma(ratio, load(v, i), g)
+        store(v, i, fma(settings.beta2, load(v, i), rest * g))
+        y = fma(settings.decay, half_log_ratio(x, s), direction(u, settings.lr))
+        store(mean, i, scale * rotate(x, s, y))
 
 
 @compiled
-def finite_tiles(table: Any, first: Any, last: Any) -> Any:
+def step_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
+    """`scratch` holds exp(sigma^2 / 2) where there is no noise."""
+    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+    for row, begin, count in tiles(table, first, last):
+        if noise.variance < f32(0.0):
+            fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        for start in range(0, count, BLOCK):
+            offset = 4 * (begin + start)
+            mean, gradient, v = table[row, MEAN] + offset, table[row, GRADIENT] + offset, table[row, V] + offset
+            for line in range(AHEAD, AHEAD + BLOCK, 16):
+                prefetch(mean, line)
+                prefetch(gradient, line)
+                prefetch(v, line)
+            here = min(BLOCK, count - start)
+            step_shared_block(
+                mean, gradient, v, plus + 4 * start, minus + 4 * start, here, scales[row, 0], scales[row, 1], settings
+            )
+
+
+@inlined
+def regularizer(d: Any, settings: Any) -> Any:
+    """Prior.regularizer."""
+    value = fma(settings.linear, d, settings.offset)
+    return value + exp(fma(settings.power, d, settings.moment)) if settings.power > f32(0.0) else value
+
+
+@inlined
+def split_side(
+    sign: Any, mean: Any, log_center: Any, gradient: Any, v: Any, factor: Any, count: Any, scales: Any, settings: Any
+) -> Any:
+    """One side's momentum; `factor`, exp(sigma eps), becomes lr sign(u) + lr weight_decay R(m)."""
+    use_wide_vectors()
+    m0, inverse = scales[0], f32(1.0) / scales[1]
+    for i in range(count):
+        c = load(log_center, i)
+        x = sign * load(mean, i) * (inverse * exp(-c))
+        s = sqrt(fma(x, x, f32(1.0)))
+        far = abs(x) + s
+        theta = m0 * exp(c) * load(factor, i) * (far if x > f32(0.0) else f32(1.0) / far)
+        g = sign * load(gradient, i) * theta
+        u = fma(settings.ratio, load(v, i), g)
+        store(v, i, fma(settings.beta2, load(v, i), settings.rest2 * g))
+        r = regularizer(c + half_log_ratio(x, s), settings)
+        store(factor, i, fma(settings.decay, r, direction(u, settings.lr)))
+
+
+@inlined
+def split_move(mean: Any, log_center: Any, up: Any, down: Any, count: Any, scale: Any) -> Any:
+    """log m+ and log m- go down by `up` and `down`."""
+    use_wide_vectors()
+    for i in range(count):
+        c = load(log_center, i)
+        x = load(mean, i) * (exp(-c) / scale)
+        s = sqrt(fma(x, x, f32(1.0)))
+        c = fma(f32(-0.5), load(up, i) + load(down, i), c)
+        store(log_center, i, c)
+        y = bounded(f32(0.5) * (load(up, i) - load(down, i)), f32(80.0))
+        store(mean, i, scale * exp(c) * rotate(x, s, y))
+
+
+@compiled
+def step_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
+    """Three passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
+    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+    expectation = scales[0, 1] / (f32(2.0) * scales[0, 0])
+    for row, begin, count in tiles(table, first, last):
+        if noise.variance < f32(0.0):
+            fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        else:
+            for i in range(2 * TILE):
+                store(plus, i, expectation)
+        at = table[row] + 4 * begin
+        mean, log_center, gradient = at[MEAN], at[LOG_CENTER], at[GRADIENT]
+        split_side(f32(1.0), mean, log_center, gradient, at[V_PLUS], plus, count, scales[row], settings)
+        split_side(f32(-1.0), mean, log_center, gradient, at[V_MINUS], minus, count, scales[row], settings)
+        split_move(mean, log_center, plus, minus, count, scales[row, 1])
+
+
+@compiled
+def all_finite(first: Any, last: Any, scratch: Any, table: Any) -> Any:
     """Whether all gradients are finite: no exponent is all ones."""
     use_wide_vectors()
-    row = 0
-    for tile in range(first, last):
-        while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
-            row += 1
-        begin = (tile - table[row, FIRST_TILE]) * TILE
+    for row, begin, count in tiles(table, first, last):
         gradient = table[row, GRADIENT] + 4 * begin
         largest = i32(0)
-        for i in range(min(TILE, table[row, COUNT] - begin)):
+        for i in range(count):
             largest = max(largest, i32(to_bits(load(gradient, i)) & i32(0x7FFFFFFF)))
         if largest >= i32(0x7F800000):
             return False
@@ -282,35 +337,30 @@ def finite_tiles(table: Any, first: Any, last: Any) -> Any:
 def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
     """A posterior sample of every weight, in new tensors."""
     outs = [empty_like(weight.mean) for weight in weights]
-    table, m0s, scales = _tabulate(group, weights, OUT, outs)
-    _over_tiles(sample_tiles, table, m0s, scales, _key(group, draw), _variance(group))
+    table, scales = _tabulate(group, weights, OUT, outs)
+    kernel = sample_shared if group["parameterization"] == "shared" else sample_split
+    _over_tiles(kernel, table, scales, _noise(group, draw))
     return outs
 
 
 def step(group: dict[str, Any], weights: list[Weight], gradients: list[Tensor], at_sample: bool) -> None:
-    """One step of every weight, in place; `at_sample` says that the gradients were taken at draw 0 of the present
-    step.
-    """
-    table, m0s, scales = _tabulate(group, weights, GRADIENT, gradients)
-    prior, (beta1, beta2), sigma = PRIORS[group["prior"]], group["betas"], group["noise_scale"]
-    betas = (f32(beta1), f32(1.0 - beta1), f32(beta2), f32(1.0 - beta2))
-    variance = _variance(group) if at_sample else f32(0.0)
-    noise = (_key(group, 0), variance, f32(np.exp(0.5 * sigma**2)))
-    lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-    if group["parameterization"] == "shared":
-        _over_tiles(step_shared_tiles, table, m0s, scales, *noise, f32(lr), f32(decay * prior.linear), betas)
-    else:
-        terms = (prior.linear, prior.power, 0.5 * (prior.power * sigma) ** 2, prior.offset(group["entropy"]))
-        _over_tiles(step_split_tiles, table, m0s, scales, *noise, f32(lr), f32(decay), betas, tuple(map(f32, terms)))
+    """One step of every weight, in place; `at_sample`: the gradients were taken at draw 0 of the present step."""
+    table, scales = _tabulate(group, weights, GRADIENT, gradients)
+    noise = _noise(group, 0) if at_sample else _noise(group, 0)._replace(variance=f32(0.0))
+    lr, (beta1, beta2), prior = group["lr"], group["betas"], PRIORS[group["prior"]]
+    terms = (prior.linear, prior.power, 0.5 * (prior.power * group["noise_scale"]) ** 2, prior.offset(group["entropy"]))
+    shared = group["parameterization"] == "shared"
+    decay = lr * group["weight_decay"] * (prior.linear if shared else 1.0)
+    settings = Settings(*(f32(x) for x in (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)))
+    _over_tiles(step_shared if shared else step_split, table, scales, noise, settings)
     torch.autograd.graph.increment_version([weight.mean for weight in weights])
 
 
 def finite(gradients: list[Tensor]) -> bool:
     """Whether every element of every tensor is finite."""
-    table = np.zeros((len(gradients), len(COLUMNS)), np.int64)
-    _place(table, gradients)
+    table = _place(gradients)
     table[:, GRADIENT] = [gradient.data_ptr() for gradient in gradients]
-    return all(_over_tiles(finite_tiles, table))
+    return all(_over_tiles(all_finite, table))
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -321,47 +371,46 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.from_numpy(np.empty(tuple(tensor.shape), np.float32))
 
 
-def _place(table: np.ndarray, tensors: list[Tensor]) -> None:
-    """Numbers the tiles of the tensors through."""
+def _place(tensors: list[Tensor]) -> np.ndarray:
+    """A table of the tensors' sizes and tiles, without addresses."""
+    table = np.zeros((len(tensors), len(COLUMNS)), np.int64)
     table[:, COUNT] = [tensor.numel() for tensor in tensors]
     table[1:, FIRST_TILE] = np.cumsum(-(-table[:-1, COUNT] // TILE))
+    return table
 
 
 def _tabulate(
     group: dict[str, Any], weights: list[Weight], column: int, tensors: list[Tensor]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The table of the weights with `tensors` under `column`; m0 and 2 m0 exp(sigma^2 / 2) of each weight in float32."""
-    table = np.zeros((len(weights), len(COLUMNS)), np.int64)
-    _place(table, tensors)
+) -> tuple[np.ndarray, np.ndarray]:
+    """The table of the weights with `tensors` under `column`; m0 and 2 m0 exp(sigma^2 / 2) of each weight, float32."""
+    table = _place(tensors)
     table[:, NUMBER] = [weight.number for weight in weights]
     table[:, MEAN] = [weight.mean.data_ptr() for weight in weights]
     table[:, column] = [tensor.data_ptr() for tensor in tensors]
     names = ("v",) if group["parameterization"] == "shared" else ("v_plus", "v_minus", "log_center")
     for name in names:
         table[:, COLUMNS.index(name)] = [weight.state[name].data_ptr() for weight in weights]
-    m0s = np.array([weight.state["m0"] for weight in weights])
-    return table, m0s.astype(f32), (2.0 * np.exp(0.5 * group["noise_scale"] ** 2) * m0s).astype(f32)
+    m0 = np.array([weight.state["m0"] for weight in weights])
+    return table, np.stack((m0, 2.0 * np.exp(0.5 * group["noise_scale"] ** 2) * m0), axis=1).astype(f32)
 
 
-def _key(group: dict[str, Any], draw: int) -> tuple[np.uint64, ...]:
-    return u64(group["seed"] & MASK), u64(group["seed"] >> 32), u64(group["step"]), u64(draw)
-
-
-def _variance(group: dict[str, Any]) -> np.float32:
-    """-2 (sigma log2 e)^2."""
-    return f32(-2.0 * (group["noise_scale"] * np.log2(np.e)) ** 2)
+def _noise(group: dict[str, Any], draw: int) -> Noise:
+    seed, variance = group["seed"], -2.0 * (group["noise_scale"] * np.log2(np.e)) ** 2
+    return Noise(u64(seed & MASK), u64(seed >> 32), u64(group["step"]), u64(draw), f32(variance))
 
 
 def _over_tiles(kernel: Any, table: np.ndarray, *arguments: Any) -> list[Any]:
     """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
-    tiles = int(table[-1, FIRST_TILE] - (-table[-1, COUNT] // TILE))
-    threads = torch.get_num_threads() if tiles * TILE > SERIAL else 1
-    heads, tail = arguments[:2], arguments[2:]
-    ranges = [(tiles * i // threads, tiles * (i + 1) // threads) for i in range(threads)]
-    if threads == 1:
-        return [kernel(table, *heads, 0, tiles, *tail)]
-    others = [_pool(threads - 1).submit(kernel, table, *heads, *r, *tail) for r in ranges[1:]]
-    return [kernel(table, *heads, *ranges[0], *tail), *(other.result() for other in others)]
+    count = int(table[-1, FIRST_TILE] - (-table[-1, COUNT] // TILE))
+    threads = torch.get_num_threads() if count * TILE > SERIAL else 1
+    expectation = arguments[0][0, 1] / (2 * arguments[0][0, 0]) if arguments else 0.0
+
+    def part(i: int) -> Any:
+        scratch = np.full(2 * TILE, expectation, f32)
+        return kernel(count * i // threads, count * (i + 1) // threads, scratch, table, *arguments)
+
+    others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
+    return [part(0), *(other.result() for other in others)]
 
 
 @cache
