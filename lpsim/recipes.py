@@ -77,7 +77,7 @@ class Recipe:
     matched against the module's path ("lm_head", "h.*.attn"), one with "/" against "path/op" or "path/op#k", k >= 1
     counting repetitions of the op in one call of the module ("h.*/scaled_dot_product_attention.*", "*/conv2d").
     Shell wildcards (fnmatch); "*" also crosses dots. Ops outside every module have the path "<outside>", those of the
-    model's own forward "<model>".
+    model's own forward "<model>". A pattern that matches no site draws a warning, unless it begins with "*/".
     """
 
     fprop: Gemm = Gemm()

@@ -109,7 +109,7 @@ class Simulation:
         self.observer: Observer | None = None
         self._step = 0
         self._paths = ModulePaths(model)
-        self._unmatched = set(recipe.overrides)
+        self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
         self._check_overrides()
         self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
         self._sites: dict[tuple[str, str, int], Site] = {}
