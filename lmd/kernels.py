@@ -57,7 +57,8 @@ class Noise(NamedTuple):
     seed_high: np.uint64
     step: np.uint64
     draw: np.uint64
-    variance: np.float32  # -2 (sigma log2 e)^2; 0 stands for no noise: gradients at the mean
+    variance: np.float32  # -2 (sigma log2 e)^2; 0 stands for expectations in place of noise
+    expectation: np.float32  # exp(sigma^2 / 2)
 
 
 class Settings(NamedTuple):
@@ -144,13 +145,18 @@ def noise_factors(word: Any, variance: Any) -> Any:
 
 @inlined
 def fill_noise(plus: Any, minus: Any, begin: Any, count: Any, number: Any, noise: Any) -> Any:
-    """exp(sigma eps+) and exp(sigma eps-) of `count` elements from `begin` on."""
+    """exp(sigma eps+) and exp(sigma eps-) of `count` elements from `begin` on, or their expectations."""
     use_wide_vectors()
-    fill_words(minus, begin, count, number, noise)
-    for i in range(count):
-        p, q = noise_factors(to_bits(load(minus, i)), noise.variance)
-        store(plus, i, p)
-        store(minus, i, q)
+    if noise.variance < f32(0.0):
+        fill_words(minus, begin, count, number, noise)
+        for i in range(count):
+            p, q = noise_factors(to_bits(load(minus, i)), noise.variance)
+            store(plus, i, p)
+            store(minus, i, q)
+    else:
+        for i in range(count):
+            store(plus, i, noise.expectation)
+            store(minus, i, noise.expectation)
 
 
 # --- update.sample ---
@@ -240,11 +246,9 @@ def step_shared_block(
 
 @compiled
 def step_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
-    """`scratch` holds exp(sigma^2 / 2) where there is no noise."""
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
     for row, begin, count in tiles(table, first, last):
-        if noise.variance < f32(0.0):
-            fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         for start in range(0, count, BLOCK):
             offset = 4 * (begin + start)
             mean, gradient, v = table[row, MEAN] + offset, table[row, GRADIENT] + offset, table[row, V] + offset
@@ -303,17 +307,14 @@ def split_move(mean: Any, log_center: Any, up: Any, down: Any, count: Any, scale
 def step_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
     """Three passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
-    expectation = scales[0, 1] / (f32(2.0) * scales[0, 0])
     for row, begin, count in tiles(table, first, last):
-        if noise.variance < f32(0.0):
-            fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
-        else:
-            for i in range(2 * TILE):
-                store(plus, i, expectation)
-        at = table[row] + 4 * begin
-        mean, log_center, gradient = at[MEAN], at[LOG_CENTER], at[GRADIENT]
-        split_side(f32(1.0), mean, log_center, gradient, at[V_PLUS], plus, count, scales[row], settings)
-        split_side(f32(-1.0), mean, log_center, gradient, at[V_MINUS], minus, count, scales[row], settings)
+        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        offset = 4 * begin
+        mean, log_center = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset
+        gradient, v_plus = table[row, GRADIENT] + offset, table[row, V_PLUS] + offset
+        v_minus = table[row, V_MINUS] + offset
+        split_side(f32(1.0), mean, log_center, gradient, v_plus, plus, count, scales[row], settings)
+        split_side(f32(-1.0), mean, log_center, gradient, v_minus, minus, count, scales[row], settings)
         split_move(mean, log_center, plus, minus, count, scales[row, 1])
 
 
@@ -346,7 +347,8 @@ def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tens
 def step(group: dict[str, Any], weights: list[Weight], gradients: list[Tensor], at_sample: bool) -> None:
     """One step of every weight, in place; `at_sample`: the gradients were taken at draw 0 of the present step."""
     table, scales = _tabulate(group, weights, GRADIENT, gradients)
-    noise = _noise(group, 0) if at_sample else _noise(group, 0)._replace(variance=f32(0.0))
+    noise = _noise(group, 0)
+    noise = noise if at_sample else noise._replace(variance=f32(0.0))
     lr, (beta1, beta2), prior = group["lr"], group["betas"], PRIORS[group["prior"]]
     terms = (prior.linear, prior.power, 0.5 * (prior.power * group["noise_scale"]) ** 2, prior.offset(group["entropy"]))
     shared = group["parameterization"] == "shared"
@@ -395,18 +397,18 @@ def _tabulate(
 
 
 def _noise(group: dict[str, Any], draw: int) -> Noise:
-    seed, variance = group["seed"], -2.0 * (group["noise_scale"] * np.log2(np.e)) ** 2
-    return Noise(u64(seed & MASK), u64(seed >> 32), u64(group["step"]), u64(draw), f32(variance))
+    seed, sigma = group["seed"], group["noise_scale"]
+    variance, expectation = -2.0 * (sigma * np.log2(np.e)) ** 2, np.exp(0.5 * sigma**2)
+    return Noise(u64(seed & MASK), u64(seed >> 32), u64(group["step"]), u64(draw), f32(variance), f32(expectation))
 
 
 def _over_tiles(kernel: Any, table: np.ndarray, *arguments: Any) -> list[Any]:
     """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
     count = int(table[-1, FIRST_TILE] - (-table[-1, COUNT] // TILE))
     threads = torch.get_num_threads() if count * TILE > SERIAL else 1
-    expectation = arguments[0][0, 1] / (2 * arguments[0][0, 0]) if arguments else 0.0
 
     def part(i: int) -> Any:
-        scratch = np.full(2 * TILE, expectation, f32)
+        scratch = np.empty(2 * TILE, f32)
         return kernel(count * i // threads, count * (i + 1) // threads, scratch, table, *arguments)
 
     others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
