@@ -3,10 +3,10 @@
 One element is rounded as there: with the constant C of its binade, (a + C) − C; all formats are run-time parameters,
 which lie in small arrays on the device. What is compiled in: the rounding, the compute type, and how the tensor is cut.
 
-A tensor is (outer, rows, columns) in tiles that share a scale, as in `cpu`. A program handles `cells` of one row of
-tiles: a block [R, K, C] is K neighbouring cells of at most R rows and C columns, powers of two. A cell is a whole tile
-where one fits; the scale is then found and used in one pass over the memory. A larger tile is cut into several cells;
-its maximum comes from a pass of its own.
+A tensor is (outer, rows, columns) in tiles that share a scale, as in `cpu`. A program handles a block
+[T, R, K, C]: in T rows of tiles, K neighbouring cells of at most R rows and C columns, powers of two. A cell is a whole
+tile where one fits; the scale is then found and used in one pass over the memory. A larger tile is cut into several
+cells; its maximum comes from a pass of its own.
 
 The arithmetic relies on: IEEE additions, multiplications and divisions in float32 and float64, subnormals included, and
 no contraction of a product and a sum (enable_fp_fusion=False). Triton has them since 3.6 on NVIDIA (its div_rn flushed
@@ -143,10 +143,12 @@ def _half_words(position, selector, k0, k1, stream, step):  # type: ignore[no-un
 
 
 @triton.jit
-def _upper_words_of_rows(start, k0, k1, stream, step, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The upper halves for R rows of 128·G consecutive elements that start at multiples of 128: a call for eight."""
-    group = (start >> 7) * 16 + tl.arange(0, 16 * G)[None, :]  # [R, 16·G]
-    w0, w1, w2, w3 = _four_words(group, 0, k0, k1, stream, step)
+def _half_words_of_rows(  # type: ignore[no-untyped-def]
+    first, selector, k0, k1, stream, step, R: tl.constexpr, G: tl.constexpr
+):
+    """The halves [R, 128·G] for R rows of consecutive elements that start at multiples of 128: a call for eight."""
+    group = (first >> 7) * 16 + tl.arange(0, 16 * G)[None, :]  # [R, 16·G]
+    w0, w1, w2, w3 = _four_words(group, selector, k0, k1, stream, step)
     word = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, 16·G, 2, 2], word 2·i + j at [..., i, j]
     half = tl.join(word & 0xFFFF, word >> 16).to(tl.uint16)  # [R, 16·G, 2, 2, 2]: slot = 4·i + 2·j + h
     by_lane = tl.reshape(half, (R, G, 16, 8))
@@ -332,74 +334,71 @@ def _quotient_scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _cells(  # type: ignore[no-untyped-def]
-    rows,
-    columns,
-    tile_rows,
-    tile_columns,
-    down,
-    across,
-    parts_down,
-    parts_across,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Where a program's block lies: (index of its first element, offsets from there, mask, first tile, mask of cells).
+def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a program's block lies: (indices of its elements, mask, numbers of its tiles, mask of these).
 
-    The offsets and their mask have the shape [R, K, C]; cells of one program are neighbours in one row of tiles.
+    The first two have the shape [T, R, K, C], the others [T, K]. where: see _Cut.
     """
+    strips, rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across = where
     pid = tl.program_id(0)
     groups = ((across + K - 1) // K) * parts_across
     unit, strip = pid % groups, pid // groups
-    first, part = (unit // parts_across) * K, (unit % parts_across) * C
-    tile_row, part_row = strip // parts_down, (strip % parts_down) * R
-    top = (tile_row % down) * tile_rows + part_row  # within its matrix
-    left = first.to(tl.int64) * tile_columns + part
-    begin = ((tile_row // down).to(tl.int64) * rows + top) * columns + left
-    r = tl.arange(0, R)[:, None, None]
-    k = tl.arange(0, K)[None, :, None]
-    c = tl.arange(0, C)[None, None, :]
-    mask = (top + r < rows) & (part_row + r < tile_rows)
-    mask = mask & (left + k * tile_columns + c < columns) & (part + c < tile_columns)
-    offsets = r.to(tl.int64) * columns + (k * tile_columns + c)
-    tile = tile_row.to(tl.int64) * across + first
-    return begin, offsets, mask, tile, first + tl.arange(0, K) < across
+    first, left_part = (unit // parts_across) * K, (unit % parts_across) * C
+    tile_row, top_part = (strip // parts_down) * T + tl.arange(0, T), (strip % parts_down) * R
+    r = top_part + tl.arange(0, R)[None, :, None, None]  # within the tile
+    k = tl.arange(0, K)[None, None, :, None]
+    c = left_part + tl.arange(0, C)[None, None, None, :]
+    row = ((tile_row % down) * tile_rows)[:, None, None, None] + r  # within its matrix
+    left = first.to(tl.int64) * tile_columns
+    column = k * tile_columns + c  # from there
+    mask = (row < rows) & (r < tile_rows) & (tile_row < strips)[:, None, None, None]
+    mask = mask & (column < columns - left) & (c < tile_columns)
+    matrix = (tile_row // down).to(tl.int64)[:, None, None, None]
+    indices = ((matrix * rows + row) * columns + left) + column
+    tiles = tile_row.to(tl.int64)[:, None] * across + (first + tl.arange(0, K))[None, :]
+    return indices, mask, tiles, (tile_row < strips)[:, None] & (first + tl.arange(0, K) < across)[None, :]
 
 
 @triton.jit
 def _largest(x):  # type: ignore[no-untyped-def]
-    """The largest magnitude of every cell of a block [R, K, C] as a bit pattern; NaN is the largest."""
+    """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern; NaN is the largest."""
     if x.dtype == tl.float64:
         m = _bits(x) & 0x7FFFFFFFFFFFFFFF
     else:
         m = _bits(x) & 0x7FFFFFFF
-    return tl.max(tl.max(m, 2), 0)
+    return tl.max(tl.max(m, 3), 1)
 
 
 @triton.jit
-def _tile_maxima(  # type: ignore[no-untyped-def]
-    x,
-    maxima,
-    rows,
-    columns,
-    tile_rows,
-    tile_columns,
-    down,
-    across,
-    parts_down,
-    parts_across,
-    BFLOAT16: tl.constexpr,
+def _words(  # type: ignore[no-untyped-def]
+    position,
+    selector,
+    k0,
+    k1,
+    stream,
+    step,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
 ):
+    """The 16-bit halves of the random words of a block; ALIGNED: see _Cut."""
+    if ALIGNED:
+        first = tl.reshape(tl.min(tl.min(position, 3), 2), (T * R, 1))
+        words = _half_words_of_rows(first, selector, k0, k1, stream, step, T * R, K * C // 128)
+        return tl.reshape(words, (T, R, K, C))
+    else:
+        return _half_words(position, selector, k0, k1, stream, step)
+
+
+@triton.jit
+def _tile_maxima(  # type: ignore[no-untyped-def]
+    x, maxima, where, BFLOAT16: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
     """The largest magnitude of every tile as a bit pattern, into `maxima`, which holds zeros."""
-    begin, offsets, mask, tile, there = _cells(
-        rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across, R, K, C
-    )
-    m = _largest(_load(x + begin + offsets, mask, BFLOAT16))
-    tl.atomic_max(maxima + tile + tl.arange(0, K), m, mask=there)
+    indices, mask, tiles, there = _cells(where, T, R, K, C)
+    tl.atomic_max(maxima + tiles, _largest(_load(x + indices, mask, BFLOAT16)), mask=there)
 
 
 @triton.jit
@@ -429,14 +428,7 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
     scale_f,
     scale_i,
     limits,
-    rows,
-    columns,
-    tile_rows,
-    tile_columns,
-    down,
-    across,
-    parts_down,
-    parts_across,
+    where,
     seed_low: tl.uint32,
     seed_high: tl.uint32,
     stream: tl.uint32,
@@ -453,6 +445,7 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row of a block is consecutive and starts at a multiple of 128
     BFLOAT16: tl.constexpr,
+    T: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -463,19 +456,17 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
     then each cell is a tile. wanted: the scales of the user's own rule. outer, scale_f, scale_i, limits: see
     _quotient_scales.
     """
-    begin, offsets, mask, tile, there = _cells(
-        rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across, R, K, C
-    )
-    xs = _load(x + begin + offsets, mask, BFLOAT16)
+    indices, mask, tiles, there = _cells(where, T, R, K, C)
+    xs = _load(x + indices, mask, BFLOAT16)
     if RULE != _NO_SCALE:
-        m = _largest(xs) if maxima is None else tl.load(maxima + tile + tl.arange(0, K), mask=there, other=0)
+        m = _largest(xs) if maxima is None else tl.load(maxima + tiles, mask=there, other=0)
         if RULE == _POWER_OF_TWO:
             s, n = _power_of_two_scales(m, rule, f.dtype.element_ty == tl.float64)
-            v = xs.to(f.dtype.element_ty) * n[None, :, None]
+            v = xs.to(f.dtype.element_ty) * n[:, None, :, None]
         else:
-            own = tl.load(wanted + tile + tl.arange(0, K), mask=there, other=1) if RULE == _OWN else None
+            own = tl.load(wanted + tiles, mask=there, other=1) if RULE == _OWN else None
             s, n = _quotient_scales(m, own, outer, scale_f, scale_i, limits, RULE == _OWN, SCALE_GAP, SCALE_BARE)
-            v = (xs * n[None, :, None]).to(f.dtype.element_ty)
+            v = (xs * n[:, None, :, None]).to(f.dtype.element_ty)
         if STEPS > 0 or MODE == _POSITIVE or MODE == _NEGATIVE or MODE == _ODD:  # noqa: SIM109
             # an underflow stays on its side of zero
             v = tl.where((v == 0) & (xs != 0), _copysign(_float(_bits(v) * 0 + 1), v), v)
@@ -486,25 +477,21 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
             inward, outward, fraction = _table_neighbours(v, values, size, STEPS)
         else:
             inward, outward, fraction = _neighbours(v, f, i, GAP)
-        position = begin + offset
+        position = indices + offset
         k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
         c2, c3 = stream.to(tl.uint32), step.to(tl.uint32)
-        if ALIGNED:
-            start = position + tl.arange(0, R)[:, None].to(tl.int64) * columns
-            upper = tl.reshape(_upper_words_of_rows(start, k0, k1, c2, c3, R, K * C // 128), (R, K, C))
-        else:
-            upper = _half_words(position + offsets, 0, k0, k1, c2, c3)
+        upper = _words(position, 0, k0, k1, c2, c3, ALIGNED, T, R, K, C)
         KEPT: tl.constexpr = 16 if BITS > 16 else BITS
-        total = (fraction * (1 << KEPT)).to(tl.int32) + (upper >> (16 - KEPT))
+        high = (fraction * (1 << KEPT)).to(tl.int32)
+        total = high + (upper >> (16 - KEPT))
         up = total >= (1 << KEPT)
         if BITS > 16:
+            REST: tl.constexpr = BITS - 16
             undecided = total == (1 << KEPT) - 1
-            if tl.max(tl.max(tl.max(undecided.to(tl.int32), 2), 1), 0) > 0:  # once in 2^16 elements
-                lower = _half_words(position + offsets, 1, k0, k1, c2, c3)
-                word = (upper.to(tl.int64) << 16) | lower.to(tl.int64)
-                # r·2^k is exact in r's type
-                carries = (fraction * (1 << BITS)).to(tl.int64) + (word >> (32 - BITS)) >= (1 << BITS)
-                up = up | (undecided & carries)
+            if tl.max(tl.reshape(undecided.to(tl.int32), (T * R * K * C,)), 0) > 0:  # once in 2^16 elements
+                lower = _words(position, 1, k0, k1, c2, c3, ALIGNED, T, R, K, C)
+                low = ((fraction * (1 << KEPT) - high.to(fraction.dtype)) * (1 << REST)).to(tl.int32)  # exact
+                up = up | (undecided & (low + (lower >> (16 - REST)) >= (1 << REST)))
         y = tl.where(up, outward, inward)
     elif STEPS > 0:
         y = tl.where(v == v, tl.load(values + _place(v, thresholds, size, STEPS)), v)
@@ -523,8 +510,8 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
         bound = tl.where(passes, tl.load(f + 6), largest)
         y = tl.where(tl.abs(y) > largest, tl.where(y < 0, -bound, bound), y)
     if RULE != _NO_SCALE:
-        y = y * s[None, :, None]
-    _store(out + begin + offsets, y, mask, BFLOAT16)
+        y = y * s[:, None, :, None]
+    _store(out + indices, y, mask, BFLOAT16)
 
 
 INTERPRETED = not isinstance(_quantize_tiles, triton.JITFunction)
@@ -538,22 +525,22 @@ _SEGMENT = 32  # columns side by side that make a full memory transaction
 
 
 class _Cut(NamedTuple):
-    """A tensor cut into cells: the arguments of _cells, the number of programs and of tiles."""
+    """A tensor cut into blocks of cells.
 
-    where: tuple[int, int, int, int, int, int, int, int]
-    block: tuple[int, int, int]  # R, K, C
+    where: the number of rows of tiles, the rows and columns of a matrix and of a tile, the tiles down and across a
+    matrix, and the cells down and across a tile.
+    """
+
+    where: tuple[int, int, int, int, int, int, int, int, int]
+    block: tuple[int, int, int, int]  # T, R, K, C
     programs: int
     tiles: int
     aligned: bool  # every row of a block is consecutive and starts at a multiple of 128 in the tensor
 
     @property
-    def warps(self) -> int:
-        return min(max(math.prod(self.block) // 512, 1), 16)
-
-    @property
     def whole(self) -> bool:
         """Each cell is a tile."""
-        return self.where[6] == self.where[7] == 1
+        return self.where[-2:] == (1, 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -565,13 +552,14 @@ def _cut(shape: tuple[int, int, int], tile: tuple[int, int], scaled: bool) -> _C
         outer, rows, columns = 1, 1, outer * rows * columns
     r, c = triton.next_power_of_2(tile_rows), triton.next_power_of_2(tile_columns)
     down, across = triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns)
-    neighbours = triton.next_power_of_2(across)
-    k = min(max(_SEGMENT // c, 1), neighbours)
+    strips, neighbours = outer * down, triton.next_power_of_2(across)
+    t, k = 1, min(max(_SEGMENT // c, 1), neighbours)
     if r * k * c > (_LARGEST if scaled else _BLOCK):
         c = min(c, _BLOCK)
         r = min(r, max(_BLOCK // (k * c), 1))
     else:
         k = min(max(_BLOCK // (r * c), k), neighbours)
+        t = min(max(_BLOCK // (r * k * c), 1), triton.next_power_of_2(strips))
     parts_down, parts_across = triton.cdiv(tile_rows, r), triton.cdiv(tile_columns, c)
     consecutive = k == 1 or c == tile_columns
     if parts_across > 1:
@@ -579,10 +567,10 @@ def _cut(shape: tuple[int, int, int], tile: tuple[int, int], scaled: bool) -> _C
     else:
         starts = across <= k or k * tile_columns % 128 == 0
     return _Cut(
-        where=(rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across),
-        block=(r, k, c),
-        programs=outer * down * parts_down * triton.cdiv(across, k) * parts_across,
-        tiles=outer * down * across,
+        where=(strips, rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across),
+        block=(t, r, k, c),
+        programs=triton.cdiv(strips, t) * parts_down * triton.cdiv(across, k) * parts_across,
+        tiles=strips * across,
         aligned=consecutive and starts and k * c % 128 == 0 and (outer * rows == 1 or columns % 128 == 0),
     )
 
@@ -641,14 +629,13 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
 
 
-def _launch(kernel: Any, cut: _Cut, *arguments: Any, **compiled: Any) -> None:
+def _launch(kernel: Any, cut: _Cut, *arguments: Any, stochastic: bool = False, **compiled: Any) -> None:
+    threads = math.prod(cut.block) // (8 if stochastic else 16)  # as many elements each as the registers hold
     with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns of NaN, Inf and overflow
         kernel[(cut.programs,)](
             *arguments,
-            R=cut.block[0],
-            K=cut.block[1],
-            C=cut.block[2],
-            num_warps=cut.warps,
+            **dict(zip("TRKC", cut.block, strict=True)),
+            num_warps=min(max(threads // 32, 1), 16),
             enable_fp_fusion=False,
             **compiled,
         )
@@ -658,7 +645,7 @@ def _maxima(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
     """The largest magnitude of every tile, as bit patterns of float64 for float64 tensors, else of float32."""
     patterns = torch.int64 if x.dtype is torch.float64 else torch.int32
     result = torch.zeros(cut.tiles, dtype=patterns, device=x.device)
-    _launch(_tile_maxima, cut, _integers(x), result, *cut.where, BFLOAT16=x.dtype is torch.bfloat16)
+    _launch(_tile_maxima, cut, _integers(x), result, cut.where, BFLOAT16=x.dtype is torch.bfloat16)
     return result
 
 
@@ -739,7 +726,7 @@ def quantize(
         scale_f,
         scale_i,
         limits,
-        *cut.where,
+        cut.where,
         key.seed & 0xFFFFFFFF,
         key.seed >> 32,
         key.stream,
@@ -750,6 +737,7 @@ def quantize(
         SCALE_BARE=scale_bare,
         ALIGNED=cut.aligned and key.offset % 128 == 0,
         BFLOAT16=x.dtype is torch.bfloat16,
+        stochastic=rounding is Rounding.STOCHASTIC,
         **p.compiled,
     )
 
