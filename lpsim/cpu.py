@@ -55,7 +55,7 @@ def _run(
     outer, rows, columns = shape
     tile_rows = outer * -(-rows // tile[0])
     threads = min(torch.get_num_threads(), tile_rows, x.size // _SERIAL + 1)
-    kernel = kernel_for(p.variant, _table_kind(p))
+    kernel = kernel_for(p.variant, _table_kind(p), p.floats.itemsize == 8)
     fixed = (x, out, (rows, columns), tile, p.floats, p.integers, p.thresholds, p.values, rule, scale, inverse)
 
     def part(first: int, last: int) -> None:

@@ -33,18 +33,16 @@ _EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, STOCHASTIC = range(len(MODES))
 # ---------------------------------------------------------------------------------------------- random bits
 
 
+_LOW = 0xFFFFFFFF
+
+
 def _philox(counter: list[Lanes], key: tuple[Lanes, Lanes]) -> list[Lanes]:
-    """reference.philox4x32 with PHILOX_ROUNDS rounds, on lanes of 32-bit words."""
+    """reference.philox4x32 with PHILOX_ROUNDS rounds, on 32-bit words in 64-bit lanes: nothing is packed in between."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(reference.PHILOX_ROUNDS):
-        p0, p1 = c0.widen(I64) * 0xD2511F53, c2.widen(I64) * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            (p1 >> 32).narrow(I32) ^ c1 ^ k0,
-            p1.narrow(I32),
-            (p0 >> 32).narrow(I32) ^ c3 ^ k1,
-            p0.narrow(I32),
-        )
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return [c0, c1, c2, c3]
 
 
@@ -54,16 +52,14 @@ def _random_chunk(typingctx: Any, out: Any, at: Any, low: Any, high: Any, key: A
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         target, words = Memory(context, builder, out, args[0]), Memory(context, builder, key, args[4])
-
-        def word(value: Any) -> Lanes:
-            return splat(builder, builder.trunc(value, I32), 16)
-
-        lane = Lanes(builder, ir.Constant(ir.VectorType(I32, 16), list(range(16))))
-        counter = [word(args[2]) + lane, word(args[3]), word(words.scalar(2)), word(words.scalar(3))]
-        result = _philox(counter, (word(words.scalar(0)), word(words.scalar(1))))
-        for slot in range(8):
-            half = result[slot >> 1] if slot % 2 == 0 else result[slot >> 1] >> 16
-            target.store(builder.add(args[1], ir.Constant(I64, 16 * slot)), half.narrow(ir.IntType(16)))
+        key_words = [splat(builder, words.scalar(place), 8) & _LOW for place in range(4)]
+        for first in (0, 8):
+            lane = Lanes(builder, ir.Constant(ir.VectorType(I64, 8), list(range(first, first + 8))))
+            begin, top = (splat(builder, value, 8) for value in (args[2], args[3]))
+            result = _philox([(begin + lane) & _LOW, top & _LOW, *key_words[2:]], (key_words[0], key_words[1]))
+            for slot in range(8):
+                half = result[slot >> 1] if slot % 2 == 0 else result[slot >> 1] >> 16
+                target.store(builder.add(args[1], ir.Constant(I64, 16 * slot + first)), half.narrow(ir.IntType(16)))
         return context.get_dummy_value()
 
     return types.void(out, types.int64, types.int64, types.int64, key), codegen
@@ -84,12 +80,12 @@ def _fill_random(out, start, count, selector, key):
 class _Element:
     """The parameters of an element format, in all lanes: see plan.plan. p is 23 or 52."""
 
-    def __init__(self, builder: Any, floats: Memory, integers: Memory, lanes: int) -> None:
+    def __init__(self, builder: Any, floats: Any, integers: Any, lanes: int) -> None:
         def f(place: int) -> Lanes:
-            return splat(builder, floats.scalar(place), lanes)
+            return splat(builder, builder.extract_value(floats, place), lanes)
 
         def i(place: int) -> Lanes:
-            return splat(builder, integers.scalar(place), lanes)
+            return splat(builder, builder.extract_value(integers, place), lanes)
 
         self.lowest, self.highest = f(0), f(1)  # what lies beyond becomes these before it is rounded
         self.zero = f(2)  # added to the result: -0.0 keeps the sign of zero, +0.0 drops it
@@ -271,6 +267,58 @@ def _largest_each(typingctx: Any, x: Any, begin: Any, count: Any, m: Any) -> Any
 
 
 @intrinsic(prefer_literal=True)
+def _largest_in_groups(typingctx: Any, vectors: Any, x: Any, begin: Any, groups: Any, m: Any) -> Any:
+    """m[b]: the largest magnitude in the b-th group of x from `begin`; a group is so many vectors of 16 (64 bytes)."""
+    size = vectors.literal_value
+    width = 8 if x.dtype == types.float64 else 16
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = Memory(context, builder, x, args[1]), Memory(context, builder, m, args[4])
+        with cgutils.for_range(builder, args[3]) as loop:
+            start = builder.add(args[2], builder.mul(loop.index, ir.Constant(I64, size * width)))
+            parts = [
+                source.load(builder.add(start, ir.Constant(I64, width * part)), width).magnitude().bits()
+                for part in range(size)
+            ]
+            best = functools.reduce(lambda a, b: (a > b).select(a, b), parts)
+            target.put(loop.index, best.largest())
+        return context.get_dummy_value()
+
+    return types.void(vectors, x, types.int64, types.int64, m), codegen
+
+
+@intrinsic
+def _single_scales(typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any) -> Any:
+    """_power_of_two_scales for float32 maxima and scales, in lanes; rule: a tuple."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, scale, inverse = (Memory(context, builder, t, args[place]) for t, place in ((m, 0), (s, 2), (n, 3)))
+
+        def body(place: Any, lanes: int) -> None:
+            def number(at: int) -> Lanes:
+                return splat(builder, builder.trunc(builder.extract_value(args[4], at), I32), lanes)
+
+            def power(e: Lanes) -> Lanes:  # 2^-127 is subnormal
+                return (e < -126).select(e.constant(1 << 22), (e + 127) << 23).as_float()
+
+            amax = source.load(place, lanes)
+            small = amax < (1 << 23)  # subnormal: bring its leading one to the hidden bit
+            lifted = (amax.as_float() * 2.0**23).bits()
+            bits = small.select(lifted, amax)
+            e = ((bits + number(0)) >> 23) - number(3) - small.select(amax.constant(127 + 23), amax.constant(127))
+            e = (e < number(4)).select(number(4), e)
+            e = (e > number(5)).select(number(5), e)
+            finite = amax < (255 << 23)
+            scale.store(place, finite.select(power(e), amax.as_float().constant(float("nan"))))
+            inverse.store(place, finite.select(power(amax.constant(0) - e), amax.as_float().constant(float("nan"))))
+
+        over(builder, args[1], 16, body)
+        return context.get_dummy_value()
+
+    return types.void(m, types.int64, s, n, rule), codegen
+
+
+@intrinsic(prefer_literal=True)
 def _quantize_row(
     typingctx: Any,
     mode: Any,
@@ -295,36 +343,37 @@ def _quantize_row(
     lows: Any,
     low_at: Any,
     bits: Any,
+    shift: Any,
 ) -> Any:
     """Quantize x[begin : begin + count] into out; 1 where a stochastic decision needs the lower random bits, else 0.
 
-    Compiled in: mode; table 0, 1 (few entries) or 2; gap, bare as in plan.Variant; each: element j has the scale
-    at + j, not all of them the scale `at`; exact: the lower random bits are given.
+    Compiled in: mode; table 0, 1 (few entries) or 2; gap, bare as in plan.Variant; exact: the lower random bits are
+    given; each: element j has the scale at + j, else at + (j >> shift), with groups of whole vectors.
     """
     m, kind, gaps, bares, own, final = (t.literal_value for t in (mode, table, gap, bare, each, exact))
-    compute = F64 if f.dtype == types.float64 else F32
+    compute = F64 if f.dtype == types.float64 else F32  # f and i: tuples, so that nothing is read again in the loops
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = {6: x, 7: out, 10: scale, 11: inverse, 13: f, 14: i, 15: thresholds, 16: values, 17: words, 19: lows}
+        arrays = {6: x, 7: out, 10: scale, 11: inverse, 15: thresholds, 16: values, 17: words, 19: lows}
         memory = {place: Memory(context, builder, kind, args[place]) for place, kind in arrays.items()}
-        begin, count, at, word_at, low_at, bits = (args[place] for place in (8, 9, 12, 18, 20, 21))
+        begin, count, at, word_at, low_at, bits, group = (args[place] for place in (8, 9, 12, 18, 20, 21, 22))
         width = 1 if kind == 2 else (16 if compute == F32 else 8)
         undecided_at = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
-        elements = {lanes: _Element(builder, memory[13], memory[14], lanes) for lanes in {width, 1}}
+        elements = {lanes: _Element(builder, args[13], args[14], lanes) for lanes in {width, 1}}
         lengths = [context.make_array(arrays[p])(context, builder, args[p]).nitems for p in (15, 16)]
         look_up = _Table(builder, memory[15], memory[16], *lengths)
-        common = None if own else (memory[10].scalar(at), memory[11].scalar(at))
         limit = builder.shl(ir.Constant(I64, 1), bits)
-        power, shift = builder.sitofp(limit, F64), builder.sub(ir.Constant(I64, 32), bits)
+        power, unused = builder.sitofp(limit, F64), builder.sub(ir.Constant(I64, 32), bits)
 
         def body(place: Any, lanes: int) -> None:
             g, index = elements[lanes], builder.add(begin, place)
             source = memory[6].load(index, lanes)
-            if common is None:
+            if own:
                 where = builder.add(at, place)
                 s, n = memory[10].load(where, lanes), memory[11].load(where, lanes)
             else:
-                s, n = (splat(builder, value, lanes) for value in common)
+                where = builder.add(at, builder.lshr(place, group))
+                s, n = (splat(builder, memory[slot].scalar(where), lanes) for slot in (10, 11))
             v = (source.widen(n.element) * n).widen(compute)
             if kind or m in (_POSITIVE, _NEGATIVE, _ODD):  # an underflow keeps its side of zero
                 least = (v.bits().constant(1)).as_float().with_sign_of(v)
@@ -335,7 +384,7 @@ def _quantize_row(
                 given = None
                 if final:
                     low = memory[19].load(builder.add(low_at, place), lanes)
-                    given = (low, *(splat(builder, value, lanes) for value in (power, limit, shift)))
+                    given = (low, *(splat(builder, value, lanes) for value in (power, limit, unused)))
                 if kind:
                     r, undecided = look_up.stochastic(g, v, word, given, kind == 1)
                 else:
@@ -353,7 +402,7 @@ def _quantize_row(
 
     i64 = types.int64
     arguments = (mode, table, gap, bare, each, exact, x, out, i64, i64, scale, inverse, i64, f, i, thresholds, values)
-    return types.int32(*arguments, words, i64, lows, i64, i64), codegen
+    return types.int32(*arguments, words, i64, lows, i64, i64, i64), codegen
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -362,13 +411,23 @@ def _quantize_row(
 @njit(cache=True, nogil=True)
 def _maxima(x, m, top, bottom, columns, tile_columns):
     """m[b]: the largest magnitude of tile b in the rows [top, bottom), as a bit pattern; NaN is the largest."""
-    m[:] = 0
+    whole = 0
+    vector = 64 // x.itemsize
+    if bottom - top == 1 and tile_columns in (vector, 2 * vector, 4 * vector):
+        whole = columns // tile_columns
+        if tile_columns == vector:
+            _largest_in_groups(1, x, top * columns, whole, m)
+        elif tile_columns == 2 * vector:
+            _largest_in_groups(2, x, top * columns, whole, m)
+        else:
+            _largest_in_groups(4, x, top * columns, whole, m)
+    m[whole:] = 0
     for row in range(top, bottom):
         begin = row * columns
         if tile_columns == 1:
             _largest_each(x, begin, columns, m)
         else:
-            for b in range(len(m)):
+            for b in range(whole, len(m)):
                 low = b * tile_columns
                 m[b] = max(m[b], _largest(x, begin + low, min(tile_columns, columns - low)))
 
@@ -387,6 +446,9 @@ def _power_of_two(typingctx: Any, e: Any) -> Any:
 @njit(cache=True, nogil=True)
 def _power_of_two_scales(m, s, n, rule):
     """The scales s and their inverses n from the maxima m; rule: see plan._rule."""
+    if m.itemsize == 4 and s.itemsize == 4:
+        _single_scales(m, len(m), s, n, (rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]))
+        return
     add, field, unit, emax, lowest, highest = rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]
     infinite = (unit + unit + 1) << field
     for b in range(len(m)):
@@ -404,10 +466,11 @@ _PIECE = 512  # elements whose undecided stochastic roundings are settled togeth
 
 
 @functools.cache
-def kernel_for(variant: Variant, table: int) -> Any:
-    """The kernel of a plan's variant. table: 0 for none, 1 for few entries, 2 for many."""
+def kernel_for(variant: Variant, table: int, wide: bool) -> Any:
+    """The kernel of a plan's variant. table: 0 for none, 1 for few entries, 2 for many. wide: float64 arithmetic."""
     mode, gap, bare = variant.mode, int(variant.gap), int(variant.bare)
     pattern = np.int64 if variant.double else np.int32
+    lanes = 8 if wide else 16
 
     @njit(cache=True, nogil=True)
     def kernel(x, out, shape, tile, f, i, thresholds, values, rule, scale, inverse, key, offset, bits, first, last):
@@ -416,6 +479,8 @@ def kernel_for(variant: Variant, table: int) -> Any:
         rule: as plan._rule gives it, or empty: then the scales of all tiles are given, with their inverses.
         key: seed (2 words), stream, step; bits: k. A stochastic call must not have out = x.
         """
+        ft = (f[0], f[1], f[2], f[3], f[4])
+        it = (i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], i[9])
         rows, columns = shape
         tile_rows, tile_columns = tile
         down, across = -(-rows // tile_rows), -(-columns // tile_columns)
@@ -425,6 +490,14 @@ def kernel_for(variant: Variant, table: int) -> Any:
         s, n, base = scale, inverse, 0
         if len(rule) > 0:
             s, n = np.empty(across, scale.dtype), np.empty(across, scale.dtype)
+        # a stretch of a row has one scale, or groups of whole vectors with one scale each, or a scale an element
+        sections, section, shift = across, tile_columns, 62
+        if tile_columns == 1:
+            sections, section = 1, columns
+        else:
+            for power in range(3, 9):
+                if tile_columns == 1 << power and tile_columns >= lanes:
+                    sections, section, shift = 1, columns, power
         for tile_row in range(first, last):
             top = (tile_row // down) * rows + (tile_row % down) * tile_rows
             bottom = min(top + tile_rows, (tile_row // down + 1) * rows)
@@ -438,35 +511,33 @@ def kernel_for(variant: Variant, table: int) -> Any:
                 skip = (offset + begin) & 127
                 if mode == STOCHASTIC:
                     _fill_random(words, offset + begin, columns, 0, key)
-                if tile_columns == 1:
-                    for low in range(0, columns, _PIECE):
-                        count = min(_PIECE, columns - low)
-                        undecided = _quantize_row(
-                            mode, table, gap, bare, 1, 0, x, out, begin + low, count, s, n, base + low,
-                            f, i, thresholds, values, words, skip + low, lows, 0, bits,
-                        )  # fmt: skip
+                for part in range(sections):
+                    end = min((part + 1) * section, columns)
+                    for low in range(part * section, end, _PIECE):
+                        count = min(_PIECE, end - low)
+                        at = base + part + ((low - part * section) >> shift)
+                        if tile_columns == 1:
+                            undecided = _quantize_row(
+                                mode, table, gap, bare, 1, 0, x, out, begin + low, count, s, n, base + low,
+                                ft, it, thresholds, values, words, skip + low, lows, 0, bits, 0,
+                            )  # fmt: skip
+                        else:
+                            undecided = _quantize_row(
+                                mode, table, gap, bare, 0, 0, x, out, begin + low, count, s, n, at,
+                                ft, it, thresholds, values, words, skip + low, lows, 0, bits, shift,
+                            )  # fmt: skip
                         if mode == STOCHASTIC and bits > 16 and undecided != 0:
                             start = offset + begin + low
                             _fill_random(lows, start, count, 1, key)
-                            _quantize_row(
-                                mode, table, gap, bare, 1, 1, x, out, begin + low, count, s, n, base + low,
-                                f, i, thresholds, values, words, skip + low, lows, start & 127, bits,
-                            )  # fmt: skip
-                else:
-                    for b in range(across):
-                        end = min((b + 1) * tile_columns, columns)
-                        for low in range(b * tile_columns, end, _PIECE):
-                            count = min(_PIECE, end - low)
-                            undecided = _quantize_row(
-                                mode, table, gap, bare, 0, 0, x, out, begin + low, count, s, n, base + b,
-                                f, i, thresholds, values, words, skip + low, lows, 0, bits,
-                            )  # fmt: skip
-                            if mode == STOCHASTIC and bits > 16 and undecided != 0:
-                                start = offset + begin + low
-                                _fill_random(lows, start, count, 1, key)
+                            if tile_columns == 1:
                                 _quantize_row(
-                                    mode, table, gap, bare, 0, 1, x, out, begin + low, count, s, n, base + b,
-                                    f, i, thresholds, values, words, skip + low, lows, start & 127, bits,
+                                    mode, table, gap, bare, 1, 1, x, out, begin + low, count, s, n, base + low,
+                                    ft, it, thresholds, values, words, skip + low, lows, start & 127, bits, 0,
+                                )  # fmt: skip
+                            else:
+                                _quantize_row(
+                                    mode, table, gap, bare, 0, 1, x, out, begin + low, count, s, n, at,
+                                    ft, it, thresholds, values, words, skip + low, lows, start & 127, bits, shift,
                                 )  # fmt: skip
 
     return kernel
