@@ -163,18 +163,20 @@ def fill_noise(plus: Any, minus: Any, begin: Any, count: Any, number: Any, noise
 
 
 @inlined
-def sample_shared_block(mean: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any) -> Any:
-    """theta+ - theta- = center ((s + x) p - (s - x) q)."""
+def sample_shared_block(
+    mean: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any, sign: Any
+) -> Any:
+    """theta+ + sign theta- = center ((s + x) p + sign (s - x) q)."""
     use_wide_vectors()
     for i in range(count):
         x = load(mean, i) * inverse
         s = sqrt(fma(x, x, f32(1.0)))
-        p, q = load(plus, i), load(minus, i)
-        store(out, i, m0 * fma(s, p - q, x * (p + q)))
+        p, q = load(plus, i), sign * load(minus, i)
+        store(out, i, m0 * fma(s, p + q, x * (p - q)))
 
 
 @compiled
-def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any) -> Any:
+def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
     for row, begin, count in tiles(table, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
@@ -184,31 +186,32 @@ def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, 
             for line in range(AHEAD, AHEAD + BLOCK, 16):
                 prefetch(mean, line)
                 prefetch(out, line)
-            sample_shared_block(mean, out, plus + 4 * start, minus + 4 * start, min(BLOCK, count - start), m0, inverse)
+            here = min(BLOCK, count - start)
+            sample_shared_block(mean, out, plus + 4 * start, minus + 4 * start, here, m0, inverse, sign)
 
 
 @inlined
 def sample_split_block(
-    mean: Any, log_center: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any
+    mean: Any, log_center: Any, out: Any, plus: Any, minus: Any, count: Any, m0: Any, inverse: Any, sign: Any
 ) -> Any:
     use_wide_vectors()
     for i in range(count):
         c = load(log_center, i)
         x = load(mean, i) * (inverse * exp(-c))
         s = sqrt(fma(x, x, f32(1.0)))
-        p, q = load(plus, i), load(minus, i)
-        store(out, i, m0 * exp(c) * fma(s, p - q, x * (p + q)))
+        p, q = load(plus, i), sign * load(minus, i)
+        store(out, i, m0 * exp(c) * fma(s, p + q, x * (p - q)))
 
 
 @compiled
-def sample_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any) -> Any:
+def sample_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
     for row, begin, count in tiles(table, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
         offset = 4 * begin
         mean, log_center, out = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset, table[row, OUT] + offset
-        sample_split_block(mean, log_center, out, plus, minus, count, m0, inverse)
+        sample_split_block(mean, log_center, out, plus, minus, count, m0, inverse, sign)
 
 
 # --- update.step_shared and update.step_split ---
@@ -337,10 +340,19 @@ def all_finite(first: Any, last: Any, scratch: Any, table: Any) -> Any:
 
 def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
     """A posterior sample of every weight, in new tensors."""
+    return _combination(group, weights, draw, f32(-1.0))
+
+
+def total(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
+    """theta+ + theta- of the same draw, in new tensors."""
+    return _combination(group, weights, draw, f32(1.0))
+
+
+def _combination(group: dict[str, Any], weights: list[Weight], draw: int, sign: np.float32) -> list[Tensor]:
     outs = [empty_like(weight.mean) for weight in weights]
     table, scales = _tabulate(group, weights, OUT, outs)
     kernel = sample_shared if group["parameterization"] == "shared" else sample_split
-    _over_tiles(kernel, table, scales, _noise(group, draw))
+    _over_tiles(kernel, table, scales, _noise(group, draw), sign)
     return outs
 
 

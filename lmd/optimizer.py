@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import zip_longest
 from types import ModuleType
 from typing import Any
 
@@ -36,26 +38,22 @@ class LMD(Optimizer):
 
     A gradient taken outside `sampled_params` (or with noise_scale 0) is taken at the mean, and `step` treats it so.
 
-    Arguments (all but mc_samples, nonfinite and fused may be set per group):
-        lr: alpha >= 0, in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay apart.
-            0.01 to 0.05.
-        betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
-        weight_decay: delta >= 0, the strength of the prior relative to the unit step; lr * weight_decay < 1. Under
-            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.05 to 0.3.
-        noise_scale: sigma >= 0, the standard deviation of log theta; 0 draws nothing. 0 to 0.1. For a schedule assign
-            group["noise_scale"] between steps; the means stay what they are.
-        prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
-            parameterization takes "log-normal" and "flat".
-        entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
-        kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: initial_center).
-            Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
-            sample, not again.
-        parameterization: "shared" (m+ m- fixed; one state vector) or "split" (m+ and m- free; three).
-        mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
-        nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
-            anything changes, or "skip" the step and count it in `skipped_steps`.
-        fused: take the fused backend where there is one (lmd/kernels.py on CPU); False: lmd/plain.py everywhere.
-        seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
+    Arguments (all but mc_samples, nonfinite and fused may be set per group): lr: alpha in [0, 1], in units of
+        log-weight per step: a median moves by at most the factor exp(+-lr), decay apart. 0.01 to 0.05. betas: (beta1
+        for the step's direction, beta2 for the momentum kept), each in [0, 1). weight_decay: delta >= 0, the strength
+        of the prior relative to the unit step; lr * weight_decay < 1. Under the log-normal prior |log(m / m0)| stays
+        below 1 / weight_decay. 0.05 to 0.3. noise_scale: sigma in [0, 4], the standard deviation of log theta; 0
+        draws nothing. 0 to 0.1. For a schedule assign group["noise_scale"] between steps; the means stay what they
+        are. prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
+        parameterization takes "log-normal" and "flat". entropy: whether the half-normal and exponential priors keep
+        the entropy's -1 (the exact KL). kappa: > 0; m0 = kappa times the standard deviation of the initial weights
+        (lmd/update.py: initial_center). Small is the sparse regime, large is close to an additive update. Read at a
+        parameter's first step or sample, not again. parameterization: "shared" (m+ m- fixed; one state vector) or
+        "split" (m+ and m- free; three). mc_samples: how many times `sampled_params` is entered per step; > 1 needs
+        the shared parameterization. nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise"
+        FloatingPointError before anything changes, or "skip" the step and count it in `skipped_steps`. fused: take
+        the fused backend where there is one (lmd/kernels.py on CPU); False: lmd/plain.py everywhere. seed: 64 bits;
+        equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. Sparse gradients are refused
     (RuntimeError), complex and integer parameters too (TypeError); parameters without a gradient are left alone.
@@ -109,7 +107,8 @@ class LMD(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1], self.mc_samples)
+            _check_dtypes(self.param_groups[-1])
+            _check_settings(self.param_groups[-1], self.mc_samples)
         except Exception:
             self.param_groups.pop()
             raise
@@ -118,12 +117,11 @@ class LMD(Optimizer):
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
-        """Within the block the parameters hold a sample of the posterior; afterwards, also after an exception, the
-        means.
+        """Within the block the parameters hold a sample of the posterior; afterwards the means, also after an
+        exception.
 
-        The parameters' own memory is left alone and put back: `data` points elsewhere within the block, and what is
-        written there is dropped. backward() must be called inside; called later it raises, as after any change in
-        place.
+        The memory of the means is left alone: `data` points elsewhere within the block, and what is written there is
+        dropped. backward() belongs inside; called later it raises, as after any change in place.
 
         The sample is a function of the seed and the step: entered again before `step`, the block gives the same
         sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
@@ -133,7 +131,7 @@ class LMD(Optimizer):
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
-        with self._replaced(lambda group, weights: self._sample(group, weights, draw)):
+        with self._replaced(partial(self._drawn, draw=draw, what="sample")):
             self._draws += 1
             if self.mc_samples > 1:
                 earlier = self._set_gradients_aside()
@@ -166,8 +164,7 @@ class LMD(Optimizer):
         The samples depend on the seed and the step, differ from those of training and do not change it.
         """
         for index in range(count):
-            draw = POSTERIOR_DRAW + index
-            yield self._replaced(lambda group, weights, draw=draw: self._sample(group, weights, draw))  # type: ignore[misc]
+            yield self._replaced(partial(self._drawn, draw=POSTERIOR_DRAW + index, what="sample"))
 
     @contextmanager
     def _replaced(self, values: Replacement) -> Iterator[None]:
@@ -183,22 +180,23 @@ class LMD(Optimizer):
                     weights = self._weights(group, noisy)
                     for (_, p), value in zip(noisy, values(group, weights) if weights else [], strict=True):
                         means.append((p, p.data))
-                        p.data = value.to(p.dtype)
+                        _point(p, value.to(p.dtype))
             yield
         finally:
             for p, mean in means:
-                p.data = mean
-            if means:
-                torch.autograd.graph.increment_version([p for p, _ in means])
+                _point(p, mean)
             self._sampling = False
 
-    def _sample(self, group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
-        samples = [weight.mean for weight in weights]
-        for backend, places in self._backends(samples):
-            drawn = backend.sample(group, [weights[i] for i in places], draw)
+    def _drawn(self, group: dict[str, Any], weights: list[Weight], draw: int, what: str) -> list[Tensor]:
+        """`what` of each weight, "sample" (theta+ - theta-) or "total" (theta+ + theta-), from the backend that
+        serves it.
+        """
+        values = [weight.mean for weight in weights]
+        for backend, places in self._backends(values):
+            drawn = getattr(backend, what)(group, [weights[i] for i in places], draw)
             for i, value in zip(places, drawn, strict=True):
-                samples[i] = value
-        return samples
+                values[i] = value
+        return values
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
         """Takes the gradients of earlier samples away, so that backward starts from none."""
@@ -213,15 +211,14 @@ class LMD(Optimizer):
     def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
         for group, numbered in self._numbered_params():
-            sigma = group["noise_scale"]
             present = [(i, p) for i, p in numbered if p.grad is not None]
-            for (_, p), weight in zip(present, self._weights(group, present), strict=True):
-                assert p.grad is not None
+            weights = self._weights(group, present)
+            noisy = weights and group["noise_scale"] > 0.0
+            totals = self._drawn(group, weights, draw, "total") if noisy else []
+            for (_, p), weight, total in zip_longest(present, weights, totals):
                 gradient = p.grad / self.mc_samples
-                if sigma > 0.0:
-                    a = update.half_log_ratio(weight.mean, weight.center, sigma)
-                    drawn = sum(update.multipliers(a, weight.center, sigma, plain.noise(group, weight, draw)))
-                    gradient = gradient * (drawn / sum(update.multipliers(a, weight.center, sigma, None)))
+                if noisy:
+                    gradient = gradient * (total / update.total(weight.mean, weight.center, group["noise_scale"], None))
                 p.grad = gradient.to(p.dtype)
         for p, gradient in earlier.items():
             p.grad = gradient if p.grad is None else p.grad + gradient
@@ -287,6 +284,8 @@ class LMD(Optimizer):
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             theirs, ours = saved.get("parameterization"), group["parameterization"]
+            if theirs not in PARAMETERIZATIONS:
+                raise ValueError("this is not a state of LMD: its groups have no parameterization")
             if theirs != ours:
                 raise ValueError(
                     f"this state was saved with parameterization={theirs!r}, the optimizer has {ours!r}; build "
@@ -318,11 +317,13 @@ class LMD(Optimizer):
         if self._sampling:
             raise RuntimeError("step inside sampled_params would update a sample: leave the block first")
         loss = None if closure is None else self._evaluate(closure)
-        draws, self._draws = self._draws, 0
-        if draws % self.mc_samples:
-            raise RuntimeError(f"sampled_params ran {draws} times since the last step, mc_samples is {self.mc_samples}")
+        if self._draws % self.mc_samples:
+            raise RuntimeError(
+                f"sampled_params ran {self._draws} times since the last step, mc_samples is {self.mc_samples}"
+            )
         with torch.no_grad():
-            self._update(at_sample=draws > 0 and self.mc_samples == 1)
+            self._update(at_sample=self._draws > 0 and self.mc_samples == 1)
+        self._draws = 0
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -336,6 +337,8 @@ class LMD(Optimizer):
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
     def _update(self, at_sample: bool) -> None:
+        for group in self.param_groups:
+            _check_settings(group, self.mc_samples)
         gradients = self._gradients()
         found = list(gradients.values())
         finite = all(backend.finite([found[i] for i in places]) for backend, places in self._backends(found))
@@ -369,16 +372,26 @@ class LMD(Optimizer):
         return gradients
 
 
+def _point(p: Tensor, data: Tensor) -> None:
+    """Points p at other memory; a graph that has saved p is told, so that its backward raises."""
+    p.data = data
+    torch.autograd.graph.increment_version(p)
+
+
 def _is_fusible(tensor: Tensor) -> bool:
     """Whether lmd/kernels.py serves a tensor of this device, dtype and layout."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _check_group(group: dict[str, Any], mc_samples: int) -> None:
-    """Raises ValueError for a setting out of range, TypeError for a parameter of an integer or complex dtype."""
+def _check_dtypes(group: dict[str, Any]) -> None:
+    """Raises TypeError for a parameter of an integer or complex dtype."""
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"LMD optimizes real floating-point parameters, not {p.dtype}")
+
+
+def _check_settings(group: dict[str, Any], mc_samples: int) -> None:
+    """Raises ValueError for a setting out of range; called in every step, since schedules change them."""
 
     def require(condition: bool, name: str, what: str) -> None:
         if not condition:
@@ -387,6 +400,7 @@ def _check_group(group: dict[str, Any], mc_samples: int) -> None:
     betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
     for name in ("lr", "weight_decay", "noise_scale"):
         require(math.isfinite(group[name]) and group[name] >= 0.0, name, "finite and at least 0")
+    require(group["lr"] <= 1.0, "lr", "at most 1, a factor of e a step")
     require(group["noise_scale"] <= 4.0, "noise_scale", "at most 4, a factor of 50 a standard deviation")
     require(math.isfinite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "finite and above 0")
     require(len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")

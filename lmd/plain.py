@@ -40,6 +40,12 @@ def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tens
     return [update.sample(weight.mean, weight.center, sigma, noise(group, weight, draw)) for weight in weights]
 
 
+def total(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
+    """theta+ + theta- of the same draw, in new tensors."""
+    sigma = group["noise_scale"]
+    return [update.total(weight.mean, weight.center, sigma, noise(group, weight, draw)) for weight in weights]
+
+
 def step(group: dict[str, Any], weights: list[Weight], gradients: list[Tensor], at_sample: bool) -> None:
     """One step of every weight, in place; `at_sample` says that the gradients were taken at draw 0 of the present
     step.

@@ -47,6 +47,12 @@ def sample(mean: Tensor, center: Center, noise_scale: float, noise: Noise) -> Te
     return plus - minus
 
 
+def total(mean: Tensor, center: Center, noise_scale: float, noise: Noise | None) -> Tensor:
+    """theta+ + theta-, what the shared parameterization scales a gradient by; its expectation where `noise` is None."""
+    plus, minus = multipliers(half_log_ratio(mean, center, noise_scale), center, noise_scale, noise)
+    return plus + minus
+
+
 def momentum(v: Tensor, gradient: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """(u, v'): u = beta1 v + (1 - beta1) G decides the step, v' = beta2 v + (1 - beta2) G is kept."""
     beta1, beta2 = betas
