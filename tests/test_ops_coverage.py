@@ -352,7 +352,18 @@ def test_no_entry_is_out_of_reach() -> None:
     ):
         names |= {n if n.endswith("__") else n.removesuffix("_") for n in dir(owner)}
     names |= {f"special_{n}" for n in dir(torch.special)} | {f"linalg_{n}" for n in dir(torch.linalg)}
-    names |= {"grouped_mm", "transformers::grouped_mm_fallback", "grad", "data", "alias", "sparse", "_fused_sgd", "_fused_adagrad", "_to_copy", "_pad"}
+    names |= {
+        "grouped_mm",
+        "transformers::grouped_mm_fallback",
+        "grad",
+        "data",
+        "alias",
+        "sparse",
+        "_fused_sgd",
+        "_fused_adagrad",
+        "_to_copy",
+        "_pad",
+    }
     assert sorted(set(WRAPPED) - names) == []
     assert all(op.reason and op.name == name for name, op in WRAPPED.items())
     assert all((op.kind is Kind.PRODUCT) >= (op.function is not None) for op in WRAPPED.values())
