@@ -78,7 +78,7 @@ def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | 
         scales = pack(_codes(scale.double(), fmt.scale), fmt.scale.bits)
         if fmt.tensor_scale is not None:
             tensor_scale = pack(_codes(outer.double(), fmt.tensor_scale), fmt.tensor_scale.bits)
-        spread = _spread(scale, shape, fmt, axis).reshape(-1)
+        spread = expanded(scale, shape, fmt, axis).reshape(-1)
         q = dataclasses.replace(q, format=element, overflow=Overflow.SATURATE)
     flat = wide.reshape(-1)
     packed = []
@@ -102,7 +102,7 @@ def decode(encoded: Encoded) -> Tensor:
         scale = _values(unpack(e.scales, fmt.scale.bits, math.prod(e.grid)), fmt.scale).reshape(e.grid).to(working)
         if fmt.tensor_scale is not None:
             scale = scale * _values(unpack(e.tensor_scale, fmt.tensor_scale.bits, 1), fmt.tensor_scale).to(working)
-        spread = _spread(scale, e.shape, fmt, e.axis).reshape(-1)
+        spread = expanded(scale, e.shape, fmt, e.axis).reshape(-1)
     x = torch.empty(e.shape, dtype=e.dtype, device=e.codes.device)
     flat = x.view(-1)
     for start in range(0, len(flat), CHUNK):
@@ -209,7 +209,7 @@ def _block_maxima(x: Tensor, fmt: BlockFormat, axis: int) -> Tensor:
     return maxima.reshape(_grid(tuple(x.shape), fmt, axis))
 
 
-def _spread(scale: Tensor, shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> Tensor:
+def expanded(scale: Tensor, shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> Tensor:
     """Every element's scale: the grid's entries repeated over their blocks."""
     for d, (size, n) in enumerate(zip(_block_size(shape, fmt, axis), shape or (1,), strict=True)):
         if size > 1:
