@@ -289,9 +289,11 @@ def _largest_in_groups(typingctx: Any, vectors: Any, x: Any, begin: Any, groups:
 
 @intrinsic
 def _single_scales(typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any) -> Any:
-    """_power_of_two_scales for float32 maxima and scales, in lanes; rule: a tuple."""
+    """_power_of_two_scales in lanes; rule: a tuple. False, and nothing done, unless maxima and scales are float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if m.dtype != types.int32 or s.dtype != types.float32:
+            return cgutils.false_bit
         source, scale, inverse = (Memory(context, builder, t, args[place]) for t, place in ((m, 0), (s, 2), (n, 3)))
 
         def body(place: Any, lanes: int) -> None:
@@ -313,9 +315,9 @@ def _single_scales(typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any
             inverse.store(place, finite.select(power(amax.constant(0) - e), amax.as_float().constant(float("nan"))))
 
         over(builder, args[1], 16, body)
-        return context.get_dummy_value()
+        return cgutils.true_bit
 
-    return types.void(m, types.int64, s, n, rule), codegen
+    return types.boolean(m, types.int64, s, n, rule), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -446,8 +448,7 @@ def _power_of_two(typingctx: Any, e: Any) -> Any:
 @njit(cache=True, nogil=True)
 def _power_of_two_scales(m, s, n, rule):
     """The scales s and their inverses n from the maxima m; rule: see plan._rule."""
-    if m.itemsize == 4 and s.itemsize == 4:
-        _single_scales(m, len(m), s, n, (rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]))
+    if _single_scales(m, len(m), s, n, (rule[0], rule[1], rule[2], rule[3], rule[4], rule[5])):
         return
     add, field, unit, emax, lowest, highest = rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]
     infinite = (unit + unit + 1) << field
