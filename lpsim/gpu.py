@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from lpsim.formats import BlockFormat, Format
-from lpsim.plan import MODES, exact, geometry, memory_order, plan
+from lpsim.formats import BlockFormat, FloatFormat, Format
+from lpsim.plan import MODES, Plan, exact, geometry, memory_order, plan
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
 try:
@@ -157,8 +157,7 @@ def _half_words_of_rows(  # type: ignore[no-untyped-def]
 
 # ---------------------------------------------------------------------------------------------- one element
 
-# f: lowest, highest, zero, random_scale, min_normal; with Overflow.SPECIAL also max and what lies beyond it.
-# i: emin, shift, and further on the parity; both as in cpu.Grid
+# f and i: the floats and integers of a plan.Plan; with Overflow.SPECIAL f goes on with max and what lies beyond it.
 
 
 @triton.jit
@@ -590,19 +589,22 @@ class _Numbers(NamedTuple):
     compiled: dict[str, Any]
 
 
-@functools.lru_cache(maxsize=1024)
-def _numbers(
-    fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool, device: torch.device
-) -> _Numbers:
-    p = plan(fmt, rounding, overflow, random_bits, double)
-    overflows = p.overflow[:2] if p.overflow is not None else ()
-    size = len(p.thresholds) if rounding is not Rounding.STOCHASTIC else len(p.values)
+_on_device: dict[tuple[int, torch.device], tuple[Plan, _Numbers]] = {}  # by identity, for which the plan is kept
+
+
+def _numbers(p: Plan, device: torch.device) -> _Numbers:
+    known = _on_device.get((id(p), device))
+    if known is not None:
+        return known[1]
+    stochastic = p.variant.mode == _STOCHASTIC.value
+    size = len(p.values if stochastic else p.thresholds)
+    overflows = np.array(p.overflow[:2] if p.overflow is not None else (), p.floats.dtype)
 
     def there(array: np.ndarray) -> torch.Tensor | None:
         return torch.from_numpy(array).to(device) if len(array) > 0 else None
 
-    return _Numbers(
-        f=torch.from_numpy(np.append(p.floats, np.array(overflows, p.floats.dtype))).to(device),
+    numbers = _Numbers(
+        f=torch.from_numpy(np.append(p.floats, overflows)).to(device),
         i=torch.from_numpy(p.integers).to(device),
         thresholds=there(p.thresholds),
         values=there(p.values),
@@ -614,9 +616,17 @@ def _numbers(
             "GAP": p.variant.gap,
             "BARE": p.variant.bare,
             "SPECIAL": p.overflow is not None,
-            "BITS": p.bits,
+            "BITS": p.bits if stochastic else 0,
         },
     )
+    _on_device[id(p), device] = p, numbers
+    return numbers
+
+
+def _scale_numbers(scale: FloatFormat, x: torch.Tensor) -> _Numbers:
+    """For rounding scales of x's width to nearest even."""
+    double = x.dtype is torch.float64
+    return _numbers(plan(scale, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, double), x.device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -663,7 +673,7 @@ def _scale_of_tensor(x: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> t
     if second is None:
         return None
     all_of_it = _cut((1, 1, x.numel()), (1, x.numel()), False)
-    numbers = _numbers(second, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, dtype is torch.float64, x.device)
+    numbers = _scale_numbers(second, x)
     least = max(second.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
     limits = _limits(fmt.element.max * fmt.scale.max, least, second.max, dtype, x.device)
     result = torch.empty(1, dtype=dtype, device=x.device)
@@ -675,32 +685,28 @@ def _scale_of_tensor(x: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> t
     return result
 
 
-def quantize(
-    x: torch.Tensor,
-    fmt: Format,
-    axis: int,
-    rounding: Rounding,
-    overflow: Overflow,
-    random_bits: int | None,
-    key: Key | None,
-    out: torch.Tensor,
-) -> None:
-    """reference.quantize of a contiguous float tensor x, into the contiguous `out` of its dtype (also x itself)."""
+def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, out: torch.Tensor) -> None:
+    """reference.quantize of a contiguous float tensor x, into the contiguous `out` of its dtype (x itself is allowed).
+
+    p: the plan of the format and rounding for x's width.
+    """
     if x.numel() == 0:
         return
-    double = x.dtype is torch.float64
-    dtype = torch.float64 if double else torch.float32
-    p = _numbers(fmt, rounding, overflow, random_bits, double, x.device)
-    shape, tile = geometry(tuple(x.shape), fmt, axis) if isinstance(fmt, BlockFormat) else _one_tile(x.numel())
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    numbers = _numbers(p, x.device)
+    if isinstance(fmt, BlockFormat):
+        shape, tile = geometry(x.shape, fmt, axis)
+    else:
+        shape, tile = (1, 1, x.numel()), (1, x.numel())
     cut = _cut(shape, tile, isinstance(fmt, BlockFormat))
     key = key or Key(0)
     rule, scale_gap, scale_bare = _NO_SCALE, False, False
     maxima = wanted = outer = scale_f = scale_i = limits = None
     if isinstance(fmt, BlockFormat):
         rule = _POWER_OF_TWO
-        if p.rule is None:
+        if numbers.rule is None:
             rule = _QUOTIENT if fmt.scale_rule is ScaleRule.ROUND else _OWN
-            scale = _numbers(fmt.scale, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, double, x.device)
+            scale = _scale_numbers(fmt.scale, x)
             scale_f, scale_i = scale.f, scale.i
             scale_gap, scale_bare = scale.compiled["GAP"], scale.compiled["BARE"]
             limits = _limits(fmt.element.max, fmt.scale.min_normal, fmt.scale.max, dtype, x.device)
@@ -714,12 +720,12 @@ def quantize(
         cut,
         _integers(x),
         _integers(out),
-        p.f,
-        p.i,
-        p.thresholds,
-        p.values,
-        p.size,
-        p.rule,
+        numbers.f,
+        numbers.i,
+        numbers.thresholds,
+        numbers.values,
+        numbers.size,
+        numbers.rule,
         maxima,
         wanted,
         outer,
@@ -737,13 +743,9 @@ def quantize(
         SCALE_BARE=scale_bare,
         ALIGNED=cut.aligned and key.offset % 128 == 0,
         BFLOAT16=x.dtype is torch.bfloat16,
-        stochastic=rounding is Rounding.STOCHASTIC,
-        **p.compiled,
+        stochastic=numbers.compiled["BITS"] > 0,
+        **numbers.compiled,
     )
-
-
-def _one_tile(numel: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    return (1, 1, numel), (1, numel)
 
 
 class TritonBackend:
@@ -763,9 +765,11 @@ class TritonBackend:
         source = x.contiguous() if order is None else x.permute(order)
         in_place = out is not None and order is None and out.is_contiguous()
         target = out if in_place and out is not None else torch.empty_like(source)
-        place = axis if order is None else order.index(axis)
+        double = x.dtype is torch.float64
+        if double not in q.plans:
+            q.plans[double] = plan(q.format, q.rounding, q.overflow, q.random_bits, double)
         with torch.cuda.device_of(x):
-            quantize(source, q.format, place, q.rounding, q.overflow, q.random_bits, key, target)
+            quantize(source, q.format, axis if order is None else order.index(axis), q.plans[double], key, target)
         if order is not None:
             target = target.permute([order.index(d) for d in range(len(order))])
         if out is not None:

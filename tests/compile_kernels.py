@@ -17,6 +17,7 @@ from triton.runtime import driver
 
 from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, formats, gpu
 from lpsim.formats import BlockFormat
+from lpsim.plan import plan
 from tests.laws import ODD_ONES
 
 TARGETS = {
@@ -72,8 +73,8 @@ def main(target: str, extent: str) -> None:
     triton.JITFunction.run = compile_only
     for x, q, axis, offset in cases(extent == "many"):
         compiled.clear()
-        key = Key(1, offset=offset)
-        gpu.quantize(x, q.format, axis, q.rounding, q.overflow, q.random_bits, key, torch.empty_like(x))
+        p = plan(q.format, q.rounding, q.overflow, q.random_bits, x.dtype is torch.float64)
+        gpu.quantize(x, q.format, axis, p, Key(1, offset=offset), torch.empty_like(x))
         for name, kernel in compiled:
             assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
             case = f"{q.format.name} {q.rounding.name} {tuple(x.shape)} {x.dtype}"
