@@ -1,7 +1,7 @@
 """LMD as a torch.optim.Optimizer: groups, state, samples in place, step. The mathematics is in lmd/update.py."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -176,15 +176,14 @@ class LMD(Optimizer):
         try:
             with torch.no_grad():
                 for group, numbered in self._numbered_params():
-                    noisy = [(i, p) for i, p in numbered if p.requires_grad and group["noise_scale"] > 0.0]
-                    weights = self._weights(group, noisy)
-                    for (_, p), value in zip(noisy, values(group, weights) if weights else [], strict=True):
-                        means.append((p, p.data))
-                        _point(p, value.to(p.dtype))
+                    if group["noise_scale"] > 0.0:
+                        noisy = [(i, p) for i, p in numbered if p.requires_grad]
+                        found = values(group, self._weights(group, noisy)) if noisy else []
+                        means += [(p, p.data) for _, p in noisy]
+                        _point((p for _, p in noisy), found)
             yield
         finally:
-            for p, mean in means:
-                _point(p, mean)
+            _point((p for p, _ in means), [mean for _, mean in means])
             self._sampling = False
 
     def _drawn(self, group: dict[str, Any], weights: list[Weight], draw: int, what: str) -> list[Tensor]:
@@ -216,8 +215,8 @@ class LMD(Optimizer):
             noisy = weights and group["noise_scale"] > 0.0
             totals = self._drawn(group, weights, draw, "total") if noisy else []
             for (_, p), weight, total in zip_longest(present, weights, totals):
-                gradient = p.grad / self.mc_samples
-                if noisy:
+                gradient: Tensor = p.grad / self.mc_samples  # type: ignore[operator, assignment]
+                if total is not None:
                     gradient = gradient * (total / update.total(weight.mean, weight.center, group["noise_scale"], None))
                 p.grad = gradient.to(p.dtype)
         for p, gradient in earlier.items():
@@ -247,12 +246,12 @@ class LMD(Optimizer):
                     state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
                 if dtype != p.dtype:
                     state["master"] = p.detach().to(dtype)
-            weights.append(Weight(index, state.get("master", p.detach()), state))
+            weights.append(Weight(index, state.get("master", p), state))
         return weights
 
     def _backends(self, tensors: list[Tensor]) -> Iterator[tuple[ModuleType, list[int]]]:
         """The backends that serve the tensors, each with the places of its tensors in the list."""
-        fused = [i for i, tensor in enumerate(tensors) if self.fused and _is_fusible(tensor)]
+        fused = [i for i, tensor in enumerate(tensors) if _is_fusible(tensor)] if self.fused else []
         if fused:
             from lmd import kernels  # not before it is needed: it loads Numba
 
@@ -362,25 +361,31 @@ class LMD(Optimizer):
         gradients = {}
         for _, numbered in self._numbered_params():
             for index, p in numbered:
-                if p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
-                    gradient = p.grad.to(MASTER_DTYPE.get(p.dtype, p.dtype))
-                    gradients[index] = gradient.contiguous() if p.is_contiguous() else gradient
+                gradient = p.grad
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
+                    raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
+                if gradient.dtype in MASTER_DTYPE:
+                    gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
+                gradients[index] = gradient.contiguous() if p.is_contiguous() else gradient
         if not gradients:
             raise RuntimeError("no parameter has a gradient: call backward() before step()")
         return gradients
 
 
-def _point(p: Tensor, data: Tensor) -> None:
-    """Points p at other memory; a graph that has saved p is told, so that its backward raises."""
-    p.data = data
-    torch.autograd.graph.increment_version(p)
+def _point(params: Iterable[Tensor], values: list[Tensor]) -> None:
+    """Points parameters at other memory; a graph that has saved one of them is told, so that its backward raises."""
+    changed = []
+    for p, value in zip(params, values, strict=True):
+        p.data = value if value.dtype == p.dtype else value.to(p.dtype)
+        changed.append(p)
+    torch.autograd.graph.increment_version(changed)
 
 
 def _is_fusible(tensor: Tensor) -> bool:
     """Whether lmd/kernels.py serves a tensor of this device, dtype and layout."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _check_dtypes(group: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 Serves every device, dtype and layout. lmd/kernels.py and lmd/gpu.py have the same functions, fused.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +13,11 @@ from lmd.priors import PRIORS
 from lmd.random import NoiseKey, normal_pair
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter in one call: its number through all groups (part of its noise's key), E[w] and its state."""
 
     number: int
-    mean: Tensor  # the parameter's own memory, or its float32 master
+    mean: Tensor  # the parameter itself, or its float32 master
     state: dict[str, Any]
 
     @property
