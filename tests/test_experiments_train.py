@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,13 @@ from experiments.optimizers import LMD, OPTIMIZERS, SGD, AdamW
 from experiments.record import RunRecord
 from experiments.train import train
 from lpsim import Recipe, Rounding, simulate
-from tests.experiment_jobs import tiny_config
+from tests.experiment_jobs import one_thread, tiny_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -59,7 +66,7 @@ CONFIGS = {
     **{name: tiny_config(optimizer=OPTIMIZERS[name](lr=0.01)) for name in OPTIMIZERS},
     "lmd stochastic": tiny_config(optimizer=LMD(lr=0.03), recipe=STOCHASTIC),
     "adamw mxfp6": tiny_config(recipe=forward("mxfp6_e3m2", vector="bfloat16")),
-    "vit": tiny_config(model=model("vit-micro"), data=Digits(), batch_size=8, recipe=STOCHASTIC),
+    "vit": tiny_config(model=model("vit-micro"), data=Digits(), batch_size=60, validate_every=9, recipe=STOCHASTIC),
 }
 
 

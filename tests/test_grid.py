@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from experiments.grids import GridError, load_grid
 from experiments.optimizers import LMD, SGD
 from experiments.record import RunFolderError
 from tests import experiment_jobs
-from tests.experiment_jobs import tiny_config, tiny_grid, wait_until
+from tests.experiment_jobs import one_thread, tiny_config, tiny_grid, wait_until
 
 
 class Here(StoppableExecutor):
@@ -43,6 +44,12 @@ class Here(StoppableExecutor):
 
     def stop(self) -> None:
         pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def statuses(rows: list[Row]) -> list[str]:
@@ -190,7 +197,7 @@ def test_two_grids_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_equal_configs_and_no_configs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(GridError, match="has the same run twice: adamw lr 0.01, float32, gpt2-tiny, seed 0"):
+    with pytest.raises(GridError, match=r"has the same run twice: adamw lr 0\.01, float32, gpt2-tiny, seed 0"):
         run_grid([tiny_config(), tiny_config()], tmp_path / "g", Here())
     with pytest.raises(GridError, match="the grid g has no runs"):
         run_grid([], tmp_path / "g", Here())
@@ -280,7 +287,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_resume(tmp_path: Path, uninterrupt
 def test_a_full_disk_ends_in_one_message_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """The disk is full from the first checkpoint on: a limit on the size of files stands in for it."""
     (tmp_path / "full.py").write_text(
-        "from tests.experiment_jobs import tiny_config\ndef grid():\n    yield tiny_config()\n"
+        "from tests.experiment_jobs import one_thread, tiny_config\ndef grid():\n    yield tiny_config()\n"
     )
     arguments = ["-m", "experiments.cli", "run", str(tmp_path / "full.py"), "--jobs", "1", "--runs", str(tmp_path)]
     limited = shlex.join([sys.executable, *arguments])
