@@ -161,12 +161,6 @@ def _half_words_of_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _precision(x):  # type: ignore[no-untyped-def]
-    """p: the stored bits of the significand of x's type."""
-    return 52 if x.dtype == tl.float64 else 23
-
-
-@triton.jit
 def _clamp(v, f):  # type: ignore[no-untyped-def]
     """v within the finite range; NaN stays NaN."""
     lowest, highest = tl.load(f), tl.load(f + 1)
@@ -334,28 +328,29 @@ def _quotient_scales(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a program's block lies: (indices of its elements, mask, numbers of its tiles, mask of these).
+    """Where a program's block lies: (first index of its rows, indices, mask, numbers of its tiles, mask of these).
 
-    The first two have the shape [T, R, K, C], the others [T, K]. where: see _Cut.
+    Their shapes: [T, R, 1, 1], twice [T, R, K, C], twice [T, K]. where: see _Cut.
     """
     strips, rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across = where
     pid = tl.program_id(0)
     groups = ((across + K - 1) // K) * parts_across
     unit, strip = pid % groups, pid // groups
-    first, left_part = (unit // parts_across) * K, (unit % parts_across) * C
+    first, left_part = (unit // parts_across) * K, (unit % parts_across).to(tl.int64) * C
     tile_row, top_part = (strip // parts_down) * T + tl.arange(0, T), (strip % parts_down) * R
     r = top_part + tl.arange(0, R)[None, :, None, None]  # within the tile
     k = tl.arange(0, K)[None, None, :, None]
-    c = left_part + tl.arange(0, C)[None, None, None, :]
+    c = tl.arange(0, C)[None, None, None, :]
     row = ((tile_row % down) * tile_rows)[:, None, None, None] + r  # within its matrix
-    left = first.to(tl.int64) * tile_columns
+    left = first.to(tl.int64) * tile_columns + left_part
     column = k * tile_columns + c  # from there
     mask = (row < rows) & (r < tile_rows) & (tile_row < strips)[:, None, None, None]
-    mask = mask & (column < columns - left) & (c < tile_columns)
+    mask = mask & (column < columns - left) & (c < tile_columns - left_part)
     matrix = (tile_row // down).to(tl.int64)[:, None, None, None]
-    indices = ((matrix * rows + row) * columns + left) + column
+    starts = (matrix * rows + row) * columns + left
     tiles = tile_row.to(tl.int64)[:, None] * across + (first + tl.arange(0, K))[None, :]
-    return indices, mask, tiles, (tile_row < strips)[:, None] & (first + tl.arange(0, K) < across)[None, :]
+    there = (tile_row < strips)[:, None] & (first + tl.arange(0, K) < across)[None, :]
+    return starts, starts + column, mask, tiles, there
 
 
 @triton.jit
@@ -370,7 +365,8 @@ def _largest(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _words(  # type: ignore[no-untyped-def]
-    position,
+    starts,
+    positions,
     selector,
     k0,
     k1,
@@ -382,13 +378,12 @@ def _words(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The 16-bit halves of the random words of a block; ALIGNED: see _Cut."""
+    """The 16-bit halves of the random words of a block, whose rows start at `starts`; ALIGNED: see _Cut."""
     if ALIGNED:
-        first = tl.reshape(tl.min(tl.min(position, 3), 2), (T * R, 1))
-        words = _half_words_of_rows(first, selector, k0, k1, stream, step, T * R, K * C // 128)
+        words = _half_words_of_rows(tl.reshape(starts, (T * R, 1)), selector, k0, k1, stream, step, T * R, K * C // 128)
         return tl.reshape(words, (T, R, K, C))
     else:
-        return _half_words(position, selector, k0, k1, stream, step)
+        return _half_words(positions, selector, k0, k1, stream, step)
 
 
 @triton.jit
@@ -396,7 +391,7 @@ def _tile_maxima(  # type: ignore[no-untyped-def]
     x, maxima, where, BFLOAT16: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):
     """The largest magnitude of every tile as a bit pattern, into `maxima`, which holds zeros."""
-    indices, mask, tiles, there = _cells(where, T, R, K, C)
+    _, indices, mask, tiles, there = _cells(where, T, R, K, C)
     tl.atomic_max(maxima + tiles, _largest(_load(x + indices, mask, BFLOAT16)), mask=there)
 
 
@@ -455,7 +450,7 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
     then each cell is a tile. wanted: the scales of the user's own rule. outer, scale_f, scale_i, limits: see
     _quotient_scales.
     """
-    indices, mask, tiles, there = _cells(where, T, R, K, C)
+    starts, indices, mask, tiles, there = _cells(where, T, R, K, C)
     xs = _load(x + indices, mask, BFLOAT16)
     if RULE != _NO_SCALE:
         m = _largest(xs) if maxima is None else tl.load(maxima + tiles, mask=there, other=0)
@@ -476,10 +471,9 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
             inward, outward, fraction = _table_neighbours(v, values, size, STEPS)
         else:
             inward, outward, fraction = _neighbours(v, f, i, GAP)
-        position = indices + offset
         k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
         c2, c3 = stream.to(tl.uint32), step.to(tl.uint32)
-        upper = _words(position, 0, k0, k1, c2, c3, ALIGNED, T, R, K, C)
+        upper = _words(starts + offset, indices + offset, 0, k0, k1, c2, c3, ALIGNED, T, R, K, C)
         KEPT: tl.constexpr = 16 if BITS > 16 else BITS
         high = (fraction * (1 << KEPT)).to(tl.int32)
         total = high + (upper >> (16 - KEPT))
@@ -488,7 +482,7 @@ def _quantize_tiles(  # type: ignore[no-untyped-def]
             REST: tl.constexpr = BITS - 16
             undecided = total == (1 << KEPT) - 1
             if tl.max(tl.reshape(undecided.to(tl.int32), (T * R * K * C,)), 0) > 0:  # once in 2^16 elements
-                lower = _words(position, 1, k0, k1, c2, c3, ALIGNED, T, R, K, C)
+                lower = _words(starts + offset, indices + offset, 1, k0, k1, c2, c3, ALIGNED, T, R, K, C)
                 low = ((fraction * (1 << KEPT) - high.to(fraction.dtype)) * (1 << REST)).to(tl.int32)  # exact
                 up = up | (undecided & (low + (lower >> (16 - REST)) >= (1 << REST)))
         y = tl.where(up, outward, inward)

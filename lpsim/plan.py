@@ -63,9 +63,9 @@ class Plan(NamedTuple):
 
     floats: lowest and highest (what lies beyond becomes these before it is rounded); the zero that is added to a result
     (-0.0 keeps the sign of zero, 0.0 drops it); 2^min(k, 16); min_normal.
-    integers: the bit pattern of 2^emin; p − m in the exponent field (leads from 2^e to C); p in the exponent field (from
-    q to C); the mask of the exponent field; p; the exponent of 1.0 (as stored); the format's bias (the parity of codes
-    without mantissa bits); 1; 16 − min(k, 16); 2^min(k, 16).
+    integers: the bit pattern of 2^emin; p − m in the exponent field (leads from 2^e to C); p in the exponent field
+    (from q to C); the mask of the exponent field; p; the exponent of 1.0 (as stored); the format's bias (the parity of
+    codes without mantissa bits); 1; 16 − min(k, 16); 2^min(k, 16).
     thresholds[j]: the smallest number that rounds to values[j + 1] or beyond. rule: see _rule. bits: k.
     overflow: max, what lies beyond it, and whether a positive and a negative overflow go there; None: saturate.
     """
