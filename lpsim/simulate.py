@@ -16,8 +16,8 @@ What is not the model's arithmetic is exempt by rule:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from lpsim.recipes import BackwardOperands, Gemm, Recipe
 
 __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
 
+Sampler = Callable[[int], Observer | None]
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _ATTRIBUTE = ("__get__", "__set__", "__delete__")
@@ -61,13 +62,14 @@ def simulate(model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = T
 class _Place:
     """The sites of one product: {part: site}, or {op: site}; and whether the recipe leaves all of them alone."""
 
-    __slots__ = ("left", "sites")
+    __slots__ = ("first", "left", "sites")
 
     def __init__(self, op: Op, site: Callable[[str], Site]) -> None:
         if op.parts:
             self.sites = {part: site(f"{op.name}.{part}") for part in op.parts + op.vector_parts}
         else:
             self.sites = {op.name: site(op.name)}
+        self.first = next(iter(self.sites.values()))
         self.left = all(
             s.recipe.vector is None if part in op.vector_parts else s.recipe.products_plain
             for part, s in self.sites.items()
@@ -91,7 +93,7 @@ class Simulation:
     """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
 
     step: the training loop's step, set by the loop; random bits are keyed by (seed, site, step, call within the step),
-    so that a resumed run draws what it would have drawn. observer: called with every tensor quantized, for telemetry.
+    so that a resumed run draws what it would have drawn.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True) -> None:
@@ -106,7 +108,8 @@ class Simulation:
         self.model = model
         self.recipe = recipe
         self.seed = seed
-        self.observer: Observer | None = None
+        self._observer: Observer | None = None
+        self._sampler: Sampler | None = None
         self._step = 0
         self._paths = ModulePaths(model)
         self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
@@ -163,6 +166,29 @@ class Simulation:
             self._auditor.finished = True
             self._stop_audit()
         self._step = value
+        if self._sampler is not None:
+            self.observer = self._sampler(value)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Sees every tensor rounded and every result; None costs nothing."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, value: Observer | None) -> None:
+        if (value is None) != (self._observer is None):
+            self._handlers.clear()
+        self._observer = value
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Chooses the observer of each step: called with the step now, and with every one that `step` is set to."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, value: Sampler | None) -> None:
+        self._sampler = value
+        self.observer = None if value is None else value(self._step)
 
     def advance(self) -> None:
         """The next step."""
@@ -176,6 +202,12 @@ class Simulation:
         if self._auditor is None:
             raise RuntimeError("this simulation counts nothing: it was made with audit=False")
         return self._auditor.result()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Plain torch inside; the audit counts its products as run outside the simulation."""
+        with torch._C.DisableTorchFunction(), self._owned("outside the simulation"):
+            yield
 
     def _stop_audit(self) -> None:
         """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
@@ -197,7 +229,7 @@ class Simulation:
             return self._through
         if op.function is not None:
             return partial(self._product, op, op.function)
-        if op.kind in (Kind.VECTOR, Kind.REDUCTION) and self._rounds_vectors:
+        if op.kind in (Kind.VECTOR, Kind.REDUCTION) and (self._rounds_vectors or self._observer is not None):
             return partial(self._vector, op)
         if not self._auditing:
             return _run
@@ -218,7 +250,7 @@ class Simulation:
     def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is not in the table, if a rule exempts it."""
         result = func(*args, **kwargs)
-        if not _has_floating(result) or not (_has_floating(args) or _has_floating(kwargs)):
+        if not any(True for _ in _floating(result)) or not any(True for _ in _floating((args, kwargs))):
             return result
         frame = self._paths.current()
         if self._bookkeeping(frame) or self._optimizing():
@@ -237,7 +269,8 @@ class Simulation:
         site = self._site(frame.path, op.name, frame.repetition(op.name))
         quantizer = site.recipe.vector
         if quantizer is None:
-            return self._counted(op, f"the recipe of {site.name} has no vector format", func, args, kwargs)
+            result = self._counted(op, "the recipe has no vector format", func, args, kwargs)
+            return result if self._observer is None else self._rounded(site, result)
         if self._auditing and self._auditor is not None:
             self._auditor.count(op.name, op.kind, quantizer.format.name, op.reason)
         target = _inplace_target(func, args, kwargs)
@@ -281,7 +314,11 @@ class Simulation:
         place = self._place(op)
         if place.left:
             with self._owned("left by the recipe", op, place):
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            if self._observer is not None:
+                for t in _floating(result):
+                    self._call(place.first).out(t)
+            return result
         target = args[0] if inplace_argument(func) == -1 else None
         out = kwargs.pop("out", None) if "out" in kwargs else None
         device = first.device.type
@@ -345,7 +382,7 @@ class Simulation:
         if site.stochastic:
             recomputing = torch._C._current_graph_task_id() != -1
             occurrence = site.occurrence(self._step, recomputing, calls)
-        return Call(site, self.seed, self._step, occurrence, self.observer)
+        return Call(site, self.seed, self._step, occurrence, self._observer)
 
     def _bookkeeping(self, frame: Frame | None) -> bool:
         """Vector ops that are not the model's: outside every module, and no part of any graph."""
@@ -413,12 +450,16 @@ def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def _has_floating(value: Any) -> bool:
+def _floating(value: Any) -> Iterator[Tensor]:
+    """The floating-point and complex tensors in a value."""
     if isinstance(value, Tensor):
-        return value.is_floating_point() or value.is_complex()
-    if isinstance(value, dict):
-        return any(_has_floating(v) for v in value.values())
-    return isinstance(value, list | tuple) and any(_has_floating(v) for v in value)
+        if value.is_floating_point() or value.is_complex():
+            yield value
+    elif isinstance(value, dict):
+        yield from _floating(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _floating(v)
 
 
 def _autocast(value: Any, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lpsim.quantizer import Quantizer
 from lpsim.recipes import BackwardOperands, Recipe
 from lpsim.rounding import Key, Rounding
 
+_RESULTS = (Role.FPROP_OUT, Role.DGRAD_OUT, Role.WGRAD_OUT, Role.VECTOR)
 ELEMENT_BITS, ROLE_BITS, OCCURRENCE_BITS = 38, 4, 20  # of Key.offset, which has 62
 
 
@@ -90,7 +92,12 @@ def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
     return exact.bits_of_product(lhs.format, rhs.format)
 
 
-Observer = Callable[[Site, Role, Quantizer, Tensor, Tensor], None]
+class Observer(Protocol):
+    """Called with every tensor that is rounded, and with every result that is not (quantizer None, result is x)."""
+
+    def __call__(
+        self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
+    ) -> None: ...
 
 
 class Call:
@@ -118,11 +125,13 @@ class Call:
     def quantize(self, role: Role, quantizer: Quantizer | None, x: Tensor, axis: int = -1) -> Tensor:
         """x rounded by the role's quantizer, blocks along `axis`; x itself where there is none. Not differentiable."""
         if quantizer is None:
+            if self.observer is not None and role in _RESULTS:
+                self.observer(self, role, None, axis, x, x)
             return x
         key = self.key(role) if quantizer.rounding is Rounding.STOCHASTIC else None
         result = quantizer.quantize(x, axis, key)
         if self.observer is not None:
-            self.observer(self.site, role, quantizer, x, result)
+            self.observer(self, role, quantizer, axis, x, result)
         return result
 
     def product(
@@ -146,8 +155,10 @@ class Call:
         return self._rounded(Role.VECTOR, self.recipe.vector, x)
 
     def _rounded(self, role: Role, quantizer: Quantizer | None, x: Tensor) -> Tensor:
-        if quantizer is None or not (x.is_floating_point() or x.is_complex()):
+        if not (x.is_floating_point() or x.is_complex()):
             return x
+        if quantizer is None:
+            return self.quantize(role, None, x)
         if x.is_complex():
             return torch.view_as_complex(self._rounded(role, quantizer, torch.view_as_real(x)))
         if x.requires_grad and torch.is_grad_enabled():
