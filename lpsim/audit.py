@@ -76,6 +76,7 @@ class Auditor(TorchDispatchMode):
         self.products: Counter[tuple[str, str, str]] = Counter()
         self.escaped: list[str] = []
         self.finished = False
+        self._result: Audit | None = None
         self._owner: str | None = None
         self._starts: list[int] = []  # sequence numbers of autograd nodes made by products left as they are
         self._ends: list[int] = []
@@ -138,8 +139,15 @@ class Auditor(TorchDispatchMode):
         i = bisect.bisect_right(self._starts, sequence_number) - 1
         return self._owners[i] if i >= 0 and sequence_number < self._ends[i] else None
 
+    def finish(self) -> None:
+        """No more is to be counted."""
+        self._result = self.result()
+        self.finished = True
+
     def result(self) -> Audit:
         """The table so far: products first, then by op."""
+        if self._result is not None:
+            return self._result
         order = list(Kind)
         rows = sorted(self.rows.items(), key=lambda item: (order.index(item[0][0]), item[0][1:]))
         return Audit(

@@ -163,7 +163,7 @@ class Simulation:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise ValueError(f"step must be an int in [0, 2**32), got {value!r}")
         if value != self._step and self._auditing and self._auditor is not None and self._auditor.rows:
-            self._auditor.finished = True
+            self._auditor.finish()
             self._stop_audit()
         self._step = value
         if self._sampler is not None:
