@@ -82,6 +82,8 @@ class FloatFormat:
             raise ValueError(f"{self.name}: FNUZ has NaN at the code of -0; unsigned formats have none. Use FN or NONE")
         if self.specials in (Specials.FNUZ, Specials.EXTENDED) and not self.zero:
             raise ValueError(f"{self.name}: {self.specials.name} needs a zero")
+        if not self.zero and self.signed:
+            raise ValueError(f"{self.name}: a signed format has a zero; set signed=False or zero=True")
         if not self.zero and self.subnormals:
             raise ValueError(f"{self.name}: without a zero there are no subnormals; set subnormals=False")
         if self._max_code() < self._min_normal_code():

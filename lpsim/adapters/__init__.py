@@ -1,0 +1,21 @@
+"""Adapters: other libraries as backends, each with a statement of where it departs from our definition.
+
+An adapter translates a Quantizer into the library's own settings and calls it; it corrects nothing. It is never chosen
+unless a Quantizer names it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lpsim.quantizer import Quantizer
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What an adapter adds to `quantizer.Backend`."""
+
+    def departures(self, quantizer: Quantizer) -> tuple[str, ...]:
+        """Where results differ from the oracle's for a supported quantizer, one reason each; empty: nowhere."""
+        ...
