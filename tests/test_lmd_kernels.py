@@ -1,0 +1,258 @@
+"""The fused backend against the readable one, and against itself on other threads, splits and alignments."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lmd import LMD, kernels, plain
+from lmd.plain import Weight
+from lmd.priors import PRIORS
+
+M0 = 0.02
+# Stated bounds. A sample is compared in ulp of theta+ + theta-, a mean in ulp of max(|mean|, lr 2 m0 exp(sigma^2 / 2)),
+# a momentum in ulp of the larger of its terms, a log center in units of 2^-24. A step whose u is within rounding of 0
+# may take the other sign; the share of such elements is bounded.
+SAMPLE_ULP = {0.05: 16, 0.3: 32, 1.0: 512}
+MEAN_ULP, MOMENTUM_ULP, CENTER_ULP, FLIPS = 32, {0.0: 32, 0.05: 32, 0.3: 64, 1.0: 1024}, 16, 1e-3
+
+
+@dataclass
+class Case:
+    """A weight of hostile magnitudes, its gradient and its group."""
+
+    group: dict[str, Any]
+    mean: Tensor
+    gradient: Tensor
+    state: dict[str, Any]
+
+    def weight(self, dtype: torch.dtype) -> Weight:
+        state = {k: x.to(dtype, copy=True) if isinstance(x, Tensor) else x for k, x in self.state.items()}
+        return Weight(3, self.mean.to(dtype, copy=True), state)
+
+
+def make_case(parameterization: str, count: int = 20_011, sigma: float = 0.05, **settings: Any) -> Case:
+    generator = torch.Generator().manual_seed(count)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    spread = 2.0 if settings.get("prior") in ("half-normal", "exponential") else 8.0  # their R is exponential in a
+    a = spread * (2.0 * rand(count) - 1.0)
+    mean = 2.0 * M0 * torch.sinh(torch.where(rand(count) < 0.3, 1e-4 * a, a))
+    mean[0:1], mean[1:2] = 0.0, -0.0
+    gradient = 1e-2 * torch.randn(count, generator=generator)
+    gradient[2:4] = 0.0
+    names = ("v",) if parameterization == "shared" else ("v_plus", "v_minus", "log_center")
+    state: dict[str, Any] = {name: 1e-3 * torch.randn(count, generator=generator) for name in names}
+    for x in state.values():
+        x[2:3] = 0.0
+    if parameterization == "split":
+        state["log_center"] *= 300.0
+    settings = {"parameterization": parameterization, "noise_scale": sigma, **settings}
+    optimizer = LMD([torch.nn.Parameter(torch.zeros(1))], seed=2**63 + 17, **settings)
+    optimizer.param_groups[0]["step"] = 5
+    return Case(optimizer.param_groups[0], mean, gradient, {"m0": M0, **state})
+
+
+def ulp(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.spacing(x.abs().float().numpy())).double()
+
+
+def largest(error: Tensor, unit: Tensor) -> float:
+    return float((error.double().abs() / unit).max())
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+@pytest.mark.parametrize("sigma", SAMPLE_ULP)
+def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(parameterization, sigma):
+    case = make_case(parameterization, sigma=sigma)
+    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
+    (total,) = plain.total(case.group, [exact], 7)
+    for name in ("sample", "total"):
+        (expected,), (got,) = (
+            getattr(plain, name)(case.group, [exact], 7),
+            getattr(kernels, name)(case.group, [fused], 7),
+        )
+        assert largest(got - expected, ulp(total)) < SAMPLE_ULP[sigma]
+
+
+STEPS = [("shared", "log-normal"), ("shared", "flat"), *(("split", name) for name in PRIORS)]
+
+
+@pytest.mark.parametrize(("parameterization", "prior"), STEPS)
+@pytest.mark.parametrize("sigma", [0.0, *SAMPLE_ULP])
+@pytest.mark.parametrize("at_sample", [True, False])
+def test_a_step_is_the_readable_one_to_the_stated_ulp(parameterization, prior, sigma, at_sample):
+    case = make_case(parameterization, sigma=sigma, prior=prior, lr=0.03, weight_decay=0.01)
+    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
+    momenta = [name for name in case.state if name.startswith("v")]
+    plain.step(case.group, [exact], [case.gradient.double()], at_sample)
+    kernels.step(case.group, [fused], [case.gradient], at_sample)
+    for name in momenta:
+        terms = torch.maximum(exact.state[name].abs(), case.state[name].abs())
+        assert largest(fused.state[name] - exact.state[name], ulp(terms)) < MOMENTUM_ULP[sigma]
+    move = 0.03 * 2.0 * M0 * math.exp(0.5 * sigma**2)
+    error = (fused.mean - exact.mean).abs() / ulp(exact.mean.abs().clamp(min=move))
+    agree = error < MEAN_ULP
+    if parameterization == "split":
+        agree &= (fused.state["log_center"] - exact.state["log_center"]).abs() < CENTER_ULP * 2.0**-24
+    assert (~agree).double().mean() < FLIPS
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_large_steps_and_decays_are_the_readable_ones(parameterization):
+    """lr 1 and lr weight_decay near 1: the rotation by y loses e^(2 |y|) ulp of what it started from."""
+    case = make_case(parameterization, lr=1.0, weight_decay=0.9)
+    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
+    plain.step(case.group, [exact], [case.gradient.double()], True)
+    kernels.step(case.group, [fused], [case.gradient], True)
+    unit = ulp(case.mean.abs().clamp(min=2.0 * M0)) * torch.exp(1.0 + 0.9 * torch.asinh(case.mean.abs() / (2.0 * M0)))
+    assert ((fused.mean - exact.mean).abs() > 64 * unit).double().mean() < FLIPS
+
+
+def bits(case: Case, number: int = 3) -> list[Tensor]:
+    """Everything a sample and a step leave."""
+    weight = case.weight(torch.float32)._replace(number=number)
+    samples = kernels.sample(case.group, [weight], 0)
+    kernels.step(case.group, [weight], [case.gradient], True)
+    return [*samples, weight.mean, *(x for x in weight.state.values() if isinstance(x, Tensor))]
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_threads_do_not_change_a_bit(parameterization):
+    case = make_case(parameterization, count=3 * kernels.SERIAL + 13)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(bits(case))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 15, 16, 17, 127, 128, 129, kernels.TILE - 1, kernels.TILE + 1])
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_an_element_does_not_depend_on_the_size_of_its_tensor(parameterization, count):
+    """So vector bodies, remainders, blocks and tiles compute the same bits."""
+    case = make_case(parameterization, count=2 * kernels.TILE)
+    short = Case(
+        case.group,
+        case.mean[:count],
+        case.gradient[:count],
+        {k: x[:count] if isinstance(x, Tensor) else x for k, x in case.state.items()},
+    )
+    for whole, part in zip(bits(case), bits(short), strict=True):
+        assert torch.equal(whole[:count], part)
+
+
+def test_neighbours_in_memory_are_left_alone():
+    case = make_case("shared", count=1001)
+    arena = torch.full((3, 1200), 7.0)
+    views = [row[50:1051] for row in arena]
+    for view, x in zip(views, (case.mean, case.gradient, case.state["v"]), strict=True):
+        view.copy_(x)
+    weight = Weight(3, views[0], {"m0": M0, "v": views[2]})
+    kernels.step(case.group, [weight], [views[1]], True)
+    _, mean, v = bits(case)
+    assert torch.equal(views[0], mean) and torch.equal(views[2], v) and torch.equal(views[1], case.gradient)
+    assert (arena[:, :50] == 7.0).all() and (arena[:, 1051:] == 7.0).all()
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_many_tensors_in_a_call_are_each_as_if_alone(parameterization):
+    cases = [make_case(parameterization, count=count) for count in (1, 700, kernels.TILE, 2, 3 * kernels.TILE + 5)]
+    together = [case.weight(torch.float32)._replace(number=i) for i, case in enumerate(cases)]
+    samples = kernels.sample(cases[0].group, together, 0)
+    kernels.step(cases[0].group, together, [case.gradient for case in cases], True)
+    for i, (case, weight) in enumerate(zip(cases, together, strict=True)):
+        alone = bits(case, number=i)
+        state = [x for x in weight.state.values() if isinstance(x, Tensor)]
+        assert all(torch.equal(x, y) for x, y in zip(alone, [samples[i], weight.mean, *state], strict=True))
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+@pytest.mark.parametrize("name", ["mean", "gradient", "momentum"])
+def test_a_nan_stays_a_nan(parameterization, name):
+    case = make_case(parameterization, count=100)
+    place = {"mean": case.mean, "gradient": case.gradient, "momentum": case.state[list(case.state)[1]]}[name]
+    place[41] = math.nan
+    weight = case.weight(torch.float32)
+    kernels.step(case.group, [weight], [case.gradient], True)
+    assert weight.mean[41].isnan()
+    assert not weight.mean[:41].isnan().any() and not weight.mean[42:].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_mean_does_not_become_finite(value):
+    for parameterization in ("shared", "split"):
+        case = make_case(parameterization, count=100)
+        case.mean[41] = value
+        weight = case.weight(torch.float32)
+        (drawn,) = kernels.sample(case.group, [weight], 0)
+        kernels.step(case.group, [weight], [case.gradient], True)
+        assert not drawn[41].isfinite() and not weight.mean[41].isfinite()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_finite_finds_one_value_anywhere(value):
+    tensors = [torch.zeros(5), torch.full((2 * kernels.TILE + 3,), 3e38), torch.zeros(1)]
+    assert kernels.finite(tensors) and plain.finite(tensors)
+    for i, tensor in enumerate(tensors):
+        for place in (0, -1):
+            changed = [x.clone() for x in tensors]
+            changed[i][place] = value
+            assert not kernels.finite(changed) and not plain.finite(changed)
+        assert kernels.finite(tensors), tensor.shape
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_both_backends_train_alike(parameterization):
+    """The same curve: the losses of 60 steps within 1e-4 of one another, where they fall by a factor of more than 3."""
+
+    def losses(fused: bool) -> list[float]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(6, 40), torch.nn.LayerNorm(40), torch.nn.GELU(), torch.nn.Linear(40, 1)
+        )
+        x = torch.randn(128, 6)
+        y = x[:, :1] * x[:, 1:2] + x[:, 2:3].sin()
+        optimizer = LMD(net.parameters(), parameterization=parameterization, fused=fused)
+        curve = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            with optimizer.sampled_params():
+                loss = (net(x) - y).square().mean()
+                loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        return curve
+
+    fused, readable = losses(True), losses(False)
+    assert fused == pytest.approx(readable, rel=1e-4)
+    assert fused[-1] < fused[0] / 3
+
+
+def test_a_forked_child_steps():
+    """The threads of the pool do not survive a fork; the child makes its own. (torch makes none: no torch in the child.)"""
+    case = make_case("shared", count=3 * kernels.SERIAL)
+    before, after = case.weight(torch.float32), case.weight(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        kernels.step(case.group, [before], [case.gradient], True)
+        child = os.fork()
+        if child == 0:
+            kernels.step(case.group, [after], [case.gradient], True)
+            os._exit(0 if np.array_equal(before.mean.numpy(), after.mean.numpy()) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
