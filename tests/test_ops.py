@@ -442,3 +442,57 @@ def test_wrong_ranks_are_refused() -> None:
         pytest.raises(ValueError, match="mm multiplies a 2-D by a 2"),
     ):
         torch.mm(a, a)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, w = tensors((4, 4), (4, 4))
+    x.requires_grad_()
+    with simulate(nn.Identity(), Recipe.forward(FP4.format)):
+        out = F.linear(x, w).square().sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+        attention = F.scaled_dot_product_attention(x[None], x[None], x[None]).sum()
+        (grad,) = torch.autograd.grad(attention, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+def test_grouped_products_are_products_of_their_groups() -> None:
+    a, b, columns = tensors((10, 40), (3, 40, 5), (40, 10))
+    ends = torch.tensor([4, 4, 9], dtype=torch.int32)
+    q = FP4.quantize
+    with simulate(nn.Identity(), Recipe.forward(FP4.format)):
+        rows = F.grouped_mm(a, b, offs=ends)
+        batch = F.grouped_mm(b.mT, b)
+        across = F.grouped_mm(b.mT, columns, offs=ends)
+        deep = F.grouped_mm(columns[:4], a, offs=ends)
+    assert torch.equal(rows[:4], q(a[:4]) @ q(b[0], 0)) and torch.equal(rows[4:9], q(a[4:9]) @ q(b[2], 0))
+    assert rows.shape == (10, 5) and not rows[9:].any()
+    assert torch.equal(batch, q(b.mT) @ q(b, 1))
+    assert torch.equal(across[:, 4:9], q(b[2].mT) @ q(columns[:, 4:9], 0)) and not across[:, 9:].any()
+    assert torch.equal(deep[2], q(columns[:4, 4:9]) @ q(a[4:9], 0)) and not deep[1].any()
+
+
+def test_the_products_of_one_op_draw_different_bits() -> None:
+    """A chain of equal matrices, groups of equal rows: equal bits would round them alike."""
+    sr = Quantizer(formats.get("mxfp4_e2m1"), rounding=Rounding.STOCHASTIC)
+    x = tensors((32, 32))[0]
+    with simulate(nn.Identity(), Recipe(Gemm(lhs=sr))):
+        rows = F.grouped_mm(torch.cat([x, x]), torch.stack([x, x]), offs=torch.tensor([32, 64], dtype=torch.int32))
+    assert not torch.equal(rows[:32], rows[32:])
+
+
+def test_a_checkpointed_lstm_recomputes_with_the_same_bits() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    sr = Quantizer(formats.get("mxfp4_e2m1"), rounding=Rounding.STOCHASTIC)
+    torch.manual_seed(0)
+    layer, x = nn.LSTM(8, 8, 2, bidirectional=True), torch.randn(5, 3, 8, requires_grad=True)
+
+    def gradients(active: bool) -> list[Tensor]:
+        with simulate(layer, Recipe(Gemm(sr, sr), vector=BF16)):
+            out = checkpoint(layer, x, use_reentrant=False)[0] if active else layer(x)[0]
+            return list(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))

@@ -98,10 +98,15 @@ class _Softmax(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-            grad_bias = grad.view(ctx.shape).sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[1] else None
-            return grad.mul_(ctx.factor), grad_bias, None, None, None, None, None
+            if torch.is_grad_enabled():
+                return once_differentiable(_softmax_backward)(ctx, weights, grad)
+            return _softmax_backward(ctx, weights, grad)
+
+
+def _softmax_backward(ctx: Any, weights: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+    grad_bias = grad.view(ctx.shape).sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[1] else None
+    return grad.mul_(ctx.factor), grad_bias, None, None, None, None, None

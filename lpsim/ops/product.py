@@ -79,13 +79,15 @@ class Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, so before anything is disabled
-        if torch.is_autocast_enabled(grad.device.type):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _backward(ctx, lhs, rhs, grad)
-        return _backward(ctx, lhs, rhs, grad)
+        with torch._C.DisableTorchFunction():  # what follows are the machine's ops, not the model's
+            if torch.is_grad_enabled():  # create_graph=True
+                return once_differentiable(_backward)(ctx, lhs, rhs, grad)
+            if torch.is_autocast_enabled(grad.device.type):
+                with torch.autocast(grad.device.type, enabled=False):
+                    return _backward(ctx, lhs, rhs, grad)
+            return _backward(ctx, lhs, rhs, grad)
 
 
 def _backward(ctx: Any, lhs: Tensor, rhs: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,23 +95,22 @@ def _backward(ctx: Any, lhs: Tensor, rhs: Tensor, grad: Tensor) -> tuple[Tensor 
     dgrad, wgrad = call.recipe.dgrad, call.recipe.wgrad
     needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
     grad_lhs = grad_rhs = grad_bias = None
-    with torch._C.DisableTorchFunction():  # these are the machine's ops, not the model's
-        if needs_lhs:  # [M, N] · [N, K]: sums over N
-            grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
-            rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
-            rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
-            pair = (grad_q, rhs_q) if lhs_axis == -1 else (rhs_q.mT, grad_q.mT)
-            grad_lhs = _summed_to(ctx.lhs_shape, _matmul(dgrad, call.site.dgrad_bits, *pair))
-            grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs)
-        if needs_rhs:  # [K, M] · [M, N]: sums over M
-            lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
-            grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
-            lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
-            pair = (lhs_q.mT, grad_q) if rhs_axis == -2 else (grad_q.mT, lhs_q)
-            grad_rhs = _summed_to(ctx.rhs_shape, _matmul(wgrad, call.site.wgrad_bits, *pair))
-            grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs)
-        if needs_bias:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    if needs_lhs:  # [M, N] · [N, K]: sums over N
+        grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
+        rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
+        rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
+        pair = (grad_q, rhs_q) if lhs_axis == -1 else (rhs_q.mT, grad_q.mT)
+        grad_lhs = _summed_to(ctx.lhs_shape, _matmul(dgrad, call.site.dgrad_bits, *pair))
+        grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs)
+    if needs_rhs:  # [K, M] · [M, N]: sums over M
+        lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
+        grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
+        lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
+        pair = (lhs_q.mT, grad_q) if rhs_axis == -2 else (grad_q.mT, lhs_q)
+        grad_rhs = _summed_to(ctx.rhs_shape, _matmul(wgrad, call.site.wgrad_bits, *pair))
+        grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs)
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_lhs, grad_rhs, grad_bias, None, None, None
 
 
