@@ -44,6 +44,7 @@ from lmd.random import MASK, MULTIPLIERS, ROUNDS, WEYL
 TILE = 2048  # elements whose noise is drawn at once; the two factors of each stay in the first-level cache
 BLOCK = 128  # elements between two bursts of prefetching
 AHEAD = 512  # elements from a prefetch to its use
+HUGE = 1 << 20  # elements; 4 MiB, from which on numpy asks for huge pages
 SERIAL = 1 << 17  # elements; below, starting a thread costs more than it gives
 
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
@@ -378,10 +379,13 @@ def finite(gradients: list[Tensor]) -> bool:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialized tensor of the same shape in numpy's memory, which asks the kernel for huge pages.
+    """An uninitialized tensor of the same shape; a large one in numpy's memory, which asks the kernel for huge pages.
 
-    The samples are new memory in every step, and for large tensors most of the cost of new memory is page faults.
+    The samples are new memory in every step, and for large tensors most of the cost of new memory is page faults. Small
+    ones stay with torch: glibc before 2.38 does not reuse what aligned and unaligned blocks of a heap leave between them.
     """
+    if tensor.numel() < HUGE:
+        return torch.empty_like(tensor)
     return torch.from_numpy(np.empty(tuple(tensor.shape), np.float32))
 
 
