@@ -119,11 +119,6 @@ class Recipe:
         return cls(fprop=Gemm(lhs=operand, rhs=operand, out=unit), vector=unit)
 
     @property
-    def plain(self) -> bool:
-        """Whether nothing is rounded at the sites this recipe itself applies to."""
-        return self.products_plain and self.vector is None
-
-    @property
     def products_plain(self) -> bool:
         """Whether all three products are left as the compute dtype does them."""
         return self.fprop.plain and self.dgrad.plain and self.wgrad.plain

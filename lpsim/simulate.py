@@ -8,8 +8,8 @@ What is not the model's arithmetic is exempt by rule:
 - a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
   attributes;
 - everything in Optimizer.step under no_grad;
-- vector ops outside every module under no_grad (clipping, weight averages, metrics): rounding them would round the
-  weights. Matrix products there still follow the recipe;
+- outside every module, what is no part of a graph: clipping, weight averages, metrics, the preparation of data.
+  Matrix products there still follow the recipe;
 - vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
 """
 
@@ -239,7 +239,7 @@ class Simulation:
     def _counted(
         self, op: Op, reason: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._auditor is not None:
+        if self._auditing and self._auditor is not None:
             self._auditor.count(op.name, op.kind, "-", reason)
         return func(*args, **kwargs)
 
@@ -249,11 +249,14 @@ class Simulation:
 
     def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is not in the table, if a rule exempts it."""
+        if self._optimizing():
+            with self._owned("the optimizer"):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if not any(True for _ in _floating(result)) or not any(True for _ in _floating((args, kwargs))):
+        if next(_floating(result), None) is None or next(_floating((args, kwargs)), None) is None:
             return result
         frame = self._paths.current()
-        if self._bookkeeping(frame) or self._optimizing():
+        if self._bookkeeping(frame, args, kwargs):
             return result
         path = BACKWARD if frame is None else frame.path
         raise UnknownOpError(
@@ -264,8 +267,8 @@ class Simulation:
 
     def _vector(self, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self._paths.current()
-        if frame is None or self._bookkeeping(frame):
-            return self._counted(op, "outside the model's forward pass", func, args, kwargs)
+        if frame is None or self._bookkeeping(frame, args, kwargs):
+            return self._counted(op, "outside the model, and no part of a graph", func, args, kwargs)
         site = self._site(frame.path, op.name, frame.repetition(op.name))
         quantizer = site.recipe.vector
         if quantizer is None:
@@ -274,7 +277,7 @@ class Simulation:
         if self._auditing and self._auditor is not None:
             self._auditor.count(op.name, op.kind, quantizer.format.name, op.reason)
         target = _inplace_target(func, args, kwargs)
-        if target is not None:
+        if target is not None and next(_floating(target), None) is not None:
             # On a copy: what the op saves for its backward pass must not be rounded afterwards.
             copy = target.clone()
             result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
@@ -305,8 +308,8 @@ class Simulation:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        first = _first_tensor(args or tuple(kwargs.values()))
-        if first is None or not (first.is_floating_point() or first.is_complex()):
+        first = next(_floating((args, kwargs)), None)
+        if first is None:
             return func(*args, **kwargs)
         if self._optimizing():
             with self._owned("the optimizer"):
@@ -384,9 +387,13 @@ class Simulation:
             occurrence = site.occurrence(self._step, recomputing, calls)
         return Call(site, self.seed, self._step, occurrence, self._observer)
 
-    def _bookkeeping(self, frame: Frame | None) -> bool:
-        """Vector ops that are not the model's: outside every module, and no part of any graph."""
-        return frame is None or (frame.path == OUTSIDE and not torch.is_grad_enabled())
+    def _bookkeeping(self, frame: Frame | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an op is not the model's: of the backward pass itself, or outside every module and of no graph."""
+        if frame is None:
+            return True
+        if frame.path != OUTSIDE:
+            return False
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in _floating((args, kwargs))))
 
     def _optimizing(self) -> bool:
         """In Optimizer.step, but not in a closure that it calls."""
@@ -437,17 +444,6 @@ def _written(out: Tensor, result: Tensor) -> Tensor:
     if out.shape != result.shape:
         out.resize_(result.shape)
     return out.copy_(result)
-
-
-def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, list | tuple):
-            found = _first_tensor(tuple(value))
-            if found is not None:
-                return found
-    return None
 
 
 def _floating(value: Any) -> Iterator[Tensor]:

@@ -336,12 +336,30 @@ def test_a_shared_module_has_the_path_of_the_current_call() -> None:
         assert torch.equal(model["b"](x), FP4.quantize(x) @ FP4.quantize(shared.weight).T + shared.bias)
 
 
-def test_the_loss_outside_the_model_is_covered() -> None:
+def test_outside_the_model_what_carries_a_gradient_is_covered() -> None:
+    """The loss is the machine's, a metric of it is not; nor is what prepares the data."""
     model = nn.Linear(4, 4)
     x = torch.randn(3, 4)
     with simulate(model, Recipe(vector=BF16)):
-        loss = F.mse_loss(x, torch.zeros(3, 4))
-    assert torch.equal(loss, BF16.quantize(F.mse_loss(x, torch.zeros(3, 4))))
+        data = x / 3
+        out = model(data)
+        loss = F.mse_loss(out, x)
+        metric = (out.detach() - x).abs().mean()
+        torch.cumprod(x, 0)
+        with pytest.raises(UnknownOpError, match="<outside>/cumprod"):
+            torch.cumprod(out, 0)
+    assert torch.equal(data, x / 3)
+    assert torch.equal(loss, BF16.quantize(F.mse_loss(out, x)))
+    assert torch.equal(metric, (out - x).abs().mean())
+
+
+def test_operands_by_keyword_are_quantized() -> None:
+    a, b = torch.randn(5, 40), torch.randn(40, 6)
+    expected = FP4.quantize(a) @ FP4.quantize(b, 0)
+    with simulate(nn.Identity(), Recipe.forward(FP4.format)):
+        assert torch.equal(torch.matmul(input=a, other=b), expected)
+        assert torch.equal(torch.mm(a, mat2=b), expected)
+        assert torch.equal(F.linear(input=a, weight=b.T), FP4.quantize(a) @ FP4.quantize(b.T).T)
 
 
 def test_autocast_sees_the_operands_in_its_dtype() -> None:
