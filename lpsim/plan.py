@@ -111,12 +111,11 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
     floats = [lowest, highest, -0.0 if element.has_negative_zero else 0.0, 2.0 ** min(bits, 16), element.min_normal]
     integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity, 1]
     integers += [16 - min(bits, 16), 2 ** min(bits, 16)]
-    dtype = np.float64 if double else np.float32
-    thresholds = values = np.empty(0, dtype)
+    thresholds = values = np.empty(0, float_type)
     if isinstance(element, Codebook):
-        values = np.array(element.sorted_values, dtype)
+        values = np.array(element.sorted_values, float_type)
         if rounding is not Rounding.STOCHASTIC:
-            thresholds = _thresholds(element, rounding, dtype)
+            thresholds = _thresholds(element, rounding, float_type)
     largest_special = None
     if special:
         beyond = math.inf if element.has_inf else math.nan
