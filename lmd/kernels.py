@@ -381,8 +381,8 @@ def finite(gradients: list[Tensor]) -> bool:
 def empty_like(tensor: Tensor) -> Tensor:
     """An uninitialized tensor of the same shape; a large one in numpy's memory, which asks the kernel for huge pages.
 
-    The samples are new memory in every step, and for large tensors most of the cost of new memory is page faults. Small
-    ones stay with torch: glibc before 2.38 does not reuse what aligned and unaligned blocks of a heap leave between them.
+    The samples are new memory in every step, and for large tensors most of the cost of new memory is page faults.
+    Small ones stay with torch: glibc before 2.38 does not reuse what aligned and unaligned blocks of a heap leave.
     """
     if tensor.numel() < HUGE:
         return torch.empty_like(tensor)

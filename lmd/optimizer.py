@@ -225,12 +225,10 @@ class LMD(Optimizer):
     # --- state ---
 
     def _numbered_params(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
-        """Every group with its non-empty parameters, numbered through all groups; the number keys a parameter's
-        noise.
-        """
+        """Every group with its parameters, numbered through all groups; the number keys a parameter's noise."""
         first = 0
         for group in self.param_groups:
-            yield group, [(i, p) for i, p in enumerate(group["params"], first) if p.numel()]
+            yield group, list(enumerate(group["params"], first))
             first += len(group["params"])
 
     def _weights(self, group: dict[str, Any], numbered: list[tuple[int, Tensor]]) -> list[Weight]:

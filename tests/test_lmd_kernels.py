@@ -242,7 +242,9 @@ def test_both_backends_train_alike(parameterization):
 
 
 def test_a_forked_child_steps():
-    """The threads of the pool do not survive a fork; the child makes its own. (torch makes none: no torch in the child.)"""
+    """The threads of the pool do not survive a fork; the child makes its own. (torch makes none: the child avoids
+    it.)
+    """
     case = make_case("shared", count=3 * kernels.SERIAL)
     before, after = case.weight(torch.float32), case.weight(torch.float32)
     threads = torch.get_num_threads()
