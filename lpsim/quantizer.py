@@ -208,6 +208,8 @@ BACKENDS: dict[str, str] = {
     "numba": "lpsim.quantizer:NumbaBackend",
     "triton": "lpsim.gpu:TritonBackend",
     "reference": "lpsim.quantizer:ReferenceBackend",
+    "microxcaling": "lpsim.adapters.microxcaling:MicroxcalingBackend",
+    "qtorch": "lpsim.adapters.qtorch:QtorchBackend",
 }
 
 _instances: dict[str, Backend] = {}
