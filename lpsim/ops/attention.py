@@ -32,14 +32,14 @@ def scaled_dot_product_attention(
     every position masked gives zeros, as in torch. With enable_gqa the query heads of one key head form one product.
     """
     length, positions = query.shape[-2], key.shape[-2]
-    mask: Tensor | None = None  # True where a position is left out
+    bias = attn_mask
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention takes either attn_mask or is_causal")
-        mask = torch.ones(length, positions, dtype=torch.bool, device=query.device).triu(1)
+        left_out = torch.ones(length, positions, dtype=torch.bool, device=query.device).triu(1)
+        bias = _as_bias(left_out, query)
     elif attn_mask is not None and attn_mask.dtype is torch.bool:
-        mask = attn_mask.logical_not()
-    bias = attn_mask if mask is None else None
+        bias = _as_bias(attn_mask.logical_not(), query)
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     lead = query.shape[:-2] if grouped else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     if grouped:
@@ -52,7 +52,7 @@ def scaled_dot_product_attention(
     scores = composite.part("qk").gemm(query, key, rhs_axis=-1)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     shape = (*lead, length, positions)
-    weights = _Softmax.apply(scores, bias, mask, factor, shape, attn_mask is not None, composite.part("scores"))
+    weights = _Softmax.apply(scores, bias, factor, shape, attn_mask is not None, composite.part("scores"))
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     weights = composite.part("softmax").vector(weights)
@@ -60,10 +60,15 @@ def scaled_dot_product_attention(
     return out.view(*lead, length, out.shape[-1]) if flat or grouped else out
 
 
-class _Softmax(torch.autograd.Function):
-    """softmax(round(factor · scores + bias), masked positions left out) in the memory of scores.
+def _as_bias(left_out: Tensor, like: Tensor) -> Tensor:
+    """-Inf where a position is left out, else 0."""
+    return torch.zeros(left_out.shape, dtype=like.dtype, device=like.device).masked_fill_(left_out, -math.inf)
 
-    scores: as the product of the queries and keys left it, `shape` [..., H, L, S] as the mask and the bias see it.
+
+class _Softmax(torch.autograd.Function):
+    """softmax(round(factor · scores + bias)) in the memory of scores.
+
+    scores: as the product of the queries and keys left it; `shape` is [..., H, L, S], as the bias sees it.
     """
 
     @staticmethod
@@ -71,25 +76,21 @@ class _Softmax(torch.autograd.Function):
         ctx: Any,
         scores: Tensor,
         bias: Tensor | None,
-        mask: Tensor | None,
         factor: float,
         shape: tuple[int, ...],
         rows_may_be_masked: bool,
         call: Call,
     ) -> Tensor:
         x = scores.view(shape)
-        x.mul_(factor)
-        if bias is not None:
-            x.add_(bias)
-        if mask is not None:
-            x.masked_fill_(mask, -math.inf)
+        if bias is None:
+            x.mul_(factor)
+        else:
+            torch.add(bias, x, alpha=factor, out=x)
         if call.recipe.vector is not None:
             x.copy_(call.quantize(Role.VECTOR, call.recipe.vector, x))
         torch.softmax(x, -1, out=x)
-        if rows_may_be_masked:
-            masked = bias.isneginf() if mask is None and bias is not None else mask
-            assert masked is not None
-            empty = masked.all(-1, keepdim=True)
+        if rows_may_be_masked and bias is not None:
+            empty = bias.isneginf().all(-1, keepdim=True)
             if empty.any():
                 x.masked_fill_(empty, 0)
         ctx.mark_dirty(scores)
@@ -109,4 +110,4 @@ class _Softmax(torch.autograd.Function):
 def _softmax_backward(ctx: Any, weights: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
     grad_bias = grad.view(ctx.shape).sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[1] else None
-    return grad.mul_(ctx.factor), grad_bias, None, None, None, None, None
+    return grad.mul_(ctx.factor), grad_bias, None, None, None, None

@@ -1,0 +1,150 @@
+"""Time and memory of a step of LMD beside torch's AdamW, and its share of a training step of gpt2-micro.
+
+A step of LMD is `sampled_params` and `step` together. The arms are interleaved, so that a slow phase of the machine is a
+slow phase of every arm, and step the same parameters, shaped as those of a GPT-2 of width 768. Wall time is the shortest
+of the repeats; CPU time, of all threads, their median. Bytes are those of the optimizer's state, counted from its
+tensors, beside the parameters and their gradients.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from experiments.models.gpt2 import MICRO
+from lmd import LMD
+
+WIDTH = 768
+MICRO_BATCH = 16
+
+ARMS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "AdamW fused": lambda params: AdamW(params, lr=1e-6, fused=True),
+    "AdamW foreach": lambda params: AdamW(params, lr=1e-6, foreach=True),
+    "LMD": lambda params: LMD(params, lr=1e-6),
+    "LMD, no noise": lambda params: LMD(params, lr=1e-6, noise_scale=0.0),
+    "LMD split": lambda params: LMD(params, lr=1e-6, parameterization="split"),
+}
+READABLE = {"LMD, readable": lambda params: LMD(params, lr=1e-6, fused=False)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parameters", type=int, default=50_000_000, help="at least so many (default 50 million)")
+    parser.add_argument("--repeats", type=int, default=7, help="steps of each arm (default 7)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
+    parser.add_argument("--readable", action="store_true", help="also the unfused LMD, some hundred times slower")
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    arms = ARMS | (READABLE if options.readable else {})
+    params = gpt2_like(options.parameters)
+    total = sum(p.numel() for p in params)
+    print(f"torch {torch.__version__}, threads {options.threads}, {total / 1e6:.1f} million float32 parameters")
+    print(measure(arms, params, options.repeats).to_string(float_format="{:.2f}".format))
+    print(f"\ngpt2-micro, batch {MICRO_BATCH} x {MICRO.context}")
+    print(measure_micro(arms, 20 * options.repeats).to_string(float_format="{:.2f}".format))
+    return 0
+
+
+def gpt2_like(at_least: int) -> list[nn.Parameter]:
+    """The tensors of as many layers as are needed, each with a gradient."""
+    d = WIDTH
+    layer = [(3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (d,), (d,), (d,), (d,)]
+    params: list[nn.Parameter] = []
+    while sum(p.numel() for p in params) < at_least:
+        params += [nn.Parameter(0.02 * torch.randn(shape)) for shape in layer]
+    for p in params:
+        p.grad = 1e-3 * torch.randn_like(p)
+    return params
+
+
+def step(optimizer: Optimizer) -> None:
+    with optimizer.sampled_params() if isinstance(optimizer, LMD) else nullcontext():
+        pass
+    optimizer.step()
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """(wall, CPU) seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> pd.DataFrame:
+    """One row an arm, in ns and bytes per parameter."""
+    optimizers = {name: make(params) for name, make in arms.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for name, optimizer in optimizers.items():
+        step(optimizer)  # state, and compilation
+    for _ in range(repeats):
+        for name, optimizer in optimizers.items():
+            times[name].append(timed(lambda optimizer=optimizer: step(optimizer)))  # type: ignore[misc]
+    count = sum(p.numel() for p in params)
+    rows = {
+        name: {
+            "wall_ns": min(wall for wall, _ in times[name]) / count * 1e9,
+            "cpu_ns": statistics.median(cpu for _, cpu in times[name]) / count * 1e9,
+            "state_bytes": state_bytes(optimizer) / count,
+            "with_sample_bytes": with_sample_bytes(optimizer) / count,
+        }
+        for name, optimizer in optimizers.items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    for unit in ("wall", "cpu"):
+        table.insert(2, f"{unit}_over_fused", table[f"{unit}_ns"] / table[f"{unit}_ns"]["AdamW fused"])
+    return table
+
+
+def measure_micro(arms: dict[str, Any], repeats: int) -> pd.DataFrame:
+    """One row an arm: its CPU time a step, and that over the CPU time of a whole training step with it."""
+    torch.manual_seed(0)
+    model = MICRO.build()
+    tokens = torch.randint(0, MICRO.vocab_size, (MICRO_BATCH, MICRO.context + 1))
+
+    def forward_and_backward() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+
+    optimizers = {name: make(list(model.parameters())) for name, make in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in ("model", *arms)}
+    for i in range(repeats + 1):
+        pairs = {"model": forward_and_backward} | {n: (lambda o=o: step(o)) for n, o in optimizers.items()}  # type: ignore[misc]
+        for name, function in pairs.items():
+            seconds = timed(function)[1]
+            if i > 0:  # the first pass compiles
+                times[name].append(seconds)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    rows = {
+        name: {"cpu_us": 1e6 * medians[name], "share_percent": 100 * medians[name] / (medians["model"] + medians[name])}
+        for name in arms
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    values = [x for state in optimizer.state.values() for x in state.values()]
+    return [x for x in values if isinstance(x, Tensor) and x.dim()]  # AdamW keeps its step count in a 0-d tensor
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    return sum(x.untyped_storage().nbytes() for x in state_tensors(optimizer))
+
+
+def with_sample_bytes(optimizer: Optimizer) -> int:
+    """The state and, within `sampled_params`, the samples that stand beside the parameters."""
+    if not isinstance(optimizer, LMD):
+        return state_bytes(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    memory = [p.data_ptr() for p in params]
+    with optimizer.sampled_params():
+        samples = [p for p, before in zip(params, memory, strict=True) if p.data_ptr() != before]
+        return state_bytes(optimizer) + sum(p.untyped_storage().nbytes() for p in samples)
