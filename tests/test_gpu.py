@@ -304,7 +304,7 @@ def compiled(target: str, extent: str, cache: Path) -> list[dict[str, str]]:
 
 def assert_ieee_arithmetic(kernels: list[dict[str, str]]) -> None:
     """No contracted products, no flushed subnormals, no approximate divisions."""
-    assert {kernel["kernel"] for kernel in kernels} == {"_quantize_tiles", "_tile_maxima", "_tensor_scale"}
+    assert {kernel["kernel"] for kernel in kernels} == {"quantize_tiles", "tile_maxima", "tensor_scale"}
     for kernel in kernels:
         found = [line.strip() for line in kernel["assembly"].splitlines() if INEXACT.search(line)]
         assert not found, f"{kernel['kernel']} for {kernel['case']}: {found[:3]}"
@@ -336,6 +336,11 @@ def said(statement: str) -> str:
 def test_an_absent_triton_says_how_to_install_it() -> None:
     error = said("import sys; sys.modules['triton'] = None; from lpsim.quantizer import backend; backend('triton')")
     assert error.startswith("ImportError") and "pip install triton" in error
+
+
+def test_a_triton_that_flushes_subnormals_in_divisions_is_refused() -> None:
+    error = said("import triton; triton.__version__ = '3.5.1'; from lpsim.quantizer import backend; backend('triton')")
+    assert error.startswith("ImportError") and "3.6" in error and "pip install" in error
 
 
 def test_cpu_tensors_need_the_interpreter() -> None:
