@@ -121,7 +121,7 @@ def block_inputs(fmt: BlockFormat, budget: int = 12_000) -> Iterator[Array]:
     random = np.random.default_rng(1)
     critical = scalar_inputs(element, count=256)
     critical = critical[np.isfinite(critical) & (np.abs(critical) <= 2 * element.max)]
-    for number in range(max(4, budget // (rows * columns))):
+    for number in range(min(max(budget // (rows * columns), 4), 64)):
         kind = number % 4
         exponent = random.integers(-60, 60, (rows, 1)).astype(np.float64)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
