@@ -1,4 +1,4 @@
-"""The fused CPU backend: lmd/plain.py's sample, step and finite for contiguous float32 tensors, compiled by Numba.
+"""The fused CPU backend: lmd/plain.py's Plan for contiguous float32 tensors, compiled by Numba.
 
 One call serves all tensors of a group: it takes a table of their addresses, cuts them into tiles of at most TILE
 elements and shares the tiles out to threads. Every operation is one IEEE float32 operation in a fixed order (fused
@@ -10,6 +10,7 @@ The step is update.py's without asinh and sinh. With x = mean / (2 center exp(si
 (x, s) = (sinh a, cosh a), exp(+-a) = s +- x, and a -> a - y is the hyperbolic rotation x cosh y - s sinh y.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,6 +21,7 @@ import torch  # before numba: a Numba thread pool started first would share its 
 from numba import njit
 from torch import Tensor
 
+from lmd import plain
 from lmd.elementary import (
     bounded,
     exp,
@@ -37,7 +39,6 @@ from lmd.elementary import (
     use_wide_vectors,
     with_sign,
 )
-from lmd.plain import Weight
 from lmd.priors import PRIORS
 from lmd.random import MASK, MULTIPLIERS, ROUNDS, WEYL
 
@@ -76,20 +77,21 @@ class Settings(NamedTuple):
     offset: np.float32
 
 
-# A row of the table is a tensor; its tiles are numbered on from those of the row before. Unused addresses are 0.
+# A row of the table is a tensor; its tiles are numbered on from those of the row before. The address 0 stands for none.
 COLUMNS = ("first_tile", "count", "number", "mean", "gradient", "out", "v", "v_plus", "v_minus", "log_center")
 FIRST_TILE, COUNT, NUMBER, MEAN, GRADIENT, OUT, V, V_PLUS, V_MINUS, LOG_CENTER = range(len(COLUMNS))
 
 
 @njit
-def tiles(table: Any, first: Any, last: Any) -> Any:
-    """(row, first element, number of elements) of the tiles first .. last - 1."""
+def tiles(table: Any, column: Any, first: Any, last: Any) -> Any:
+    """(row, first element, number of elements) of the tiles first .. last - 1 of rows with an address in `column`."""
     row = 0
     for tile in range(first, last):
         while row + 1 < len(table) and tile >= table[row + 1, FIRST_TILE]:
             row += 1
-        begin = (tile - table[row, FIRST_TILE]) * TILE
-        yield row, begin, min(TILE, table[row, COUNT] - begin)
+        if table[row, column] != 0:
+            begin = (tile - table[row, FIRST_TILE]) * TILE
+            yield row, begin, min(TILE, table[row, COUNT] - begin)
 
 
 # --- noise ---
@@ -179,7 +181,7 @@ def sample_shared_block(
 @compiled
 def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
-    for row, begin, count in tiles(table, first, last):
+    for row, begin, count in tiles(table, OUT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
         for start in range(0, count, BLOCK):
@@ -207,7 +209,7 @@ def sample_split_block(
 @compiled
 def sample_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
-    for row, begin, count in tiles(table, first, last):
+    for row, begin, count in tiles(table, OUT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
         offset = 4 * begin
@@ -236,7 +238,7 @@ def step_shared_block(
 ) -> Any:
     use_wide_vectors()
     inverse = f32(1.0) / scale
-    ratio, rest = settings.ratio / m0, settings.rest2 * m0
+    ratio, rest, decay = settings.ratio / m0, settings.rest2 * m0, settings.decay * settings.linear
     for i in range(count):
         x = load(mean, i) * inverse
         s = sqrt(fma(x, x, f32(1.0)))
@@ -244,14 +246,14 @@ def step_shared_block(
         g = load(gradient, i) * fma(s, p + q, x * (p - q))  # G / m0
         u = fma(ratio, load(v, i), g)
         store(v, i, fma(settings.beta2, load(v, i), rest * g))
-        y = fma(settings.decay, half_log_ratio(x, s), direction(u, settings.lr))
+        y = fma(decay, half_log_ratio(x, s), direction(u, settings.lr))
         store(mean, i, scale * rotate(x, s, y))
 
 
 @compiled
 def step_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
-    for row, begin, count in tiles(table, first, last):
+    for row, begin, count in tiles(table, GRADIENT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         for start in range(0, count, BLOCK):
             offset = 4 * (begin + start)
@@ -311,7 +313,7 @@ def split_move(mean: Any, log_center: Any, up: Any, down: Any, count: Any, scale
 def step_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
     """Three passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
     plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
-    for row, begin, count in tiles(table, first, last):
+    for row, begin, count in tiles(table, GRADIENT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
         offset = 4 * begin
         mean, log_center = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset
@@ -326,7 +328,7 @@ def step_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noi
 def all_finite(first: Any, last: Any, scratch: Any, table: Any) -> Any:
     """Whether all gradients are finite: no exponent is all ones."""
     use_wide_vectors()
-    for row, begin, count in tiles(table, first, last):
+    for row, begin, count in tiles(table, GRADIENT, first, last):
         gradient = table[row, GRADIENT] + 4 * begin
         largest = i32(0)
         for i in range(count):
@@ -336,46 +338,83 @@ def all_finite(first: Any, last: Any, scratch: Any, table: Any) -> Any:
     return True
 
 
-# --- the backend's functions ---
+# --- the backend ---
 
 
-def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
-    """A posterior sample of every weight, in new tensors."""
-    return _combination(group, weights, draw, f32(-1.0))
+class Plan(plain.Plan):
+    """lmd/plain.py's, for parameters with `serves`: their table, and calls of the kernels above."""
+
+    @staticmethod
+    def serves(mean: Tensor) -> bool:
+        return mean.is_cpu and mean.dtype == torch.float32 and mean.is_contiguous()
+
+    def __init__(self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        super().__init__(numbers, params, states)
+        self.table = np.zeros((len(params), len(COLUMNS)), np.int64)
+        self.table[:, COUNT] = [mean.numel() for mean in self.means]
+        self.table[1:, FIRST_TILE] = np.cumsum(-(-self.table[:-1, COUNT] // TILE))
+        self.table[:, NUMBER] = numbers
+        self.table[:, MEAN] = [mean.data_ptr() for mean in self.means]
+        for name in ("v", "v_plus", "v_minus", "log_center"):
+            self.table[:, COLUMNS.index(name)] = [state[name].data_ptr() if name in state else 0 for state in states]
+        self.m0 = np.array([[state["m0"]] for state in states])
+
+    def sample(self, group: dict[str, Any], draw: int) -> list[Tensor]:
+        return self._combination(group, draw, f32(-1.0))
+
+    def total(self, group: dict[str, Any], draw: int) -> list[Tensor]:
+        return self._combination(group, draw, f32(1.0))
+
+    def _combination(self, group: dict[str, Any], draw: int, sign: np.float32) -> list[Tensor]:
+        outs = [empty_like(mean) for mean in self.means]
+        self.table[:, OUT] = [out.data_ptr() for out in outs]
+        kernel = sample_shared if group["parameterization"] == "shared" else sample_split
+        self._run(kernel, self._scales(group), _noise(group, draw), sign)
+        return outs
+
+    def finite(self, gradients: list[Tensor | None]) -> bool:
+        self._place(gradients)
+        return all(self._run(all_finite))
+
+    def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
+        self._place(gradients)
+        noise = _noise(group, 0)
+        noise = noise if at_sample else noise._replace(variance=f32(0.0))
+        kernel = step_shared if group["parameterization"] == "shared" else step_split
+        self._run(kernel, self._scales(group), noise, _settings(group))
+
+    def _place(self, gradients: list[Tensor | None]) -> None:
+        self.table[:, GRADIENT] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+
+    def _scales(self, group: dict[str, Any]) -> np.ndarray:
+        """m0 and 2 m0 exp(sigma^2 / 2) of each parameter, float32."""
+        return (self.m0 * (1.0, 2.0 * math.exp(0.5 * group["noise_scale"] ** 2))).astype(f32)
+
+    def _run(self, kernel: Any, *arguments: Any) -> list[Any]:
+        """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
+        count = int(self.table[-1, FIRST_TILE] - (-self.table[-1, COUNT] // TILE))
+        threads = torch.get_num_threads() if count * TILE > SERIAL else 1
+
+        def part(i: int) -> Any:
+            scratch = np.empty(2 * TILE, f32)
+            return kernel(count * i // threads, count * (i + 1) // threads, scratch, self.table, *arguments)
+
+        others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
+        return [part(0), *(other.result() for other in others)]
 
 
-def total(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
-    """theta+ + theta- of the same draw, in new tensors."""
-    return _combination(group, weights, draw, f32(1.0))
+def _noise(group: dict[str, Any], draw: int) -> Noise:
+    seed, sigma = group["seed"], group["noise_scale"]
+    variance, expectation = -2.0 * (sigma / math.log(2.0)) ** 2, math.exp(0.5 * sigma**2)
+    return Noise(u64(seed & MASK), u64(seed >> 32), u64(group["step"]), u64(draw), f32(variance), f32(expectation))
 
 
-def _combination(group: dict[str, Any], weights: list[Weight], draw: int, sign: np.float32) -> list[Tensor]:
-    outs = [empty_like(weight.mean) for weight in weights]
-    table, scales = _tabulate(group, weights, OUT, outs)
-    kernel = sample_shared if group["parameterization"] == "shared" else sample_split
-    _over_tiles(kernel, table, scales, _noise(group, draw), sign)
-    return outs
-
-
-def step(group: dict[str, Any], weights: list[Weight], gradients: list[Tensor], at_sample: bool) -> None:
-    """One step of every weight, in place; `at_sample`: the gradients were taken at draw 0 of the present step."""
-    table, scales = _tabulate(group, weights, GRADIENT, gradients)
-    noise = _noise(group, 0)
-    noise = noise if at_sample else noise._replace(variance=f32(0.0))
+def _settings(group: dict[str, Any]) -> Settings:
     lr, (beta1, beta2), prior = group["lr"], group["betas"], PRIORS[group["prior"]]
-    terms = (prior.linear, prior.power, 0.5 * (prior.power * group["noise_scale"]) ** 2, prior.offset(group["entropy"]))
-    shared = group["parameterization"] == "shared"
-    decay = lr * group["weight_decay"] * (prior.linear if shared else 1.0)
-    settings = Settings(*(f32(x) for x in (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)))
-    _over_tiles(step_shared if shared else step_split, table, scales, noise, settings)
-    torch.autograd.graph.increment_version([weight.mean for weight in weights])
-
-
-def finite(gradients: list[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
-    table = _place(gradients)
-    table[:, GRADIENT] = [gradient.data_ptr() for gradient in gradients]
-    return all(_over_tiles(all_finite, table))
+    moment = 0.5 * (prior.power * group["noise_scale"]) ** 2
+    terms = (prior.linear, prior.power, moment, prior.offset(group["entropy"]))
+    decay = lr * group["weight_decay"]
+    return Settings(*(f32(x) for x in (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)))
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -387,48 +426,6 @@ def empty_like(tensor: Tensor) -> Tensor:
     if tensor.numel() < HUGE:
         return torch.empty_like(tensor)
     return torch.from_numpy(np.empty(tuple(tensor.shape), np.float32))
-
-
-def _place(tensors: list[Tensor]) -> np.ndarray:
-    """A table of the tensors' sizes and tiles, without addresses."""
-    table = np.zeros((len(tensors), len(COLUMNS)), np.int64)
-    table[:, COUNT] = [tensor.numel() for tensor in tensors]
-    table[1:, FIRST_TILE] = np.cumsum(-(-table[:-1, COUNT] // TILE))
-    return table
-
-
-def _tabulate(
-    group: dict[str, Any], weights: list[Weight], column: int, tensors: list[Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The table of the weights with `tensors` under `column`; m0 and 2 m0 exp(sigma^2 / 2) of each weight, float32."""
-    table = _place(tensors)
-    table[:, NUMBER] = [weight.number for weight in weights]
-    table[:, MEAN] = [weight.mean.data_ptr() for weight in weights]
-    table[:, column] = [tensor.data_ptr() for tensor in tensors]
-    names = ("v",) if group["parameterization"] == "shared" else ("v_plus", "v_minus", "log_center")
-    for name in names:
-        table[:, COLUMNS.index(name)] = [weight.state[name].data_ptr() for weight in weights]
-    m0 = np.array([weight.state["m0"] for weight in weights])
-    return table, np.stack((m0, 2.0 * np.exp(0.5 * group["noise_scale"] ** 2) * m0), axis=1).astype(f32)
-
-
-def _noise(group: dict[str, Any], draw: int) -> Noise:
-    seed, sigma = group["seed"], group["noise_scale"]
-    variance, expectation = -2.0 * (sigma * np.log2(np.e)) ** 2, np.exp(0.5 * sigma**2)
-    return Noise(u64(seed & MASK), u64(seed >> 32), u64(group["step"]), u64(draw), f32(variance), f32(expectation))
-
-
-def _over_tiles(kernel: Any, table: np.ndarray, *arguments: Any) -> list[Any]:
-    """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
-    count = int(table[-1, FIRST_TILE] - (-table[-1, COUNT] // TILE))
-    threads = torch.get_num_threads() if count * TILE > SERIAL else 1
-
-    def part(i: int) -> Any:
-        scratch = np.empty(2 * TILE, f32)
-        return kernel(count * i // threads, count * (i + 1) // threads, scratch, table, *arguments)
-
-    others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
-    return [part(0), *(other.result() for other in others)]
 
 
 @cache

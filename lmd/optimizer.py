@@ -1,11 +1,8 @@
 """LMD as a torch.optim.Optimizer: groups, state, samples in place, step. The mathematics is in lmd/update.py."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from itertools import zip_longest
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,14 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lmd import plain, update
-from lmd.plain import Weight
+from lmd.plain import MASTER_DTYPE
 from lmd.priors import PRIORS
 
 PARAMETERIZATIONS = ("shared", "split")
 NONFINITE = ("raise", "skip")
 POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
-MASTER_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-Replacement = Callable[[dict[str, Any], list[Weight]], list[Tensor]]
+
+Group = dict[str, Any]
+Values = Callable[[Group, plain.Plan], list[Tensor]]  # what to put in place of a plan's parameters
 
 
 class LMD(Optimizer):
@@ -85,6 +83,8 @@ class LMD(Optimizer):
         self.fused = fused
         self._sampling = False  # a sample or the median is in place of the means
         self._draws = 0  # samples taken since the last step
+        self._plans: list[tuple[int, plain.Plan]] = []  # with the numbers of their groups
+        self._signature: list[tuple[int, ...]] = []  # of the parameters and states that the plans were made for
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -100,7 +100,7 @@ class LMD(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as torch does.
 
         Raises ValueError for a setting out of range, TypeError for a parameter of an integer or complex dtype.
@@ -131,7 +131,7 @@ class LMD(Optimizer):
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
-        with self._replaced(partial(self._drawn, draw=draw, what="sample")):
+        with self._replaced(_sample(draw)):
             self._draws += 1
             if self.mc_samples > 1:
                 earlier = self._set_gradients_aside()
@@ -148,8 +148,8 @@ class LMD(Optimizer):
     def median_params(self) -> Iterator[None]:
         """Within the block the parameters hold the posterior medians m+ - m-; afterwards the means."""
 
-        def medians(group: dict[str, Any], weights: list[Weight]) -> list[Tensor]:
-            return [weight.mean * math.exp(-0.5 * group["noise_scale"] ** 2) for weight in weights]
+        def medians(group: Group, plan: plain.Plan) -> list[Tensor]:
+            return [mean * math.exp(-0.5 * group["noise_scale"] ** 2) for mean in plan.means]
 
         with self._replaced(medians):
             yield
@@ -163,45 +163,34 @@ class LMD(Optimizer):
 
         The samples depend on the seed and the step, differ from those of training and do not change it.
         """
-        for index in range(count):
-            yield self._replaced(partial(self._drawn, draw=POSTERIOR_DRAW + index, what="sample"))
+        for draw in range(POSTERIOR_DRAW, POSTERIOR_DRAW + count):
+            yield self._replaced(_sample(draw))
 
     @contextmanager
-    def _replaced(self, values: Replacement) -> Iterator[None]:
-        """Puts values(group, weights) in place of the parameters that have noise, and those back on the way out."""
+    def _replaced(self, values: Values) -> Iterator[None]:
+        """Puts values(group, plan) in place of the parameters that have noise, and the means back on the way out."""
         if self._sampling:
             raise RuntimeError("a posterior sample is already in place: leave that block first")
         self._sampling = True
-        means: list[tuple[Tensor, Tensor]] = []
+        changed: list[plain.Plan] = []
         try:
             with torch.no_grad():
-                for group, numbered in self._numbered_params():
+                for group, plan in self._planned() if any(group["noise_scale"] for group in self.param_groups) else ():
                     if group["noise_scale"] > 0.0:
-                        noisy = [(i, p) for i, p in numbered if p.requires_grad]
-                        found = values(group, self._weights(group, noisy)) if noisy else []
-                        means += [(p, p.data) for _, p in noisy]
-                        _point((p for _, p in noisy), found)
+                        found = plan.rounded(values(group, plan))
+                        changed.append(plan)
+                        plan.point(found)
             yield
         finally:
-            _point((p for p, _ in means), [mean for _, mean in means])
+            for plan in changed:
+                plan.point(plan.memory)
             self._sampling = False
-
-    def _drawn(self, group: dict[str, Any], weights: list[Weight], draw: int, what: str) -> list[Tensor]:
-        """`what` of each weight, "sample" (theta+ - theta-) or "total" (theta+ + theta-), from the backend that
-        serves it.
-        """
-        values = [weight.mean for weight in weights]
-        for backend, places in self._backends(values):
-            drawn = getattr(backend, what)(group, [weights[i] for i in places], draw)
-            for i, value in zip(places, drawn, strict=True):
-                values[i] = value
-        return values
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
         """Takes the gradients of earlier samples away, so that backward starts from none."""
         earlier = {}
-        for _, numbered in self._numbered_params():
-            for _, p in numbered:
+        for group in self.param_groups:
+            for p in group["params"]:
                 if p.grad is not None:
                     earlier[p], p.grad = p.grad, None
         return earlier
@@ -209,53 +198,62 @@ class LMD(Optimizer):
     @torch.no_grad()
     def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
-        for group, numbered in self._numbered_params():
-            present = [(i, p) for i, p in numbered if p.grad is not None]
-            weights = self._weights(group, present)
-            noisy = weights and group["noise_scale"] > 0.0
-            totals = self._drawn(group, weights, draw, "total") if noisy else []
-            for (_, p), weight, total in zip_longest(present, weights, totals):
-                gradient: Tensor = p.grad / self.mc_samples  # type: ignore[operator, assignment]
-                if total is not None:
-                    gradient = gradient * (total / update.total(weight.mean, weight.center, group["noise_scale"], None))
-                p.grad = gradient.to(p.dtype)
+        for group, plan in self._planned():
+            sigma = group["noise_scale"]
+            for i, (p, total) in enumerate(zip(plan.params, plan.total(group, draw), strict=True)):
+                if p.grad is not None:
+                    expected = update.total(plan.means[i], plan.center(i), sigma, None)
+                    p.grad = (p.grad * (total / (self.mc_samples * expected))).to(p.dtype)
         for p, gradient in earlier.items():
             p.grad = gradient if p.grad is None else p.grad + gradient
 
     # --- state ---
 
-    def _numbered_params(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
-        """Every group with its parameters, numbered through all groups; the number keys a parameter's noise."""
-        first = 0
-        for group in self.param_groups:
-            yield group, list(enumerate(group["params"], first))
-            first += len(group["params"])
+    def _planned(self) -> list[tuple[Group, plain.Plan]]:
+        """Every group with each of its plans; they are made anew when a parameter or its state is not what it was."""
+        if self._sign() != self._signature:
+            self._plans, first = [], 0
+            for i, group in enumerate(self.param_groups):
+                self._plans += [(i, plan) for plan in self._make_plans(group, first)]
+                first += len(group["params"])
+            self._signature = self._sign()
+        return [(self.param_groups[i], plan) for i, plan in self._plans]
 
-    def _weights(self, group: dict[str, Any], numbered: list[tuple[int, Tensor]]) -> list[Weight]:
-        """The numbered parameters with their state, which is made from their present values the first time."""
-        weights = []
-        for index, p in numbered:
-            state = self.state[p]
-            if not state:
-                dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
-                state["m0"] = update.initial_center(p, group["kappa"])
-                shared = group["parameterization"] == "shared"
-                for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
-                    state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-                if dtype != p.dtype:
-                    state["master"] = p.detach().to(dtype)
-            weights.append(Weight(index, state.get("master", p), state))
-        return weights
+    def _sign(self) -> list[tuple[int, ...]]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [(p.data_ptr(), p.requires_grad, *map(id, self.state.get(p, {}).values())) for p in params]
 
-    def _backends(self, tensors: list[Tensor]) -> Iterator[tuple[ModuleType, list[int]]]:
-        """The backends that serve the tensors, each with the places of its tensors in the list."""
-        fused = [i for i, tensor in enumerate(tensors) if _is_fusible(tensor)] if self.fused else []
-        if fused:
+    def _make_plans(self, group: Group, first: int) -> list[plain.Plan]:
+        """The group's parameters that are not frozen, numbered from `first` on, divided among the backends."""
+        chosen: dict[type[plain.Plan], list[tuple[int, Tensor]]] = {}
+        for number, p in enumerate(group["params"], first):
+            if p.requires_grad:
+                self._prepare(p, group)
+                chosen.setdefault(self._backend(p), []).append((number, p))
+        return [
+            backend([number for number, _ in taken], [p for _, p in taken], [self.state[p] for _, p in taken])
+            for backend, taken in chosen.items()
+        ]
+
+    def _backend(self, p: Tensor) -> type[plain.Plan]:
+        if self.fused and p.is_cpu:
             from lmd import kernels  # not before it is needed: it loads Numba
 
-            yield kernels, fused
-        if len(fused) < len(tensors):
-            yield plain, sorted(set(range(len(tensors))) - set(fused))
+            if kernels.Plan.serves(self.state[p].get("master", p)):
+                return kernels.Plan
+        return plain.Plan
+
+    def _prepare(self, p: Tensor, group: Group) -> None:
+        """Makes the state of a parameter from its present value, the first time."""
+        state = self.state[p]
+        if not state:
+            dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
+            state["m0"] = update.initial_center(p, group["kappa"])
+            shared = group["parameterization"] == "shared"
+            for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
+                state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            if dtype != p.dtype:
+                state["master"] = p.detach().to(dtype)
 
     @property
     def skipped_steps(self) -> int:
@@ -299,7 +297,7 @@ class LMD(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("mc_samples", "nonfinite", "fused", "_sampling", "_draws")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_plans": [], "_signature": []}
 
     # --- step ---
 
@@ -336,64 +334,33 @@ class LMD(Optimizer):
     def _update(self, at_sample: bool) -> None:
         for group in self.param_groups:
             _check_settings(group, self.mc_samples)
-        gradients = self._gradients()
-        found = list(gradients.values())
-        finite = all(backend.finite([found[i] for i in places]) for backend, places in self._backends(found))
+        work = [(group, plan, plan.gradients()) for group, plan in self._planned()]
+        if all(gradient is None for _, _, gradients in work for gradient in gradients):
+            raise RuntimeError("no parameter has a gradient: call backward() before step()")
+        finite = all(plan.finite(gradients) for _, plan, gradients in work)
         if not finite and self.nonfinite == "raise":
             raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
-        for group, numbered in self._numbered_params():
-            if finite:
-                present = [(i, p) for i, p in numbered if i in gradients]
-                weights = self._weights(group, present)
-                for backend, places in self._backends([weight.mean for weight in weights]):
-                    chosen = [weights[i] for i in places]
-                    backend.step(group, chosen, [gradients[weight.number] for weight in chosen], at_sample)
-                for _, p in present:
-                    if "master" in self.state[p]:
-                        p.copy_(self.state[p]["master"])
+        if finite:
+            for group, plan, gradients in work:
+                plan.step(group, gradients, at_sample)
+                plan.publish(gradients)
+        for group in self.param_groups:
             group["step"] += 1
             group["skipped_steps"] += not finite
 
-    def _gradients(self) -> dict[int, Tensor]:
-        """The gradients there are, by the number of their parameter, in the dtype and the layout of the mean."""
-        gradients = {}
-        for _, numbered in self._numbered_params():
-            for index, p in numbered:
-                gradient = p.grad
-                if gradient is None:
-                    continue
-                if gradient.is_sparse:
-                    raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
-                if gradient.dtype in MASTER_DTYPE:
-                    gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
-                gradients[index] = gradient.contiguous() if p.is_contiguous() else gradient
-        if not gradients:
-            raise RuntimeError("no parameter has a gradient: call backward() before step()")
-        return gradients
+
+def _sample(draw: int) -> Values:
+    return lambda group, plan: plan.sample(group, draw)
 
 
-def _point(params: Iterable[Tensor], values: list[Tensor]) -> None:
-    """Points parameters at other memory; a graph that has saved one of them is told, so that its backward raises."""
-    changed = []
-    for p, value in zip(params, values, strict=True):
-        p.data = value if value.dtype == p.dtype else value.to(p.dtype)
-        changed.append(p)
-    torch.autograd.graph.increment_version(changed)
-
-
-def _is_fusible(tensor: Tensor) -> bool:
-    """Whether lmd/kernels.py serves a tensor of this device, dtype and layout."""
-    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
-
-
-def _check_dtypes(group: dict[str, Any]) -> None:
+def _check_dtypes(group: Group) -> None:
     """Raises TypeError for a parameter of an integer or complex dtype."""
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"LMD optimizes real floating-point parameters, not {p.dtype}")
 
 
-def _check_settings(group: dict[str, Any], mc_samples: int) -> None:
+def _check_settings(group: Group, mc_samples: int) -> None:
     """Raises ValueError for a setting out of range; called in every step, since schedules change them."""
 
     def require(condition: bool, name: str, what: str) -> None:

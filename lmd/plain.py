@@ -1,68 +1,115 @@
-"""The readable backend: samples and steps of a group's weights by the equations of lmd/update.py, tensor by tensor.
+"""The readable backend: samples and steps of a group's parameters by the equations of lmd/update.py, one by one.
 
-Serves every device, dtype and layout. lmd/kernels.py and lmd/gpu.py have the same functions, fused.
+Serves every device, dtype and layout. lmd/kernels.py and lmd/gpu.py have the same Plan, fused.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lmd import update
 from lmd.priors import PRIORS
 from lmd.random import NoiseKey, normal_pair
 
-
-class Weight(NamedTuple):
-    """One parameter in one call: its number through all groups (part of its noise's key), E[w] and its state."""
-
-    number: int
-    mean: Tensor  # the parameter itself, or its float32 master
-    state: dict[str, Any]
-
-    @property
-    def center(self) -> update.Center:
-        """sqrt(m+ m-): a number in the shared parameterization, a tensor in the split one."""
-        m0: float = self.state["m0"]
-        return m0 * torch.exp(self.state["log_center"]) if "log_center" in self.state else m0
+MASTER_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
-def noise(group: dict[str, Any], weight: Weight, draw: int) -> update.Noise:
-    """(eps+, eps-) of the group's present step."""
-    return normal_pair(NoiseKey(group["seed"], weight.number, group["step"], draw), weight.mean)
+class Plan:
+    """Parameters of one group that are handled together, kept from call to call.
 
-
-def sample(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
-    """A posterior sample of every weight, in new tensors."""
-    sigma = group["noise_scale"]
-    return [update.sample(weight.mean, weight.center, sigma, noise(group, weight, draw)) for weight in weights]
-
-
-def total(group: dict[str, Any], weights: list[Weight], draw: int) -> list[Tensor]:
-    """theta+ + theta- of the same draw, in new tensors."""
-    sigma = group["noise_scale"]
-    return [update.total(weight.mean, weight.center, sigma, noise(group, weight, draw)) for weight in weights]
-
-
-def step(group: dict[str, Any], weights: list[Weight], gradients: list[Tensor], at_sample: bool) -> None:
-    """One step of every weight, in place; `at_sample` says that the gradients were taken at draw 0 of the present
-    step.
+    `numbers` number the parameters through all groups, and key their noise. The lists that methods take and return are
+    in the parameters' order.
     """
-    settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale")}
-    settings["prior"] = PRIORS[group["prior"]]
-    for weight, gradient in zip(weights, gradients, strict=True):
-        settings["noise"] = noise(group, weight, 0) if at_sample and group["noise_scale"] > 0.0 else None
-        mean, state = weight.mean, weight.state
-        result: update.Shared | update.Split
-        if group["parameterization"] == "shared":
-            result = update.step_shared(mean, state["v"], gradient, state["m0"], **settings)
-        else:
-            moments = (state["log_center"], state["v_plus"], state["v_minus"])
-            result = update.step_split(mean, *moments, gradient, state["m0"], entropy=group["entropy"], **settings)
-        for name, value in result._asdict().items():
-            (mean if name == "mean" else state[name]).copy_(value)
 
+    def __init__(self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self.numbers, self.params, self.states = numbers, params, states
+        self.memory = [p.data for p in params]  # what the parameters point at, except while a sample is in place
+        self.means = [state.get("master", own) for state, own in zip(states, self.memory, strict=True)]
+        self.kept = [tuple(state.values()) for state in states]  # alive as long as their addresses are used
+        self.masters = [i for i, state in enumerate(states) if "master" in state]
 
-def finite(gradients: list[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
-    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    def point(self, values: list[Tensor]) -> None:
+        """Points the parameters at other memory; graphs that have saved one are told, so that their backward raises."""
+        for p, value in zip(self.params, values, strict=True):
+            p.data = value
+        increment_version(self.params)
+
+    def rounded(self, values: list[Tensor]) -> list[Tensor]:
+        """`values`, in the precision of the means, in that of the parameters."""
+        for i in self.masters:
+            values[i] = values[i].to(self.memory[i].dtype)
+        return values
+
+    def gradients(self) -> list[Tensor | None]:
+        """The parameters' gradients, in the dtype and the layout of the means; None where there is none.
+
+        Raises RuntimeError for a sparse one.
+        """
+        found: list[Tensor | None] = []
+        for p in self.params:
+            gradient = p.grad
+            if gradient is not None:
+                if gradient.is_sparse:
+                    raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
+                if gradient.dtype in MASTER_DTYPE:
+                    gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
+                if not gradient.is_contiguous() and p.is_contiguous():
+                    gradient = gradient.contiguous()
+            found.append(gradient)
+        return found
+
+    def noise(self, group: dict[str, Any], i: int, draw: int) -> update.Noise:
+        """(eps+, eps-) of parameter i in the group's present step."""
+        return normal_pair(NoiseKey(group["seed"], self.numbers[i], group["step"], draw), self.means[i])
+
+    def center(self, i: int) -> update.Center:
+        """sqrt(m+ m-) of parameter i: a number in the shared parameterization, a tensor in the split one."""
+        m0: float = self.states[i]["m0"]
+        return m0 * torch.exp(self.states[i]["log_center"]) if "log_center" in self.states[i] else m0
+
+    def sample(self, group: dict[str, Any], draw: int) -> list[Tensor]:
+        """A posterior sample of every parameter, in new tensors."""
+        return [
+            update.sample(mean, self.center(i), group["noise_scale"], self.noise(group, i, draw))
+            for i, mean in enumerate(self.means)
+        ]
+
+    def total(self, group: dict[str, Any], draw: int) -> list[Tensor]:
+        """theta+ + theta- of the same draw, in new tensors."""
+        return [
+            update.total(mean, self.center(i), group["noise_scale"], self.noise(group, i, draw))
+            for i, mean in enumerate(self.means)
+        ]
+
+    def finite(self, gradients: list[Tensor | None]) -> bool:
+        """Whether every element of every gradient is finite."""
+        return all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
+        """One step of every parameter that has a gradient, in place.
+
+        `at_sample`: the gradients were taken at draw 0 of the group's present step, not at the means.
+        """
+        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale")}
+        settings["prior"] = PRIORS[group["prior"]]
+        for i, (mean, state, gradient) in enumerate(zip(self.means, self.states, gradients, strict=True)):
+            if gradient is None:
+                continue
+            settings["noise"] = self.noise(group, i, 0) if at_sample and group["noise_scale"] > 0.0 else None
+            result: update.Shared | update.Split
+            if group["parameterization"] == "shared":
+                result = update.step_shared(mean, state["v"], gradient, state["m0"], **settings)
+            else:
+                moments = (state["log_center"], state["v_plus"], state["v_minus"])
+                result = update.step_split(mean, *moments, gradient, state["m0"], entropy=group["entropy"], **settings)
+            for name, value in result._asdict().items():
+                (mean if name == "mean" else state[name]).copy_(value)
+
+    def publish(self, gradients: list[Tensor | None]) -> None:
+        """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""
+        for i in self.masters:
+            if gradients[i] is not None:
+                self.memory[i].copy_(self.means[i])
+        increment_version([p for p, gradient in zip(self.params, gradients, strict=True) if gradient is not None])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lmd import LMD, kernels, plain
-from lmd.plain import Weight
 from lmd.priors import PRIORS
 
 M0 = 0.02
@@ -31,9 +30,11 @@ class Case:
     gradient: Tensor
     state: dict[str, Any]
 
-    def weight(self, dtype: torch.dtype) -> Weight:
+    def plan(self, backend: Any = kernels, number: int = 3) -> Any:
+        """Copies of everything in a plan of one parameter: in float64 for the readable backend, else in float32."""
+        dtype = torch.float64 if backend is plain else torch.float32
         state = {k: x.to(dtype, copy=True) if isinstance(x, Tensor) else x for k, x in self.state.items()}
-        return Weight(3, self.mean.to(dtype, copy=True), state)
+        return backend.Plan([number], [torch.nn.Parameter(self.mean.to(dtype, copy=True))], [state])
 
 
 def make_case(parameterization: str, count: int = 20_011, sigma: float = 0.05, **settings: Any) -> Case:
@@ -72,13 +73,10 @@ def largest(error: Tensor, unit: Tensor) -> float:
 @pytest.mark.parametrize("sigma", SAMPLE_ULP)
 def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(parameterization, sigma):
     case = make_case(parameterization, sigma=sigma)
-    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
-    (total,) = plain.total(case.group, [exact], 7)
+    exact, fused = case.plan(plain), case.plan(kernels)
+    (total,) = exact.total(case.group, 7)
     for name in ("sample", "total"):
-        (expected,), (got,) = (
-            getattr(plain, name)(case.group, [exact], 7),
-            getattr(kernels, name)(case.group, [fused], 7),
-        )
+        (expected,), (got,) = getattr(exact, name)(case.group, 7), getattr(fused, name)(case.group, 7)
         assert largest(got - expected, ulp(total)) < SAMPLE_ULP[sigma]
 
 
@@ -90,18 +88,18 @@ STEPS = [("shared", "log-normal"), ("shared", "flat"), *(("split", name) for nam
 @pytest.mark.parametrize("at_sample", [True, False])
 def test_a_step_is_the_readable_one_to_the_stated_ulp(parameterization, prior, sigma, at_sample):
     case = make_case(parameterization, sigma=sigma, prior=prior, lr=0.03, weight_decay=0.01)
-    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
+    exact, fused = case.plan(plain), case.plan(kernels)
     momenta = [name for name in case.state if name.startswith("v")]
-    plain.step(case.group, [exact], [case.gradient.double()], at_sample)
-    kernels.step(case.group, [fused], [case.gradient], at_sample)
+    exact.step(case.group, [case.gradient.double()], at_sample)
+    fused.step(case.group, [case.gradient], at_sample)
     for name in momenta:
-        terms = torch.maximum(exact.state[name].abs(), case.state[name].abs())
-        assert largest(fused.state[name] - exact.state[name], ulp(terms)) < MOMENTUM_ULP[sigma]
+        terms = torch.maximum(exact.states[0][name].abs(), case.state[name].abs())
+        assert largest(fused.states[0][name] - exact.states[0][name], ulp(terms)) < MOMENTUM_ULP[sigma]
     move = 0.03 * 2.0 * M0 * math.exp(0.5 * sigma**2)
-    error = (fused.mean - exact.mean).abs() / ulp(exact.mean.abs().clamp(min=move))
+    error = (fused.means[0] - exact.means[0]).abs() / ulp(exact.means[0].abs().clamp(min=move))
     agree = error < MEAN_ULP
     if parameterization == "split":
-        agree &= (fused.state["log_center"] - exact.state["log_center"]).abs() < CENTER_ULP * 2.0**-24
+        agree &= (fused.states[0]["log_center"] - exact.states[0]["log_center"]).abs() < CENTER_ULP * 2.0**-24
     assert (~agree).double().mean() < FLIPS
 
 
@@ -109,19 +107,23 @@ def test_a_step_is_the_readable_one_to_the_stated_ulp(parameterization, prior, s
 def test_large_steps_and_decays_are_the_readable_ones(parameterization):
     """lr 1 and lr weight_decay near 1: the rotation by y loses e^(2 |y|) ulp of what it started from."""
     case = make_case(parameterization, lr=1.0, weight_decay=0.9)
-    exact, fused = case.weight(torch.float64), case.weight(torch.float32)
-    plain.step(case.group, [exact], [case.gradient.double()], True)
-    kernels.step(case.group, [fused], [case.gradient], True)
+    exact, fused = case.plan(plain), case.plan(kernels)
+    exact.step(case.group, [case.gradient.double()], True)
+    fused.step(case.group, [case.gradient], True)
     unit = ulp(case.mean.abs().clamp(min=2.0 * M0)) * torch.exp(1.0 + 0.9 * torch.asinh(case.mean.abs() / (2.0 * M0)))
-    assert ((fused.mean - exact.mean).abs() > 64 * unit).double().mean() < FLIPS
+    assert ((fused.means[0] - exact.means[0]).abs() > 64 * unit).double().mean() < FLIPS
 
 
 def bits(case: Case, number: int = 3) -> list[Tensor]:
     """Everything a sample and a step leave."""
-    weight = case.weight(torch.float32)._replace(number=number)
-    samples = kernels.sample(case.group, [weight], 0)
-    kernels.step(case.group, [weight], [case.gradient], True)
-    return [*samples, weight.mean, *(x for x in weight.state.values() if isinstance(x, Tensor))]
+    plan = case.plan(number=number)
+    samples = plan.sample(case.group, 0)
+    plan.step(case.group, [case.gradient], True)
+    return [*samples, *left_by(plan, 0)]
+
+
+def left_by(plan: Any, i: int) -> list[Tensor]:
+    return [plan.means[i], *(x for x in plan.states[i].values() if isinstance(x, Tensor))]
 
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])
@@ -160,8 +162,8 @@ def test_neighbours_in_memory_are_left_alone():
     views = [row[50:1051] for row in arena]
     for view, x in zip(views, (case.mean, case.gradient, case.state["v"]), strict=True):
         view.copy_(x)
-    weight = Weight(3, views[0], {"m0": M0, "v": views[2]})
-    kernels.step(case.group, [weight], [views[1]], True)
+    plan = kernels.Plan([3], [views[0]], [{"m0": M0, "v": views[2]}])
+    plan.step(case.group, [views[1]], True)
     _, mean, v = bits(case)
     assert torch.equal(views[0], mean) and torch.equal(views[2], v) and torch.equal(views[1], case.gradient)
     assert (arena[:, :50] == 7.0).all() and (arena[:, 1051:] == 7.0).all()
@@ -170,13 +172,27 @@ def test_neighbours_in_memory_are_left_alone():
 @pytest.mark.parametrize("parameterization", ["shared", "split"])
 def test_many_tensors_in_a_call_are_each_as_if_alone(parameterization):
     cases = [make_case(parameterization, count=count) for count in (1, 700, kernels.TILE, 2, 3 * kernels.TILE + 5)]
-    together = [case.weight(torch.float32)._replace(number=i) for i, case in enumerate(cases)]
-    samples = kernels.sample(cases[0].group, together, 0)
-    kernels.step(cases[0].group, together, [case.gradient for case in cases], True)
-    for i, (case, weight) in enumerate(zip(cases, together, strict=True)):
+    single = [case.plan() for case in cases]
+    together = kernels.Plan(
+        list(range(len(cases))), [plan.params[0] for plan in single], [plan.states[0] for plan in single]
+    )
+    samples = together.sample(cases[0].group, 0)
+    together.step(cases[0].group, [case.gradient for case in cases], True)
+    for i, case in enumerate(cases):
         alone = bits(case, number=i)
-        state = [x for x in weight.state.values() if isinstance(x, Tensor)]
-        assert all(torch.equal(x, y) for x, y in zip(alone, [samples[i], weight.mean, *state], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(alone, [samples[i], *left_by(together, i)], strict=True))
+
+
+def test_a_tensor_without_a_gradient_is_passed_over():
+    cases = [make_case("shared", count=count) for count in (700, 3, 5000)]
+    single = [case.plan() for case in cases]
+    plan = kernels.Plan([0, 1, 2], [one.params[0] for one in single], [one.states[0] for one in single])
+    plan.step(cases[0].group, [cases[0].gradient, None, cases[2].gradient], True)
+    for i, case in enumerate(cases):
+        expected = [case.mean, case.state["v"]] if i == 1 else bits(case, number=i)[1:]
+        assert all(torch.equal(x, y) for x, y in zip(expected, left_by(plan, i), strict=True))
+    nan = torch.full((3,), math.nan)
+    assert plan.finite([cases[0].gradient, None, None]) and not plan.finite([None, nan, None])
 
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])
@@ -185,10 +201,10 @@ def test_a_nan_stays_a_nan(parameterization, name):
     case = make_case(parameterization, count=100)
     place = {"mean": case.mean, "gradient": case.gradient, "momentum": case.state[list(case.state)[1]]}[name]
     place[41] = math.nan
-    weight = case.weight(torch.float32)
-    kernels.step(case.group, [weight], [case.gradient], True)
-    assert weight.mean[41].isnan()
-    assert not weight.mean[:41].isnan().any() and not weight.mean[42:].isnan().any()
+    plan = case.plan()
+    plan.step(case.group, [case.gradient], True)
+    assert plan.means[0][41].isnan()
+    assert not plan.means[0][:41].isnan().any() and not plan.means[0][42:].isnan().any()
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
@@ -196,22 +212,24 @@ def test_an_infinite_mean_does_not_become_finite(value):
     for parameterization in ("shared", "split"):
         case = make_case(parameterization, count=100)
         case.mean[41] = value
-        weight = case.weight(torch.float32)
-        (drawn,) = kernels.sample(case.group, [weight], 0)
-        kernels.step(case.group, [weight], [case.gradient], True)
-        assert not drawn[41].isfinite() and not weight.mean[41].isfinite()
+        plan = case.plan()
+        (drawn,) = plan.sample(case.group, 0)
+        plan.step(case.group, [case.gradient], True)
+        assert not drawn[41].isfinite() and not plan.means[0][41].isfinite()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_finite_finds_one_value_anywhere(value):
     tensors = [torch.zeros(5), torch.full((2 * kernels.TILE + 3,), 3e38), torch.zeros(1)]
-    assert kernels.finite(tensors) and plain.finite(tensors)
-    for i, tensor in enumerate(tensors):
-        for place in (0, -1):
-            changed = [x.clone() for x in tensors]
-            changed[i][place] = value
-            assert not kernels.finite(changed) and not plain.finite(changed)
-        assert kernels.finite(tensors), tensor.shape
+    states = [{"m0": M0, "v": torch.zeros_like(tensor)} for tensor in tensors]
+    for backend in (plain, kernels):
+        plan = backend.Plan([0, 1, 2], tensors, states)
+        assert plan.finite(tensors)
+        for i in range(len(tensors)):
+            for place in (0, -1):
+                changed = [tensor.clone() for tensor in tensors]
+                changed[i][place] = value
+                assert not plan.finite(changed)
 
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])
@@ -246,15 +264,15 @@ def test_a_forked_child_steps():
     it.)
     """
     case = make_case("shared", count=3 * kernels.SERIAL)
-    before, after = case.weight(torch.float32), case.weight(torch.float32)
+    before, after = case.plan(), case.plan()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        kernels.step(case.group, [before], [case.gradient], True)
+        before.step(case.group, [case.gradient], True)
         child = os.fork()
         if child == 0:
-            kernels.step(case.group, [after], [case.gradient], True)
-            os._exit(0 if np.array_equal(before.mean.numpy(), after.mean.numpy()) else 1)
+            after.step(case.group, [case.gradient], True)
+            os._exit(0 if np.array_equal(before.means[0].numpy(), after.means[0].numpy()) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(threads)

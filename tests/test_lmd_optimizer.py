@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmd import LMD, update
+from lmd.random import NoiseKey, normal_pair
 
 BACKENDS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 KINDS = pytest.mark.parametrize("kind", ["shared", "split"])
@@ -272,8 +273,6 @@ def test_posterior_samples_average_to_the_mean():
 @KINDS
 def test_a_step_scales_the_gradient_by_the_sample_it_was_taken_at(kind, fused):
     """By hand: draw, weight-scale, step; and gradients at the mean are scaled by the expectations."""
-    from lmd.plain import Weight, noise
-
     for at_sample in (True, False):
         torch.manual_seed(0)
         p, optimizer = one(torch.randn(40), parameterization=kind, fused=fused, noise_scale=0.3)
@@ -285,7 +284,7 @@ def test_a_step_scales_the_gradient_by_the_sample_it_was_taken_at(kind, fused):
         optimizer.step()
         assert torch.equal(p.grad, g)
         m0 = update.initial_center(mean, 1.0)
-        drawn = noise({"seed": 0, "step": 0}, Weight(0, mean.double(), {}), 0) if at_sample else None
+        drawn = normal_pair(NoiseKey(0), mean.double()) if at_sample else None
         a = update.half_log_ratio(mean.double(), m0, 0.3)
         plus, minus = update.multipliers(a, m0, 0.3, drawn)
         state = optimizer.state[p]
@@ -299,8 +298,6 @@ def test_a_step_scales_the_gradient_by_the_sample_it_was_taken_at(kind, fused):
 @pytest.mark.parametrize("noise_scale", [0.0, 0.2])
 @BACKENDS
 def test_averaged_samples_are_the_average_of_the_weight_scaled_gradients(noise_scale, fused):
-    from lmd.plain import Weight, noise
-
     torch.manual_seed(0)
     p, optimizer = one(torch.randn(40), noise_scale=noise_scale, mc_samples=3, fused=fused)
     mean, gradients = p.detach().clone(), torch.randn(3, 40)
@@ -312,7 +309,7 @@ def test_averaged_samples_are_the_average_of_the_weight_scaled_gradients(noise_s
     a = update.half_log_ratio(mean.double(), m0, noise_scale)
     expected = torch.zeros(40, dtype=torch.float64)
     for draw, g in enumerate(gradients):
-        drawn = noise({"seed": 0, "step": 0}, Weight(0, mean.double(), {}), draw)
+        drawn = normal_pair(NoiseKey(0, draw=draw), mean.double())
         expected += g * sum(update.multipliers(a, m0, noise_scale, drawn)) / 3
     torch.testing.assert_close(optimizer.state[p]["v"].double(), 0.01 * expected, rtol=1e-5, atol=1e-9)
 
@@ -545,6 +542,53 @@ def test_master_weights_see_steps_that_bfloat16_does_not():
     assert p.dtype == torch.bfloat16 and optimizer.state[p]["master"].dtype == torch.float32
     torch.testing.assert_close(optimizer.state[p]["master"], expected.expand(8), rtol=1e-5, atol=0.0)
     assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
+
+
+@BACKENDS
+def test_state_that_is_replaced_or_cleared_is_taken_note_of(fused):
+    """Nothing is kept from before: clearing is starting afresh, and a tensor that is put in is the one that is used."""
+    torch.manual_seed(0)
+    w, g = torch.randn(20), torch.randn(20)
+    p, optimizer = one(w, fused=fused)
+    q, fresh = one(w, fused=fused)
+    for optimizer_, parameter in ((optimizer, p), (fresh, q)):
+        parameter.grad = g
+        optimizer_.step()
+    optimizer.state.clear()
+    second = LMD([q], fused=fused)
+    second.param_groups[0]["step"] = 1
+    optimizer.step()
+    second.step()
+    assert torch.equal(p, q) and optimizer.state[p]["m0"] == second.state[q]["m0"]
+    optimizer.state[p]["v"] = torch.zeros(20)
+    optimizer.step()
+    scale = 0.01 * (optimizer.state[p]["v"] / g)
+    assert (scale > 0).all() and p.data_ptr() != q.data_ptr()
+
+
+@BACKENDS
+def test_a_parameter_that_moves_is_followed(fused):
+    torch.manual_seed(0)
+    net, other = make_net(), make_net()
+    optimizers = [LMD(n.parameters(), fused=fused) for n in (net, other)]
+    for step in range(4):
+        for n, optimizer in zip((net, other), optimizers, strict=True):
+            train(n, optimizer, range(step, step + 1))
+        for p in net.parameters():
+            p.data = p.data.clone()
+    assert equal(values(net), values(other))
+
+
+def test_a_parameter_that_is_frozen_and_thawed_goes_on():
+    net = make_net()
+    optimizer = LMD(net.parameters())
+    for step, trained in enumerate((True, False, True)):
+        net[0].requires_grad_(trained)
+        before = values(net)
+        train(net, optimizer, range(step, step + 1))
+        after = values(net)
+        assert all(torch.equal(x, y) != trained for x, y in zip(before[:2], after[:2], strict=True))
+        assert not any(map(torch.equal, before[2:], after[2:]))
 
 
 # --- groups and schedules ---
