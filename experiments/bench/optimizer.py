@@ -1,9 +1,9 @@
 """Time and memory of a step of LMD beside torch's AdamW, and its share of a training step of gpt2-micro.
 
-A step of LMD is `sampled_params` and `step` together. The arms are interleaved, so that a slow phase of the machine is a
-slow phase of every arm, and step the same parameters, shaped as those of a GPT-2 of width 768. Wall time is the shortest
-of the repeats; CPU time, of all threads, their median. Bytes are those of the optimizer's state, counted from its
-tensors, beside the parameters and their gradients.
+A step of LMD is `sampled_params` and `step` together. The arms are interleaved, so that a slow phase of the machine is
+a slow phase of every arm, and step the same parameters, shaped as those of a GPT-2 of width 768. Wall time is the
+shortest of the repeats; CPU time, of all threads, their median. Bytes are those of the optimizer's state, counted from
+its tensors, beside the parameters and their gradients.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -24,6 +25,7 @@ from lmd import LMD
 
 WIDTH = 768
 MICRO_BATCH = 16
+MICRO_RUN = 5  # steps of an arm before the next arm's turn
 
 ARMS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW fused": lambda params: AdamW(params, lr=1e-6, fused=True),
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"torch {torch.__version__}, threads {options.threads}, {total / 1e6:.1f} million float32 parameters")
     print(measure(arms, params, options.repeats).to_string(float_format="{:.2f}".format))
     print(f"\ngpt2-micro, batch {MICRO_BATCH} x {MICRO.context}")
-    print(measure_micro(arms, 20 * options.repeats).to_string(float_format="{:.2f}".format))
+    print(measure_micro(arms, options.repeats).to_string(float_format="{:.2f}".format))
     return 0
 
 
@@ -83,11 +85,11 @@ def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> p
     """One row an arm, in ns and bytes per parameter."""
     optimizers = {name: make(params) for name, make in arms.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for name, optimizer in optimizers.items():
+    for optimizer in optimizers.values():
         step(optimizer)  # state, and compilation
     for _ in range(repeats):
         for name, optimizer in optimizers.items():
-            times[name].append(timed(lambda optimizer=optimizer: step(optimizer)))  # type: ignore[misc]
+            times[name].append(timed(partial(step, optimizer)))
     count = sum(p.numel() for p in params)
     rows = {
         name: {
@@ -105,7 +107,7 @@ def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> p
 
 
 def measure_micro(arms: dict[str, Any], repeats: int) -> pd.DataFrame:
-    """One row an arm: its CPU time a step, and that over the CPU time of a whole training step with it."""
+    """One row an arm: the CPU time of its step after a forward and backward pass, and its share of all three."""
     torch.manual_seed(0)
     model = MICRO.build()
     tokens = torch.randint(0, MICRO.vocab_size, (MICRO_BATCH, MICRO.context + 1))
@@ -116,12 +118,13 @@ def measure_micro(arms: dict[str, Any], repeats: int) -> pd.DataFrame:
 
     optimizers = {name: make(list(model.parameters())) for name, make in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in ("model", *arms)}
-    for i in range(repeats + 1):
-        pairs = {"model": forward_and_backward} | {n: (lambda o=o: step(o)) for n, o in optimizers.items()}  # type: ignore[misc]
-        for name, function in pairs.items():
-            seconds = timed(function)[1]
-            if i > 0:  # the first pass compiles
-                times[name].append(seconds)
+    for _ in range(repeats):
+        for name, optimizer in optimizers.items():
+            for i in range(MICRO_RUN):
+                model_s, step_s = timed(forward_and_backward)[1], timed(partial(step, optimizer))[1]
+                if i > 0:  # the first compiles, or finds another arm's tensors in the caches
+                    times["model"].append(model_s)
+                    times[name].append(step_s)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = {
         name: {"cpu_us": 1e6 * medians[name], "share_percent": 100 * medians[name] / (medians["model"] + medians[name])}
