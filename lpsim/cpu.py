@@ -11,13 +11,14 @@ import functools
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
 from lpsim import reference
 from lpsim.formats import BlockFormat, Format
-from lpsim.kernels import STOCHASTIC, kernel_for, overflow_to_special, tile_maxima
+from lpsim.kernels import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC, kernel_for, overflow_to_special, tile_maxima
 from lpsim.plan import SPAN, Plan, geometry, plan
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
@@ -34,9 +35,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lpsim")
 
 
-def _table_kind(p: Plan) -> int:
-    """0: no table; 1: one small enough that counting thresholds in all lanes is fastest; 2: binary search."""
-    return 0 if not p.variant.table else 1 if len(p.values) <= 32 else 2
+def _kernel(p: Plan) -> Any:
+    """The kernel that a plan needs."""
+    lowest, highest, zero = p.floats[:3]
+    if p.variant.table:
+        kind = FEW if len(p.values) <= 32 else MANY
+    else:
+        kind = SYMMETRIC if lowest == -highest and np.signbit(zero) else GRID
+    return kernel_for(p.variant, kind, p.floats.itemsize == 8)
 
 
 def _run(
@@ -54,16 +60,17 @@ def _run(
     """The kernel over all rows of tiles, on torch's number of threads. Scales per tile, or an empty pair."""
     outer, rows, columns = shape
     tile_rows = outer * -(-rows // tile[0])
-    threads = min(torch.get_num_threads(), tile_rows, x.size // _SERIAL + 1)
-    kernel = kernel_for(p.variant, _table_kind(p), p.floats.itemsize == 8)
+    threads = 1 if x.size < _SERIAL else min(torch.get_num_threads(), tile_rows)
+    kernel = p.kept.get("numba") or p.kept.setdefault("numba", _kernel(p))
     fixed = (x, out, (rows, columns), tile, p.floats, p.integers, p.thresholds, p.values, rule, scale, inverse)
+
+    if threads == 1:
+        kernel(*fixed, key, offset, p.bits, 0, tile_rows)
+        return
 
     def part(first: int, last: int) -> None:
         kernel(*fixed, key, offset, p.bits, first, last)
 
-    if threads == 1:
-        part(0, tile_rows)
-        return
     bounds = [tile_rows * t // threads for t in range(threads + 1)]
     for done in [_pool(threads).submit(part, *span) for span in itertools.pairwise(bounds)]:
         done.result()

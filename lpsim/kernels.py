@@ -27,6 +27,8 @@ from lpsim import reference
 from lpsim.plan import MODES, Variant
 from lpsim.simd import F32, F64, I32, I64, Lanes, Memory, over, splat
 
+# what an element is: a float or fixed format, a table to count or to search in, a float format with a symmetric range
+GRID, FEW, MANY, SYMMETRIC = range(4)
 _EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, STOCHASTIC = range(len(MODES))
 
 
@@ -78,9 +80,14 @@ def _fill_random(out, start, count, selector, key):
 
 
 class _Element:
-    """The parameters of an element format, in all lanes: see plan.plan. p is 23 or 52."""
+    """The parameters of an element format, in all lanes: see plan.plan. p is 23 or 52.
 
-    def __init__(self, builder: Any, floats: Any, integers: Any, lanes: int) -> None:
+    plain: the range is symmetric and there is a negative zero, so that magnitudes are all that must be limited.
+    """
+
+    def __init__(self, builder: Any, floats: Any, integers: Any, lanes: int, plain: bool) -> None:
+        self.plain = plain
+
         def f(place: int) -> Lanes:
             return splat(builder, builder.extract_value(floats, place), lanes)
 
@@ -101,10 +108,18 @@ class _Element:
         self.random_shift = i(8)  # 16 − min(k, 16)
         self.random_limit = i(9)  # 2^min(k, 16)
 
-    def clamp(self, v: Lanes) -> Lanes:
-        """v within the finite range; NaN stays NaN."""
+    def clamp(self, v: Lanes) -> tuple[Lanes, Lanes]:
+        """v within the finite range, and its magnitude; NaN stays NaN."""
+        if self.plain:
+            a = v.magnitude()
+            return v, (a > self.highest).select(self.highest, a)
         v = (v > self.highest).select(self.highest, v)
-        return (v < self.lowest).select(self.lowest, v)
+        v = (v < self.lowest).select(self.lowest, v)
+        return v, v.magnitude()
+
+    def signed(self, r: Lanes, v: Lanes) -> Lanes:
+        """The magnitude r with the sign of v, zeros as the format has them."""
+        return r.with_sign_of(v) if self.plain else r.with_sign_of(v) + self.zero
 
     def neighbours(self, a: Lanes, gap: bool) -> tuple[Lanes, Lanes, Lanes]:
         """(a rounded to nearest with ties to an even multiple of q, C, q). gap: see plan.Variant."""
@@ -124,8 +139,7 @@ class _Element:
 
     def round(self, v: Lanes, mode: int, gap: bool, bare: bool) -> Lanes:
         """The scaled value v rounded; NaN stays NaN. Every mode but STOCHASTIC."""
-        v = self.clamp(v)
-        a = v.magnitude()
+        v, a = self.clamp(v)
         r, c, q = self.neighbours(a, gap)
         if mode != _EVEN or bare:
             t = (r > a).select(r - q, r)
@@ -142,7 +156,7 @@ class _Element:
                 r = ((rest > 0.0) & (v < 0.0)).select(t + q, t)
             else:
                 r = ((rest > 0.0) & self.even(t, c, a, bare)).select(t + q, t)
-        return r.with_sign_of(v) + self.zero
+        return self.signed(r, v)
 
 
 def _up(
@@ -163,33 +177,46 @@ def _up(
 
 def _stochastic(g: _Element, v: Lanes, word: Lanes, exact: Any, gap: bool) -> tuple[Lanes, Lanes | None]:
     """The scaled value v rounded stochastically, and where that is open: see _up."""
-    v = g.clamp(v)
-    a = v.magnitude()
+    v, a = g.clamp(v)
     r, _, q = g.neighbours(a, gap)
     t = (r > a).select(r - q, r)
     inverse = (((g.unit + g.unit) << g.field) - q.bits()).as_float()  # 1/q, a power of two
     fraction = (a - t) * inverse
     fraction = (fraction > 0.0).select(fraction, fraction.constant(0.0))  # NaN draws like 0
     up, undecided = _up(g, fraction, word, exact)
-    return up.select(t + q, t).with_sign_of(v) + g.zero, undecided
+    return g.signed(up.select(t + q, t), v), undecided
 
 
 class _Table:
-    """A codebook's thresholds and values in memory. Few: every lane counts the thresholds it has reached."""
+    """A codebook's thresholds and values in memory. few: lanes run through all of them, else they search by halves."""
 
-    def __init__(self, builder: Any, thresholds: Memory, values: Memory, length: Any, size: Any) -> None:
-        self.builder, self.thresholds, self.values = builder, thresholds, values
+    def __init__(self, builder: Any, thresholds: Memory, values: Memory, length: Any, size: Any, few: bool) -> None:
+        self.builder, self.thresholds, self.values, self.few = builder, thresholds, values, few
         self.length, self.size = length, size  # of thresholds and of values, i64
 
-    def place(self, v: Lanes, entries: Memory, length: Any, few: bool) -> Lanes:
+    def scan(self, v: Lanes, entries: Memory, begin: int, end: Any, results: list[tuple[Memory, int]]) -> list[Lanes]:
+        """For each (memory, shift) the element at k + shift of the last k in [begin, end) whose entry v has reached.
+
+        The element at begin + shift − 1 where v has reached none.
+        """
+        builder = self.builder
+
+        def everywhere(memory: Memory, index: Any) -> Lanes:
+            return splat(builder, memory.scalar(index), v.count)
+
+        first = [everywhere(memory, begin + shift - 1) for memory, shift in results]
+        states = [cgutils.alloca_once_value(builder, lanes.value) for lanes in first]
+        with cgutils.for_range_slice(builder, ir.Constant(I64, begin), end, ir.Constant(I64, 1)) as (k, _):
+            reached = v >= everywhere(entries, k)
+            for state, (memory, shift) in zip(states, results, strict=True):
+                other = everywhere(memory, builder.add(k, ir.Constant(I64, shift)))
+                builder.store(reached.select(other, Lanes(builder, builder.load(state))).value, state)
+        return [Lanes(builder, builder.load(state)) for state in states]
+
+    def search(self, v: Lanes, entries: Memory, length: Any) -> Lanes:
         """How many of the ascending entries v has reached."""
         builder = self.builder
         state = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(I32, v.count), [0] * v.count))
-        if few:
-            with cgutils.for_range(builder, length) as loop:
-                reached = v >= splat(builder, entries.scalar(loop.index), v.count)
-                builder.store((Lanes(builder, builder.load(state)) + reached.widen(I32)).value, state)
-            return Lanes(builder, builder.load(state))
         highest = ir.Constant(I64, 16)  # a table has at most 2^16 entries
         with cgutils.for_range(builder, ir.Constant(I64, 17)) as loop:
             step = builder.shl(ir.Constant(I64, 1), builder.sub(highest, loop.index))
@@ -200,17 +227,29 @@ class _Table:
             builder.store((inside & (v >= entry)).select(candidate, current).value, state)
         return Lanes(builder, builder.load(state))
 
-    def round(self, v: Lanes, few: bool) -> Lanes:
+    def round(self, v: Lanes) -> Lanes:
         """The table's value for v; NaN stays NaN."""
-        return v.equals(v).select(self.values.gather(self.place(v, self.thresholds, self.length, few)), v)
+        if self.few:
+            (result,) = self.scan(v, self.thresholds, 0, self.length, [(self.values, 1)])
+        else:
+            result = self.values.gather(self.search(v, self.thresholds, self.length))
+        return v.equals(v).select(result, v)
 
-    def stochastic(self, g: _Element, v: Lanes, word: Lanes, exact: Any, few: bool) -> tuple[Lanes, Lanes | None]:
-        """As _stochastic, between the table's neighbours of v; r is computed in float64."""
+    def around(self, v: Lanes) -> tuple[Lanes, Lanes]:
+        """The neighbours of v in the table; the outermost pair where v lies beyond them."""
         builder = self.builder
-        last = splat(builder, builder.trunc(self.size, I32), v.count) - 2
-        below = self.place(v, self.values, self.size, few) - 1
-        below = (below < 0).select(below.constant(0), (below > last).select(last, below))
-        lo, hi = self.values.gather(below), self.values.gather(below + 1)
+        if self.few:
+            last = builder.sub(self.size, ir.Constant(I64, 1))
+            lo, hi = self.scan(v, self.values, 1, last, [(self.values, 0), (self.values, 1)])
+            return lo, hi
+        highest = splat(builder, builder.trunc(self.size, I32), v.count) - 2
+        below = self.search(v, self.values, self.size) - 1
+        below = (below < 0).select(below.constant(0), (below > highest).select(highest, below))
+        return self.values.gather(below), self.values.gather(below + 1)
+
+    def stochastic(self, g: _Element, v: Lanes, word: Lanes, exact: Any) -> tuple[Lanes, Lanes | None]:
+        """As _stochastic, between the table's neighbours of v; r is computed in float64."""
+        lo, hi = self.around(v)
         inside = (v > lo) & (v < hi)
         upward = lo.magnitude() <= hi.magnitude()
         inward, outward = upward.select(lo, hi).widen(F64), upward.select(hi, lo).widen(F64)
@@ -349,10 +388,11 @@ def _quantize_row(
 ) -> Any:
     """Quantize x[begin : begin + count] into out; 1 where a stochastic decision needs the lower random bits, else 0.
 
-    Compiled in: mode; table 0, 1 (few entries) or 2; gap, bare as in plan.Variant; exact: the lower random bits are
-    given; each: element j has the scale at + j, else at + (j >> shift), with groups of whole vectors.
+    Compiled in: mode; table: GRID, FEW, MANY or SYMMETRIC; gap, bare as in plan.Variant; exact: the lower random bits
+    are given; each: element j has the scale at + j, else at + (j >> shift), with groups of whole vectors.
     """
     m, kind, gaps, bares, own, final = (t.literal_value for t in (mode, table, gap, bare, each, exact))
+    plain, kind = kind == SYMMETRIC, 0 if kind == SYMMETRIC else kind
     compute = F64 if f.dtype == types.float64 else F32  # f and i: tuples, so that nothing is read again in the loops
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -361,9 +401,9 @@ def _quantize_row(
         begin, count, at, word_at, low_at, bits, group = (args[place] for place in (8, 9, 12, 18, 20, 21, 22))
         width = 1 if kind == 2 else (16 if compute == F32 else 8)
         undecided_at = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
-        elements = {lanes: _Element(builder, args[13], args[14], lanes) for lanes in {width, 1}}
+        elements = {lanes: _Element(builder, args[13], args[14], lanes, plain) for lanes in {width, 1}}
         lengths = [context.make_array(arrays[p])(context, builder, args[p]).nitems for p in (15, 16)]
-        look_up = _Table(builder, memory[15], memory[16], *lengths)
+        look_up = _Table(builder, memory[15], memory[16], *lengths, kind == FEW)
         limit = builder.shl(ir.Constant(I64, 1), bits)
         power, unused = builder.sitofp(limit, F64), builder.sub(ir.Constant(I64, 32), bits)
 
@@ -388,11 +428,11 @@ def _quantize_row(
                     low = memory[19].load(builder.add(low_at, place), lanes)
                     given = (low, *(splat(builder, value, lanes) for value in (power, limit, unused)))
                 if kind:
-                    r, undecided = look_up.stochastic(g, v, word, given, kind == 1)
+                    r, undecided = look_up.stochastic(g, v, word, given)
                 else:
                     r, undecided = _stochastic(g, v, word, given, gaps)
             else:
-                r = look_up.round(v, kind == 1) if kind else g.round(v, m, gaps, bares)
+                r = look_up.round(v) if kind else g.round(v, m, gaps, bares)
             wide = F64 if F64 in (r.element, s.element) else F32
             memory[7].store(index, (r.widen(wide) * s.widen(wide)).narrow(memory[7].element))
             if undecided is not None:
@@ -468,7 +508,7 @@ _PIECE = 512  # elements whose undecided stochastic roundings are settled togeth
 
 @functools.cache
 def kernel_for(variant: Variant, table: int, wide: bool) -> Any:
-    """The kernel of a plan's variant. table: 0 for none, 1 for few entries, 2 for many. wide: float64 arithmetic."""
+    """The kernel of a plan's variant. table: GRID, FEW, MANY or SYMMETRIC. wide: float64 arithmetic."""
     mode, gap, bare = variant.mode, int(variant.gap), int(variant.bare)
     pattern = np.int64 if variant.double else np.int32
     lanes = 8 if wide else 16

@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     codes without mantissa bits); 1; 16 − min(k, 16); 2^min(k, 16).
     thresholds[j]: the smallest number that rounds to values[j + 1] or beyond. rule: see _rule. bits: k.
     overflow: max, what lies beyond it, and whether a positive and a negative overflow go there; None: saturate.
+    kept: what a backend keeps with the plan, by the backend's name: its compiled kernel.
     """
 
     variant: Variant
@@ -78,6 +79,7 @@ class Plan(NamedTuple):
     rule: np.ndarray
     bits: int
     overflow: tuple[float, float, bool, bool] | None
+    kept: dict[str, Any]
 
 
 def _fits_float32(element: Element) -> bool:
@@ -131,6 +133,7 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
         rule=_rule(fmt, double) if isinstance(fmt, BlockFormat) else np.empty(0, np.int64),
         bits=bits,
         overflow=largest_special,
+        kept={},
     )
 
 
@@ -157,7 +160,13 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
 
 def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """A row-major tensor as (outer, rows, columns) and its tiles."""
-    size = fmt.block_size
+    return _geometry(shape, fmt.block_size, axis)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    shape: tuple[int, ...], size: int | tuple[int, int] | None, axis: int
+) -> tuple[tuple[int, int, int], tuple[int, int]]:
     numel = math.prod(shape)
     if size is None or not shape:
         return (1, 1, numel), (1, numel)

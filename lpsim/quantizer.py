@@ -183,16 +183,17 @@ class NumbaBackend:
         order = None
         if not source.is_contiguous():
             order = plan.memory_order(source, fmt, q.rounding)
-            source = source.contiguous() if order is None else source.permute(order)
-            axis = axis if order is None else order.index(axis)
+            source = source.contiguous() if order is None else source
         in_place = out is not None and not narrow and order is None and out.is_contiguous()
         target = out if in_place and out is not None else torch.empty_like(source)
         double = source.dtype is torch.float64
         if double not in q.plans:
             q.plans[double] = plan.plan(fmt, q.rounding, q.overflow, q.random_bits, double)
-        cpu.quantize(source, fmt, axis, q.plans[double], key, target)
-        if order is not None:
-            target = target.permute([order.index(d) for d in range(len(order))])
+        if order is None:
+            cpu.quantize(source, fmt, axis, q.plans[double], key, target)
+        else:  # dense in another order of axes, and so is the result
+            source, within = source.permute(order), target.permute(order)
+            cpu.quantize(source, fmt, order.index(axis), q.plans[double], key, within)
         if out is not None:
             return out if in_place else out.copy_(target)
         return target.to(x.dtype)
