@@ -1,5 +1,6 @@
 """LMD as a torch.optim.Optimizer: groups, state, samples in place, step. The mathematics is in lmd/update.py."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,8 +23,7 @@ Values = Callable[[Group, plain.Plan], list[Tensor]]  # what to put in place of 
 
 
 class LMD(Optimizer):
-    """Log-Normal Multiplicative Dynamics (after Nishida et al., arXiv:2506.17768; the update is derived in
-    lmd/README.md).
+    """Log-Normal Multiplicative Dynamics (after Nishida et al., arXiv:2506.17768; derived in lmd/README.md).
 
     The parameter tensors hold the posterior means E[w]. A training step draws weights, takes the gradient there and
     steps the means:
@@ -36,22 +36,27 @@ class LMD(Optimizer):
 
     A gradient taken outside `sampled_params` (or with noise_scale 0) is taken at the mean, and `step` treats it so.
 
-    Arguments (all but mc_samples, nonfinite and fused may be set per group): lr: alpha in [0, 1], in units of
-        log-weight per step: a median moves by at most the factor exp(+-lr), decay apart. 0.01 to 0.05. betas: (beta1
-        for the step's direction, beta2 for the momentum kept), each in [0, 1). weight_decay: delta >= 0, the strength
-        of the prior relative to the unit step; lr * weight_decay < 1. Under the log-normal prior |log(m / m0)| stays
-        below 1 / weight_decay. 0.05 to 0.3. noise_scale: sigma in [0, 4], the standard deviation of log theta; 0
-        draws nothing. 0 to 0.1. For a schedule assign group["noise_scale"] between steps; the means stay what they
-        are. prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
-        parameterization takes "log-normal" and "flat". entropy: whether the half-normal and exponential priors keep
-        the entropy's -1 (the exact KL). kappa: > 0; m0 = kappa times the standard deviation of the initial weights
-        (lmd/update.py: initial_center). Small is the sparse regime, large is close to an additive update. Read at a
-        parameter's first step or sample, not again. parameterization: "shared" (m+ m- fixed; one state vector) or
-        "split" (m+ and m- free; three). mc_samples: how many times `sampled_params` is entered per step; > 1 needs
-        the shared parameterization. nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise"
-        FloatingPointError before anything changes, or "skip" the step and count it in `skipped_steps`. fused: take
-        the fused backend where there is one (lmd/kernels.py on CPU); False: lmd/plain.py everywhere. seed: 64 bits;
-        equal seeds and gradients give equal trajectories, bit for bit.
+    Arguments (all but mc_samples, nonfinite and fused may be set per group):
+        lr: alpha in [0, 1], in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay
+            apart. 0.01 to 0.05.
+        betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
+        weight_decay: delta >= 0, the strength of the prior relative to the unit step; lr * weight_decay < 1. Under
+            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.05 to 0.3.
+        noise_scale: sigma in [0, 4], the standard deviation of log theta; 0 draws nothing. 0 to 0.1. For a schedule
+            assign group["noise_scale"] between steps; the means stay what they are.
+        prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
+            parameterization takes "log-normal" and "flat".
+        entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
+        kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: initial_center).
+            Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
+            sample, not again.
+        parameterization: "shared" (m+ m- fixed; one state vector) or "split" (m+ and m- free; three).
+        mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
+        nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
+            anything changes, or "skip" the step and count it in `skipped_steps`.
+        fused: take the fused backend where there is one (lmd/kernels.py on CPU; lmd/gpu.py on GPU, with Triton);
+            False: lmd/plain.py everywhere.
+        seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. Sparse gradients are refused
     (RuntimeError), complex and integer parameters too (TypeError); parameters without a gradient are left alone.
@@ -117,8 +122,7 @@ class LMD(Optimizer):
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
-        """Within the block the parameters hold a sample of the posterior; afterwards the means, also after an
-        exception.
+        """Within the block the parameters hold a posterior sample; afterwards the means, also after an exception.
 
         The memory of the means is left alone: `data` points elsewhere within the block, and what is written there is
         dropped. backward() belongs inside; called later it raises, as after any change in place.
@@ -236,11 +240,18 @@ class LMD(Optimizer):
         ]
 
     def _backend(self, p: Tensor) -> type[plain.Plan]:
-        if self.fused and p.is_cpu:
-            from lmd import kernels  # not before it is needed: it loads Numba
+        """The fused backend that serves p, loaded when it is first needed, or the readable one."""
+        mean = self.state[p].get("master", p)
+        if self.fused and mean.is_cpu:
+            from lmd import kernels
 
-            if kernels.Plan.serves(self.state[p].get("master", p)):
+            if kernels.Plan.serves(mean):
                 return kernels.Plan
+        elif self.fused and mean.is_cuda and importlib.util.find_spec("triton"):
+            from lmd import gpu
+
+            if gpu.Plan.serves(mean):
+                return gpu.Plan
         return plain.Plan
 
     def _prepare(self, p: Tensor, group: Group) -> None:
@@ -270,8 +281,7 @@ class LMD(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that state keeps its dtype (torch would cast it to the parameter's) and is copied, not
-        aliased.
+        """As torch's, except that state keeps its dtype (torch would take the parameter's) and is copied, not aliased.
 
         Raises ValueError for the other parameterization's state: split has a free sqrt(m+ m-) for every weight and
         two momenta, shared has neither, so no conversion continues the same trajectory. The weights themselves carry
