@@ -1,7 +1,6 @@
-"""Log-Normal Multiplicative Dynamics: an optimizer whose updates, noise and regularization are multiplicative
-(lmd/README.md).
+"""Log-Normal Multiplicative Dynamics: an optimizer whose updates, noise and regularization are multiplicative.
 
-Importing this package loads neither numba nor triton.
+What it is and its derivation: lmd/README.md. Importing this package loads neither numba nor triton.
 """
 
 from lmd.optimizer import LMD
