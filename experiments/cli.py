@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
     from experiments.executors import StoppableExecutor
     from experiments.grid import Row
-    from lpsim.formats import Format
 
 
 class UserError(Exception):
@@ -49,50 +48,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_formats(commands: Any) -> None:
-    parser = commands.add_parser("formats", help="the number formats that exist, as a table")
+    parser = commands.add_parser(
+        "formats",
+        help="the number formats that exist, as a table; drawn; proved",
+        usage="lpsim formats [--plot FILE] [NAME ...]\n       lpsim formats check NAME [--exhaustive]",
+    )
+    parser.add_argument("words", nargs="*", metavar="NAME", help="formats (default: all of them, some to draw)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw value lines and relative errors (.png, .svg, .pdf)"
+    )
+    parser.add_argument("--exhaustive", action="store_true", help="check: walk all 2^32 float32 inputs, in minutes")
     parser.set_defaults(function=run_formats)
 
 
 def run_formats(options: argparse.Namespace) -> int:
-    from lpsim import formats
+    from experiments import formats_cli
+    from lpsim.conformance import ConformanceError
 
-    header = ("name", "bits", "max", "min normal", "min subnormal", "decades", "codes", "specials")
-    table = [header, *(format_row(fmt) for fmt in formats.ALL_FORMATS.values())]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for name, *numbers, specials in table:
-        cells = (cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True))
-        print("  ".join([name.ljust(widths[0]), *cells, specials]))
+    checked = options.words[:1] == ["check"]
+    if checked and len(options.words) != 2:
+        raise UserError("check takes the name of one format: lpsim formats check NAME")
+    if options.exhaustive and not checked:
+        raise UserError("--exhaustive goes with check: lpsim formats check NAME --exhaustive")
+    try:
+        if checked:
+            result = formats_cli.check(options.words[1], options.exhaustive)
+        elif options.plot:
+            from experiments.formats_plot import plot
+
+            plot(options.words, options.plot)
+            result = str(options.plot)
+        else:
+            result = formats_cli.text(formats_cli.table(options.words))
+    except ConformanceError as error:
+        print(f"lpsim: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(result)
     return 0
-
-
-def format_row(fmt: "Format") -> tuple[str, ...]:
-    """The cells of one format.
-
-    Of a block format: bits with the scale's share, the range of element times scale, the element's codes.
-    """
-    import math
-
-    from lpsim.formats import BlockFormat, Codebook
-
-    element, normal = (
-        (fmt.element, fmt.element.min_normal * fmt.scale.min_normal)
-        if isinstance(fmt, BlockFormat)
-        else (fmt, fmt.min_normal)
-    )
-    codes = len(element.values) if isinstance(element, Codebook) else 2**element.bits
-    specials = [name for name, has in (("Inf", element.has_inf), ("NaN", element.has_nan)) if has]
-    if isinstance(fmt, BlockFormat):
-        specials = ["NaN by block"]
-    decades = math.log10(fmt.max) - math.log10(fmt.min_subnormal)
-    numbers = (
-        f"{fmt.bits:g}",
-        f"{fmt.max:.6g}",
-        f"{normal:.4g}",
-        f"{fmt.min_subnormal:.4g}",
-        f"{decades:.1f}",
-        str(codes),
-    )
-    return (fmt.name, *numbers, ", ".join(specials) or "-")
 
 
 # --- run ---

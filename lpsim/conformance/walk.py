@@ -23,7 +23,7 @@ from lpsim.formats import ALL_FORMATS, BlockFormat, Element, Format
 from lpsim.quantizer import Quantizer
 from lpsim.rounding import Overflow
 
-CHUNK = 1 << 17  # inputs at a time: they stay in the cache, and the kernel runs on one thread
+CHUNK = 1 << 19  # inputs at a time: few enough for the cache, many enough to outweigh a call
 INFINITY = 0x7F800000  # the bit pattern; above it lie the NaNs
 NEGATIVE = 0x80000000
 
