@@ -12,7 +12,7 @@ The step is update.py's without asinh and sinh. With x = mean / (2 center exp(si
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -400,7 +400,10 @@ class Plan(plain.Plan):
             return kernel(count * i // threads, count * (i + 1) // threads, scratch, self.table, *arguments)
 
         others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
-        return [part(0), *(other.result() for other in others)]
+        try:
+            return [part(0), *(other.result() for other in others)]
+        finally:
+            wait(others)  # an interrupt must not free memory that they write to
 
 
 def _noise(group: dict[str, Any], draw: int) -> Noise:
