@@ -5,6 +5,8 @@ our result is one that `departures` states.
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +161,15 @@ def test_absent_library(name: str, message: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(__import__("lpsim.quantizer").quantizer._instances, name, raising=False)
     with pytest.raises(ImportError, match=message):
         backend(name)
+
+
+def test_another_package_called_mx_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mx").mkdir()
+    (tmp_path / "mx" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mx", raising=False)
+    with pytest.raises(ImportError, match="clone that repository"):
+        microxcaling.MicroxcalingBackend()
 
 
 def test_adapters_are_known_and_never_chosen() -> None:

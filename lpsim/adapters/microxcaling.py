@@ -8,6 +8,7 @@ everything else is equal bit for bit, on the golden vectors and in tests/test_ad
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,7 +101,9 @@ class MicroxcalingBackend:
     name = "microxcaling"
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("mx") is None:
+        found = importlib.util.find_spec("mx")  # there are other things called mx
+        folders = (found.submodule_search_locations or ()) if found else ()
+        if not any(Path(folder, "mx_ops.py").exists() for folder in folders):
             raise ImportError(
                 "the backend microxcaling needs the package mx of github.com/microsoft/microxcaling, which is not "
                 "installed: clone that repository and put its folder on PYTHONPATH"
