@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpsim import Key, Overflow, Rounding, ScaleRule, formats, reference
+from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, formats, reference
 from lpsim.formats import BlockFormat
 from tests.laws import (
     ODD_ONES,
@@ -35,6 +35,8 @@ def test_ties_to_even_equals_ml_dtypes(name: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         expected = x.astype(ml_dtype(name)).astype(np.float32)
     assert_same_bits(reference.quantize(x, fmt, overflow=overflow), expected, name)
+    kernel = Quantizer(fmt, overflow=overflow, backend="numba")
+    assert_same_bits(kernel(torch.from_numpy(x)).numpy(), expected, f"{name}, numba")
 
 
 def test_e8m0_equals_torch_but_for_ties() -> None:
