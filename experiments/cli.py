@@ -198,7 +198,9 @@ def write_report(folder: Path, output: Path | None) -> int:
 
 
 def add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="a benchmark of experiments/bench", add_help=False)
+    parser = commands.add_parser(
+        "bench", help="a benchmark of experiments/bench; without a name, all of them", add_help=False
+    )
     parser.add_argument("name", metavar="NAME", nargs="?")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     parser.set_defaults(function=run_bench)
@@ -210,13 +212,15 @@ def run_bench(options: argparse.Namespace) -> int:
     names = [
         module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "bench")]) if module.name[0] != "_"
     ]
-    if options.name not in names:
-        asked = f"no benchmark {options.name!r}" if options.name else "lpsim bench NAME"
-        raise UserError(f"{asked}; there are: {names_near(options.name, names) or 'none'}")
-    module = importlib.import_module(f"experiments.bench.{options.name}")
-    parser = argparse.ArgumentParser(prog=f"lpsim bench {options.name}", description=module.__doc__)
-    module.add_arguments(parser)
-    return int(module.run(parser.parse_args(options.rest)) or 0)
+    if options.name is not None and options.name not in names:
+        raise UserError(f"no benchmark {options.name!r}; there are: {names_near(options.name, names)}")
+    failed = 0
+    for name in names if options.name is None else [options.name]:
+        module = importlib.import_module(f"experiments.bench.{name}")
+        parser = argparse.ArgumentParser(prog=f"lpsim bench {name}", description=module.__doc__)
+        module.add_arguments(parser)
+        failed |= int(module.run(parser.parse_args(options.rest)) or 0)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The `lpsim` command: what it prints, and that a mistake is one message and an exit code."""
 
+import importlib
 import json
 import math
 import os
@@ -70,7 +71,6 @@ def test_run_then_report_then_nothing_to_do(tmp_path: Path, capsys: pytest.Captu
         (["run", "quickstart", "--executor", "slurm"], "not on PATH: the slurm executor must run where jobs can be"),
         (["report", "nowhere/grid"], "nowhere/grid holds no grid (no grid.json); there are: none beside it"),
         (["bench", "quantise"], "no benchmark 'quantise'; there are: "),
-        (["bench"], "lpsim bench NAME; there are: "),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -137,3 +137,12 @@ def test_dask_missing_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "dask.distributed", None)
     assert cli.main(["run", "quickstart", "--executor", "dask", "--runs", str(tmp_path)]) == 2
     assert "pip install distributed" in capsys.readouterr().err
+
+
+def test_bench_without_a_name_runs_every_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("optimizer", "quantize", "step"):
+        module = importlib.import_module(f"experiments.bench.{name}")
+        monkeypatch.setattr(module, "run", lambda options, name=name: ran.append(name))
+    assert cli.main(["bench"]) == 0
+    assert ran == ["optimizer", "quantize", "step"]
