@@ -171,7 +171,8 @@ def _up(
         low, power, limit, shift = exact
         drawn = (word.widen(I64) << 16 | low.widen(I64)) >> shift
         return (fraction.widen(F64) * power).to_integer(I64) + drawn >= limit, None
-    total = (fraction * g.random_scale).to_integer(g.emin.element) + (word.widen(g.emin.element) >> g.random_shift)
+    steps = (fraction * g.random_scale.widen(fraction.element)).to_integer(g.emin.element)
+    total = steps + (word.widen(g.emin.element) >> g.random_shift)
     return total >= g.random_limit, (total + 1).equals(g.random_limit)
 
 
@@ -255,7 +256,7 @@ class _Table:
         inward, outward = upward.select(lo, hi).widen(F64), upward.select(hi, lo).widen(F64)
         fraction = (v.widen(F64) - inward) / (outward - inward)
         fraction = inside.select(fraction, fraction.constant(0.0))
-        up, undecided = _up(g, fraction.narrow(g.lowest.element) if exact is None else fraction, word, exact)
+        up, undecided = _up(g, fraction, word, exact)
         end = (v >= hi).select(hi, (v <= lo).select(lo, v))
         result = inside.select(up.select(outward, inward).narrow(v.element), end)
         return result, None if undecided is None else undecided & inside

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, formats, reference
-from lpsim.formats import BlockFormat
+from lpsim.formats import BlockFormat, Codebook
 from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
 
 KEY = Key(seed=5, stream=7, step=9, offset=300)
@@ -107,6 +107,20 @@ def test_stochastic_mean_and_variance(random_bits: int | None) -> None:
         share = ((y - 1) / 0.25).double().mean().item()
         p = np.floor((float(x[0]) - 1) / 0.25 * 2**k) / 2**k
         assert abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+@pytest.mark.parametrize("random_bits", [1, 8, 16, None])
+def test_a_tables_remainder_is_cut_in_float64(backend: str, random_bits: int | None) -> None:
+    """r = 1/2 - 6e-9 is 1/2 in float32; with one bit it must never go up, as ⌊2r⌋ = 0."""
+    if backend not in available_backends():
+        pytest.skip(f"{backend} is not installed")
+    table = Codebook("wide", (-1.0, 1.5))
+    x = torch.full((128,), np.nextafter(np.float32(0.25), np.float32(0)).item())
+    quantizer = Quantizer(table, Rounding.STOCHASTIC, random_bits=random_bits, backend=backend)
+    expected = reference.quantize(x.numpy(), table, 0, Rounding.STOCHASTIC, random_bits=random_bits, key=KEY)
+    assert_same_bits(quantizer(x, key=KEY).numpy(), expected)
+    assert random_bits != 1 or (expected == -1).all()
 
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
