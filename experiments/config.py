@@ -7,21 +7,22 @@ from defaults: editing a default or a format gives new runs new signatures and l
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from experiments.data import DATA, DataConfig, ModelConfig
 from experiments.models import gpt2, vit
 from experiments.optimizers import OPTIMIZERS, OptimizerConfig
 from experiments.settings import Settings, choose, from_table, names_near
-from lpsim import Recipe, Rounding, formats
+from lpsim import Gemm, Recipe, Rounding, formats
 from lpsim.formats import Format
+from lpsim.recipes import BackwardOperands
 
 VERSION = 1  # of the run folder and of what the training loop computes from a config; part of the signature
 
 MODEL_FAMILIES: dict[str, type[Settings]] = {family.family: family for family in (gpt2.GPT2Config, vit.ViTConfig)}
 MODELS: dict[str, ModelConfig] = {model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.BASE)}
-PASSES = ("forward",)
+PASSES = ("forward", "all")
 
 
 def model(name: str) -> ModelConfig:
@@ -34,7 +35,7 @@ class RecipeConfig(Settings):
     """Which products run in which format. float32 as `format` leaves every product as it is."""
 
     format: Format = formats.float32
-    passes: str = "forward"  # the products of the forward pass; gradients in the compute dtype
+    passes: str = "forward"  # fprop alone, gradients in the compute dtype; or "all": fprop, dgrad and wgrad
     rounding: Rounding = Rounding.TIES_TO_EVEN
     vector: Format | None = None  # of the operations between products; None leaves them in the compute dtype
 
@@ -44,9 +45,14 @@ class RecipeConfig(Settings):
         )
 
     def build(self) -> Recipe:
+        """The recipe. With "all", dgrad and wgrad round the unrounded tensors again, each along its own axis."""
         if self.format == formats.float32 and self.vector is None:
             return Recipe()
-        return Recipe.forward(self.format, vector=self.vector, rounding=self.rounding)
+        recipe = Recipe.forward(self.format, vector=self.vector, rounding=self.rounding)
+        if self.passes == "forward":
+            return recipe
+        operands = Gemm(recipe.fprop.lhs, recipe.fprop.rhs)
+        return replace(recipe, dgrad=operands, wgrad=operands, backward_operands=BackwardOperands.UNQUANTIZED)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -82,8 +88,18 @@ def forward(
 
     Raises: ValueError for an unknown format, naming the close ones.
     """
-    fmt = formats.get(format) if isinstance(format, str) else format
-    return RecipeConfig(fmt, "forward", rounding, formats.get(vector) if isinstance(vector, str) else vector)
+    return RecipeConfig(_format(format), "forward", rounding, None if vector is None else _format(vector))
+
+
+def all_products(
+    format: str | Format, vector: str | Format | None = None, rounding: Rounding = Rounding.TIES_TO_EVEN
+) -> RecipeConfig:
+    """`forward`, and both operands of the two products of the backward pass rounded too."""
+    return replace(forward(format, vector, rounding), passes="all")
+
+
+def _format(format: str | Format) -> Format:
+    return formats.get(format) if isinstance(format, str) else format
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,7 @@ class Config(Settings):
     divergence_factor: float = (
         3.0  # diverged: a training loss above this times ln(classes), the loss of a uniform guess
     )
+    telemetry_every: int | None = None  # what rounding did, at every site, in every so many steps (lpsim.telemetry)
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
 
@@ -118,6 +135,9 @@ class Config(Settings):
     def check(self) -> None:
         for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        self.require(
+            self.telemetry_every is None or self.telemetry_every >= 1, "telemetry_every must be at least 1, or None"
+        )
         self.require(
             0 <= self.warmup_steps < self.steps, f"warmup_steps must lie in [0, steps), is {self.warmup_steps}"
         )

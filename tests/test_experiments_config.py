@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from experiments.config import MODELS, Config, RecipeConfig, forward, model
+from experiments.config import MODELS, Config, RecipeConfig, all_products, forward, model
 from experiments.data import Digits, ImageFolders, StdlibText, TokenFiles
 from experiments.models.gpt2 import GPT2Config
 from experiments.optimizers import LMD, OPTIMIZERS, AdamW, Madam
 from experiments.settings import Settings
-from lpsim import FloatFormat, Rounding, Specials, formats
+from lpsim import FloatFormat, Gemm, Quantizer, Recipe, Rounding, Specials, formats
+from lpsim.recipes import BackwardOperands
 
 
 def text_config(**fields: Any) -> Config:
@@ -29,7 +30,8 @@ EVERY_PART = [
     text_config(model=MODELS["gpt2-124m"], data=TokenFiles(folder="openwebtext")),
     text_config(model=MODELS["vit-micro"], data=Digits()),
     text_config(model=MODELS["vit-b/16"], data=ImageFolders(folder="imagenet")),
-    text_config(clip_norm=None, grid="a"),
+    text_config(recipe=all_products("mxfp4_e2m1", vector="bfloat16", rounding=Rounding.STOCHASTIC)),
+    text_config(clip_norm=None, grid="a", telemetry_every=10),
 ]
 
 
@@ -76,8 +78,7 @@ def test_every_field_enters_the_signature() -> None:
         seen.add(config.signature())
 
     for name, value in leaves(base):
-        if name == "divergence_factor":
-            value = 8.0
+        value = {"divergence_factor": 8.0, "telemetry_every": 3}.get(name, value)
         add(dataclasses.replace(base, **{name: changed(value)} if name != "checkpoint_every" else {name: 7}))
     for name, value in leaves(base.optimizer):
         other = "flat" if name == "prior" else changed(value)
@@ -96,7 +97,7 @@ def test_the_definition_of_a_format_enters_the_signature_not_only_its_name() -> 
 
 
 def test_golden_signature() -> None:
-    """Changes only when what a config means changes; then config.VERSION changes too, and old runs are told apart."""
+    """Changes with the fields of a config; where what they mean changes, config.VERSION changes, and so does this."""
     config = Config(
         model=GPT2Config(name="g", layers=1, heads=2, d_model=32, context=16, vocab_size=256),
         data=StdlibText(validation_windows=8),
@@ -115,7 +116,7 @@ def test_golden_signature() -> None:
         device="cpu",
         grid="golden",
     )
-    assert config.signature() == "525e21e4454ee0a9"
+    assert config.signature() == "c55c999a693db495"
 
 
 def test_numbers_of_equal_value_are_equal_settings() -> None:
@@ -189,3 +190,12 @@ def test_the_recipe_of_float32_is_the_empty_one() -> None:
     recipe = RecipeConfig().build()
     assert recipe == forward("float32").build()
     assert all(gemm.lhs is None and gemm.rhs is None for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad))
+
+
+def test_all_products_round_the_unrounded_operands_along_each_product_s_own_axis() -> None:
+    recipe = all_products("mxfp4_e2m1", vector="bfloat16").build()
+    operand = Quantizer(formats.mxfp4_e2m1)
+    assert recipe.dgrad == recipe.wgrad == Gemm(operand, operand)
+    assert recipe.fprop == Gemm(operand, operand, out=Quantizer(formats.bfloat16))
+    assert recipe.backward_operands is BackwardOperands.UNQUANTIZED
+    assert all_products("float32").build() == Recipe()
