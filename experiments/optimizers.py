@@ -70,7 +70,9 @@ class LMD(OptimizerSettings):
     noise_scale: float = 0.05
     prior: str = "log-normal"
     entropy: bool = True
+    weight_scaling: bool = True
     kappa: float = 1.0
+    mc_samples: int = 1
 
     def check(self) -> None:
         super().check()
@@ -84,8 +86,10 @@ class LMD(OptimizerSettings):
             noise_scale=self.noise_scale,
             prior=self.prior,
             entropy=self.entropy,
+            weight_scaling=self.weight_scaling,
             kappa=self.kappa,
             parameterization=self.parameterization,
+            mc_samples=self.mc_samples,
             seed=seed,
         )
 

@@ -123,15 +123,19 @@ def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
 def gradients(config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch) -> tuple[float, float]:
     """Put the clipped gradient into `.grad`, taken at sampled weights where the optimizer samples.
 
-    Returns the loss and the gradient's 2-norm before clipping.
+    Returns the loss, averaged over the samples where the optimizer takes several, and the gradient's 2-norm before
+    clipping.
     """
     inputs, targets = (tensor.to(config.device) for tensor in batch)
-    with getattr(optimizer, "sampled_params", nullcontext)():
-        loss = cross_entropy(model(inputs), targets)
-        loss.backward()
+    samples, total = getattr(optimizer, "mc_samples", 1), 0.0
+    for _ in range(samples):
+        with getattr(optimizer, "sampled_params", nullcontext)():
+            loss = cross_entropy(model(inputs), targets)
+            loss.backward()
+        total += loss.item()
     limit = math.inf if config.clip_norm is None else config.clip_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return loss.item(), norm.item()
+    return total / samples, norm.item()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

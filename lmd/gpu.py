@@ -93,7 +93,7 @@ def combination_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=KEY)
 def step_shared_kernel(  # type: ignore[no-untyped-def]
     mean, gradient, v, count, m0, scale, sigma, k0, k1, number, step, draw, lr, decay, beta1, beta2,
-    NOISY: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lmd/update.py: step_shared; `decay` = lr weight_decay prior.linear."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -105,7 +105,7 @@ def step_shared_kernel(  # type: ignore[no-untyped-def]
         p, q = noise_factors(draw_words(first, k0, k1, number, step, draw, BLOCK), sigma)
         total = m0 * (s * (p + q) + x * (p - q))
     else:
-        total = scale * s
+        total = scale * s if SCALED else 2.0 * m0
     g = tl.load(gradient + at, inside, 0.0) * total
     kept = tl.load(v + at, inside, 0.0)
     u = beta1 * kept + (1.0 - beta1) * g
@@ -124,7 +124,7 @@ def regularizer(d, linear, power, moment, offset):  # type: ignore[no-untyped-de
 def step_split_kernel(  # type: ignore[no-untyped-def]
     mean, gradient, v_plus, v_minus, log_center, count, m0, scale, sigma, k0, k1, number, step, draw,
     lr, decay, beta1, beta2, linear, power, moment, offset,
-    NOISY: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lmd/update.py: step_split."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -140,9 +140,12 @@ def step_split_kernel(  # type: ignore[no-untyped-def]
     else:
         p = scale / (2.0 * m0)
         q = p
-    g = tl.load(gradient + at, inside, 0.0) * (m0 * tl.exp(c))
-    g_plus = g * p * tl.where(x > 0.0, far, 1.0 / far)
-    g_minus = -g * q * tl.where(x > 0.0, 1.0 / far, far)
+    g = tl.load(gradient + at, inside, 0.0) * m0
+    g_minus = -g
+    g_plus = g
+    if SCALED:
+        g_plus *= tl.exp(c) * p * tl.where(x > 0.0, far, 1.0 / far)
+        g_minus *= tl.exp(c) * q * tl.where(x > 0.0, 1.0 / far, far)
     kept_plus, kept_minus = tl.load(v_plus + at, inside, 0.0), tl.load(v_minus + at, inside, 0.0)
     up = direction(beta1 * kept_plus + (1.0 - beta1) * g_plus, lr)
     down = direction(beta1 * kept_minus + (1.0 - beta1) * g_minus, lr)
@@ -183,7 +186,8 @@ class Plan(plain.Plan):
 
     def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
         sigma, prior, lr = group["noise_scale"], PRIORS[group["prior"]], group["lr"]
-        decay, noisy = lr * group["weight_decay"], at_sample and sigma > 0.0
+        decay, scaled = lr * group["weight_decay"], group["weight_scaling"]
+        constants = {"SCALED": scaled, "NOISY": scaled and at_sample and sigma > 0.0}
         terms = (prior.linear, prior.power, 0.5 * (prior.power * sigma) ** 2, prior.offset(group["entropy"]))
         for i, (mean, gradient, state) in enumerate(zip(self.means, gradients, self.states, strict=True)):
             if gradient is None:
@@ -191,11 +195,11 @@ class Plan(plain.Plan):
             common = (mean.numel(), *self._scales(group, i), sigma, *self._key(group, i, 0), lr)
             if group["parameterization"] == "shared":
                 arguments = (mean, gradient, state["v"], *common, decay * prior.linear, *group["betas"])
-                self._launch(step_shared_kernel, arguments, mean.numel(), NOISY=noisy)
+                self._launch(step_shared_kernel, arguments, mean.numel(), **constants)
             else:
                 moments = (state["v_plus"], state["v_minus"], state["log_center"])
                 arguments = (mean, gradient, *moments, *common, decay, *group["betas"], *terms)
-                self._launch(step_split_kernel, arguments, mean.numel(), NOISY=noisy)
+                self._launch(step_split_kernel, arguments, mean.numel(), **constants)
 
     def _scales(self, group: dict[str, Any], i: int) -> tuple[float, float]:
         """m0 and 2 m0 exp(sigma^2 / 2)."""

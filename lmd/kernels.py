@@ -66,6 +66,7 @@ class Noise(NamedTuple):
 class Settings(NamedTuple):
     """A group's settings, and its prior's R(d) = linear d + [power > 0] exp(power d + moment) + offset."""
 
+    weight_scaling: bool
     lr: np.float32
     decay: np.float32  # lr weight_decay
     ratio: np.float32  # beta1 / (1 - beta1): sign(ratio v + G) = sign(u)
@@ -243,7 +244,7 @@ def step_shared_block(
         x = load(mean, i) * inverse
         s = sqrt(fma(x, x, f32(1.0)))
         p, q = load(plus, i), load(minus, i)
-        g = load(gradient, i) * fma(s, p + q, x * (p - q))  # G / m0
+        g = load(gradient, i) * (fma(s, p + q, x * (p - q)) if settings.weight_scaling else f32(2.0))  # G / m0
         u = fma(ratio, load(v, i), g)
         store(v, i, fma(settings.beta2, load(v, i), rest * g))
         y = fma(decay, half_log_ratio(x, s), direction(u, settings.lr))
@@ -288,6 +289,7 @@ def split_side(
         s = sqrt(fma(x, x, f32(1.0)))
         far = abs(x) + s
         theta = m0 * exp(c) * load(factor, i) * (far if x > f32(0.0) else f32(1.0) / far)
+        theta = theta if settings.weight_scaling else m0
         g = sign * load(gradient, i) * theta
         u = fma(settings.ratio, load(v, i), g)
         store(v, i, fma(settings.beta2, load(v, i), settings.rest2 * g))
@@ -379,7 +381,7 @@ class Plan(plain.Plan):
     def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
         self._place(gradients)
         noise = _noise(group, 0)
-        noise = noise if at_sample else noise._replace(variance=f32(0.0))
+        noise = noise if at_sample and group["weight_scaling"] else noise._replace(variance=f32(0.0))
         kernel = step_shared if group["parameterization"] == "shared" else step_split
         self._run(kernel, self._scales(group), noise, _settings(group))
 
@@ -417,7 +419,8 @@ def _settings(group: dict[str, Any]) -> Settings:
     moment = 0.5 * (prior.power * group["noise_scale"]) ** 2
     terms = (prior.linear, prior.power, moment, prior.offset(group["entropy"]))
     decay = lr * group["weight_decay"]
-    return Settings(*(f32(x) for x in (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)))
+    numbers = (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)
+    return Settings(bool(group["weight_scaling"]), *(f32(x) for x in numbers))
 
 
 def empty_like(tensor: Tensor) -> Tensor:

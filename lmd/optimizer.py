@@ -47,6 +47,8 @@ class LMD(Optimizer):
         prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
             parameterization takes "log-normal" and "flat".
         entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
+        weight_scaling: whether gradients are scaled by the weights, G+- = +-g theta+-, as the posterior's objective
+            has it; False takes G+- = +-g, for ablations.
         kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: initial_center).
             Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
             sample, not again.
@@ -72,6 +74,7 @@ class LMD(Optimizer):
         *,
         prior: str = "log-normal",
         entropy: bool = True,
+        weight_scaling: bool = True,
         kappa: float = 1.0,
         parameterization: str = "shared",
         mc_samples: int = 1,
@@ -97,6 +100,7 @@ class LMD(Optimizer):
             "noise_scale": noise_scale,
             "prior": prior,
             "entropy": entropy,
+            "weight_scaling": weight_scaling,
             "kappa": kappa,
             "parameterization": parameterization,
             "seed": seed,
@@ -130,8 +134,8 @@ class LMD(Optimizer):
         The sample is a function of the seed and the step: entered again before `step`, the block gives the same
         sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
         samples in turn and each exit leaves in `grad` the running average of the weight-scaled gradients, expressed
-        at the mean; enter S times (or a multiple) a step. Free where noise_scale is 0. Raises RuntimeError when
-        nested.
+        at the mean (without weight_scaling of the gradients themselves); enter S times (or a multiple) a step. Free
+        where noise_scale is 0. Raises RuntimeError when nested.
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
@@ -204,10 +208,11 @@ class LMD(Optimizer):
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
         for group, plan in self._planned():
             sigma = group["noise_scale"]
-            for i, (p, total) in enumerate(zip(plan.params, plan.total(group, draw), strict=True)):
+            totals = plan.total(group, draw) if group["weight_scaling"] else [None] * len(plan.params)
+            for i, (p, total) in enumerate(zip(plan.params, totals, strict=True)):
                 if p.grad is not None:
-                    expected = update.total(plan.means[i], plan.center(i), sigma, None)
-                    p.grad = (p.grad * (total / (self.mc_samples * expected))).to(p.dtype)
+                    ratio = 1.0 if total is None else total / update.total(plan.means[i], plan.center(i), sigma, None)
+                    p.grad = (p.grad * (ratio / self.mc_samples)).to(p.dtype)
         for p, gradient in earlier.items():
             p.grad = gradient if p.grad is None else p.grad + gradient
 
@@ -387,6 +392,8 @@ def _check_settings(group: Group, mc_samples: int) -> None:
     require(group["lr"] * group["weight_decay"] < 1.0, "weight_decay", "below 1 / lr")
     require(prior in PRIORS, "prior", f"one of {tuple(PRIORS)}")
     require(parameterization in PARAMETERIZATIONS, "parameterization", f"one of {PARAMETERIZATIONS}")
+    for name in ("entropy", "weight_scaling"):
+        require(isinstance(group[name], bool), name, "True or False")
     require(isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64, "seed", "an integer of 64 bits")
     if parameterization == "shared" and not PRIORS[prior].keeps_product:
         raise ValueError(

@@ -92,7 +92,7 @@ class Plan:
 
         `at_sample`: the gradients were taken at draw 0 of the group's present step, not at the means.
         """
-        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale")}
+        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale", "weight_scaling")}
         settings["prior"] = PRIORS[group["prior"]]
         for i, (mean, state, gradient) in enumerate(zip(self.means, self.states, gradients, strict=True)):
             if gradient is None:

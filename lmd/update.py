@@ -78,15 +78,19 @@ def step_shared(
     noise_scale: float,
     noise: Noise | None,
     prior: Prior,
+    weight_scaling: bool = True,
 ) -> Shared:
     """One step with m+ m- = m0^2: G = g (theta+ + theta-), a' = a - lr (sign(u) + weight_decay R(a)).
+
+    Without `weight_scaling` G = 2 g m0: the multipliers' center in their place, one number a tensor, so that the sign
+    is that of the plain gradient's momentum.
 
     `gradient` is dl/dw at the sample that `noise` gives, or at the mean where `noise` is None. Needs a prior with
     `keeps_product`: for those R is odd in a, so m+ and m- move by opposite factors. u = 0 moves nothing but the
     decay.
     """
     a = half_log_ratio(mean, m0, noise_scale)
-    plus, minus = multipliers(a, m0, noise_scale, noise)
+    plus, minus = multipliers(a, m0, noise_scale, noise) if weight_scaling else (m0, m0)
     u, v = momentum(v, gradient * (plus + minus), betas)
     a = a - lr * (torch.sign(u) + weight_decay * prior.regularizer(a, noise_scale))
     return Shared(posterior_mean(a, m0, noise_scale), v)
@@ -116,15 +120,18 @@ def step_split(
     noise: Noise | None,
     prior: Prior,
     entropy: bool,
+    weight_scaling: bool = True,
 ) -> Split:
     """One EG+- step: G+- = +-g theta+-, log m+-' = log m+- - lr (sign(u+-) + weight_decay R(m+-)).
+
+    Without `weight_scaling` G+- = +-g m0, as in `step_shared`.
 
     The medians are carried as (mean, log_center = log(sqrt(m+ m-) / m0)): log(m+- / m0) = log_center +- a, so the
     increments of the two logarithms, not the logarithms, are added and subtracted, and a small a keeps its digits.
     """
     center = m0 * torch.exp(log_center)
     a = half_log_ratio(mean, center, noise_scale)
-    plus, minus = multipliers(a, center, noise_scale, noise)
+    plus, minus = multipliers(a, center, noise_scale, noise) if weight_scaling else (m0, m0)
     u_plus, v_plus = momentum(v_plus, gradient * plus, betas)
     u_minus, v_minus = momentum(v_minus, -gradient * minus, betas)
     up = -lr * (torch.sign(u_plus) + weight_decay * prior.regularizer(log_center + a, noise_scale, entropy))

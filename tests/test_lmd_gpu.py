@@ -16,13 +16,10 @@ from lmd import LMD, gpu, plain
 from lmd.priors import PRIORS
 from lmd.random import NoiseKey, words
 from tests.test_lmd_kernels import (
-    CENTER_ULP,
-    FLIPS,
     M0,
-    MEAN_ULP,
-    MOMENTUM_ULP,
     SAMPLE_ULP,
     Case,
+    check_step,
     largest,
     make_case,
     ulp,
@@ -72,18 +69,14 @@ def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(kind, sigma)
 @pytest.mark.parametrize(("sigma", "at_sample"), [(0.0, True), (0.05, True), (0.3, True), (0.3, False)])
 def test_a_step_is_the_readable_one_to_the_stated_ulp(kind, prior, sigma, at_sample):
     case = make_case(kind, count=COUNT, sigma=sigma, prior=prior, lr=0.03, weight_decay=0.01)
-    exact, fused = plans(case)
-    exact.step(case.group, [case.gradient.double()], at_sample)
-    fused.step(case.group, [case.gradient.to(DEVICE)], at_sample)
-    for name in (name for name in case.state if name.startswith("v")):
-        terms = torch.maximum(exact.states[0][name].abs(), case.state[name].abs())
-        assert largest(fused.states[0][name].cpu() - exact.states[0][name], ulp(terms)) < MOMENTUM_ULP[sigma]
-    move = 0.03 * 2.0 * M0 * math.exp(0.5 * sigma**2)
-    agree = (fused.means[0].cpu() - exact.means[0]).abs() / ulp(exact.means[0].abs().clamp(min=move)) < MEAN_ULP
-    if kind == "split":
-        centers = fused.states[0]["log_center"].cpu(), exact.states[0]["log_center"]
-        agree &= (centers[0] - centers[1]).abs() < CENTER_ULP * 2.0**-24
-    assert (~agree).double().mean() < FLIPS
+    check_step(case, at_sample, plans(case)[1])
+
+
+@KINDS
+@pytest.mark.parametrize("at_sample", [True, False])
+def test_an_unscaled_step_is_the_readable_one_to_the_stated_ulp(kind, at_sample):
+    case = make_case(kind, count=COUNT, sigma=0.3, lr=0.03, weight_decay=0.01, weight_scaling=False)
+    check_step(case, at_sample, plans(case)[1])
 
 
 @KINDS

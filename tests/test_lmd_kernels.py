@@ -80,6 +80,23 @@ def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(parameteriza
         assert largest(got - expected, ulp(total)) < SAMPLE_ULP[sigma]
 
 
+def check_step(case: Case, at_sample: bool, fused: Any = None) -> None:
+    """A step of `fused`, the CPU kernels' plan where None, is the readable one in float64 to the stated bounds."""
+    exact, fused = case.plan(plain), fused or case.plan(kernels)
+    sigma, lr = case.group["noise_scale"], case.group["lr"]
+    exact.step(case.group, [case.gradient.double()], at_sample)
+    fused.step(case.group, [case.gradient.to(fused.means[0].device)], at_sample)
+    mean, state = fused.means[0].cpu(), {k: x.cpu() for k, x in fused.states[0].items() if isinstance(x, Tensor)}
+    for name in (name for name in state if name.startswith("v")):
+        terms = torch.maximum(exact.states[0][name].abs(), case.state[name].abs())
+        assert largest(state[name] - exact.states[0][name], ulp(terms)) < MOMENTUM_ULP[sigma]
+    move = lr * 2.0 * M0 * math.exp(0.5 * sigma**2)
+    agree = (mean - exact.means[0]).abs() / ulp(exact.means[0].abs().clamp(min=move)) < MEAN_ULP
+    if "log_center" in state:
+        agree &= (state["log_center"] - exact.states[0]["log_center"]).abs() < CENTER_ULP * 2.0**-24
+    assert (~agree).double().mean() < FLIPS
+
+
 STEPS = [("shared", "log-normal"), ("shared", "flat"), *(("split", name) for name in PRIORS)]
 
 
@@ -87,20 +104,14 @@ STEPS = [("shared", "log-normal"), ("shared", "flat"), *(("split", name) for nam
 @pytest.mark.parametrize("sigma", [0.0, *SAMPLE_ULP])
 @pytest.mark.parametrize("at_sample", [True, False])
 def test_a_step_is_the_readable_one_to_the_stated_ulp(parameterization, prior, sigma, at_sample):
-    case = make_case(parameterization, sigma=sigma, prior=prior, lr=0.03, weight_decay=0.01)
-    exact, fused = case.plan(plain), case.plan(kernels)
-    momenta = [name for name in case.state if name.startswith("v")]
-    exact.step(case.group, [case.gradient.double()], at_sample)
-    fused.step(case.group, [case.gradient], at_sample)
-    for name in momenta:
-        terms = torch.maximum(exact.states[0][name].abs(), case.state[name].abs())
-        assert largest(fused.states[0][name] - exact.states[0][name], ulp(terms)) < MOMENTUM_ULP[sigma]
-    move = 0.03 * 2.0 * M0 * math.exp(0.5 * sigma**2)
-    error = (fused.means[0] - exact.means[0]).abs() / ulp(exact.means[0].abs().clamp(min=move))
-    agree = error < MEAN_ULP
-    if parameterization == "split":
-        agree &= (fused.states[0]["log_center"] - exact.states[0]["log_center"]).abs() < CENTER_ULP * 2.0**-24
-    assert (~agree).double().mean() < FLIPS
+    check_step(make_case(parameterization, sigma=sigma, prior=prior, lr=0.03, weight_decay=0.01), at_sample)
+
+
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+@pytest.mark.parametrize("at_sample", [True, False])
+def test_an_unscaled_step_is_the_readable_one_to_the_stated_ulp(parameterization, at_sample):
+    case = make_case(parameterization, sigma=0.3, lr=0.03, weight_decay=0.01, weight_scaling=False)
+    check_step(case, at_sample)
 
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])

@@ -314,6 +314,20 @@ def test_averaged_samples_are_the_average_of_the_weight_scaled_gradients(noise_s
     torch.testing.assert_close(optimizer.state[p]["v"].double(), 0.01 * expected, rtol=1e-5, atol=1e-9)
 
 
+@BACKENDS
+def test_without_weight_scaling_averaged_samples_are_the_average_of_the_gradients(fused):
+    torch.manual_seed(0)
+    p, optimizer = one(torch.randn(40), noise_scale=0.2, mc_samples=3, weight_scaling=False, fused=fused)
+    m0, gradients = update.initial_center(p.detach(), 1.0), torch.randn(3, 40)
+    for g in gradients:
+        with optimizer.sampled_params():
+            (p * g).sum().backward()
+    torch.testing.assert_close(p.grad, gradients.mean(0), rtol=1e-5, atol=1e-6)
+    optimizer.step()
+    expected = 0.01 * 2.0 * m0 * gradients.mean(0)
+    torch.testing.assert_close(optimizer.state[p]["v"], expected, rtol=1e-5, atol=1e-8)
+
+
 def test_the_number_of_samples_must_be_a_multiple():
     p, optimizer = one(torch.randn(4), mc_samples=2)
     for _ in range(3):
@@ -804,6 +818,8 @@ def test_two_processes_stay_bit_equal(tmp_path):
         ({"mc_samples": 0}, "mc_samples"),
         ({"mc_samples": 2, "parameterization": "split"}, "needs parameterization='shared'"),
         ({"nonfinite": "ignore"}, "nonfinite must be one of"),
+        ({"entropy": "no"}, "entropy must be True or False"),
+        ({"weight_scaling": 0}, "weight_scaling must be True or False"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
     ],

@@ -235,6 +235,38 @@ def test_a_gradient_at_the_mean_is_scaled_by_the_expected_multipliers():
     torch.testing.assert_close(result.v, 0.5 * torch.sqrt(mean**2 + scale**2))
 
 
+@pytest.mark.parametrize("parameterization", ["shared", "split"])
+def test_without_weight_scaling_the_gradient_alone_moves_the_medians(parameterization):
+    """Multipliers of any size and noise take the same steps in log m, +-lr sign of the gradient's momentum."""
+    torch.manual_seed(0)
+    settings = {
+        "lr": 0.05, "betas": (0.9, 0.99), "weight_decay": 0.0, "noise_scale": SIGMA, "prior": PRIORS["log-normal"],
+        "weight_scaling": False,
+    }  # fmt: skip
+    mean = torch.randn(200, dtype=torch.float64)
+    shared, split = update.Shared(mean, torch.zeros_like(mean)), update.Split(mean, *[torch.zeros_like(mean)] * 3)
+    v, moved = torch.zeros_like(mean), torch.zeros_like(mean)
+    for step in range(30):
+        g = torch.randn(200, dtype=torch.float64)
+        u, v = 0.9 * v + 0.1 * g, 0.99 * v + 0.01 * g
+        moved -= 0.05 * torch.sign(u)
+        if parameterization == "shared":
+            shared = update.step_shared(shared.mean, shared.v, g, M0, noise=normals(200, step), **settings)
+        else:
+            split = update.step_split(
+                split.mean, split.log_center, split.v_plus, split.v_minus, g, M0,
+                noise=normals(200, step), entropy=True, **settings,
+            )  # fmt: skip
+    a = update.half_log_ratio(mean, M0, SIGMA) + moved
+    if parameterization == "shared":
+        torch.testing.assert_close(update.half_log_ratio(shared.mean, M0, SIGMA), a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(shared.v, 2.0 * M0 * v, rtol=1e-12, atol=0.0)
+    else:
+        torch.testing.assert_close(update.half_log_ratio(split.mean, M0, SIGMA), a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(split.log_center, torch.zeros_like(mean), rtol=0.0, atol=1e-13)
+        torch.testing.assert_close(split.v_minus, -M0 * v, rtol=1e-12, atol=0.0)
+
+
 def test_zero_gradients_decay_and_nothing_else():
     mean, zero = torch.randn(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
     result = update.step_shared(
