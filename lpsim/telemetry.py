@@ -7,20 +7,22 @@
             ...
     telemetry.write("telemetry.parquet")
 
-Between sampled steps nothing is observed and nothing is paid. A run that diverges is looked into by resuming it, bit
-for bit, with every=1. Sums run in the order of the elements, in float64, so that they do not depend on the number of
-threads. Only a model in training mode is observed.
+Between sampled steps nothing is observed and nothing is paid. A run that diverges is looked into by repeating its last
+step, bit for bit, with every=1, as the training loop does. Sums are float64 and computed by one thread, so that they do
+not depend on the number of threads. Only a model in training mode is observed.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +45,9 @@ class Row:
     elements. bias: Σ(q − x) / Σ|x|. clipped: |x| above the largest magnitude of its block or format. underflowed: q is
     0 and x is not. nan, inf: counts in x. scale_log2_*: of the block scales, NaN without blocks; those with the
     smallest scale, which blocks of zeros have, are left out.
-    swallowed: of the weights that changed until the next step, the fraction whose rounded value did not.
+    swallowed: of the weights that changed until the next step, the fraction whose rounded value did not; with an
+    optimizer that samples, of the samples. Of several calls in a step, the first counts.
+    origin: "nan" or "inf" in the one row where the first of all was seen (see NonFinite), "" in every other.
     """
 
     step: int
@@ -64,6 +68,10 @@ class Row:
     scale_log2_min: float = math.nan
     scale_log2_max: float = math.nan
     swallowed: float = math.nan
+    origin: str = ""
+
+
+COSINES = ("step", "parameter", "cosine", "norm_ratio")
 
 
 @dataclass
@@ -86,10 +94,10 @@ class _Sums:
             row.bias = self.error / self.magnitude if self.magnitude else 0.0
         row.clipped, row.underflowed = self.clipped / n, self.underflowed / n
         if self.scales:
-            exponents = torch.cat(self.scales).double().log2()
-            if len(exponents):
-                row.scale_log2_mean, row.scale_log2_std = exponents.mean().item(), exponents.std(correction=0).item()
-                row.scale_log2_min, row.scale_log2_max = exponents.min().item(), exponents.max().item()
+            exponents = np.log2(torch.cat(self.scales).cpu().numpy().astype(np.float64))  # numpy sums on one thread
+            if exponents.size:
+                row.scale_log2_mean, row.scale_log2_std = float(exponents.mean()), float(exponents.std())
+                row.scale_log2_min, row.scale_log2_max = float(exponents.min()), float(exponents.max())
         return row
 
 
@@ -119,10 +127,9 @@ class Telemetry:
         self.every = every
         self.first_nonfinite: NonFinite | None = None
         self._rows: list[Row] = []
-        self._cosines: list[dict[str, Any]] = []
-        self._sums: dict[tuple[str, Role], _Sums] = {}
-        self._weights: dict[tuple[str, Role], tuple[Row, Tensor, Tensor]] = {}
-        self._parameters = {p.untyped_storage().data_ptr() for p in simulation.model.parameters()}
+        self._cosines: list[tuple[int, str, float, float]] = []
+        self._sums: dict[tuple[str, str], _Sums] = {}
+        self._weights: dict[tuple[str, str], tuple[Row, Tensor, Tensor]] = {}  # of the last sampled step
         simulation.sampler = self._observer_at
 
     def rows(self) -> list[Row]:
@@ -134,24 +141,57 @@ class Telemetry:
         """The rows as a frame."""
         import pandas
 
-        return pandas.DataFrame([asdict(row) for row in self.rows()], columns=list(Row.__dataclass_fields__))
+        rows = self.rows()
+        return pandas.DataFrame({name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__})
 
     def cosines(self) -> pandas.DataFrame:
         """What compare_gradients measured: step, parameter, cosine, norm_ratio."""
         import pandas
 
-        return pandas.DataFrame(self._cosines, columns=["step", "parameter", "cosine", "norm_ratio"])
+        return pandas.DataFrame(self._cosines, columns=list(COSINES))
+
+    def parquet(self) -> dict[str, bytes]:
+        """The table, and the cosines where there are any, as Parquet files by name: "telemetry", "..._cosines"."""
+        tables = {"telemetry": self.table()}
+        if self._cosines:
+            tables["telemetry_cosines"] = self.cosines()
+        return {name: table.to_parquet(index=False) for name, table in tables.items()}
 
     def write(self, path: str | Path) -> None:
         """The table as Parquet, written to another name first; cosines, if any, beside it as NAME_cosines.parquet."""
         path = Path(path)
-        tables = {path: self.table()}
-        if self._cosines:
-            tables[path.with_name(f"{path.stem}_cosines.parquet")] = self.cosines()
-        for target, table in tables.items():
+        for name, content in self.parquet().items():
+            target = path.with_name(name.replace("telemetry", path.stem, 1) + ".parquet")
             partial = target.with_name(f".{target.name}.partial")
-            table.to_parquet(partial, index=False)
+            partial.write_bytes(content)
             partial.replace(target)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can hold it.
+
+        The tables are in it as Parquet; and, right after a sampled step, its weights before and after rounding.
+        """
+        tables = {name: torch.frombuffer(bytearray(file), dtype=torch.uint8) for name, file in self.parquet().items()}
+        due = [(*key, x, q) for key, (row, x, q) in self._weights.items() if row.step == self.simulation.step]
+        return {**tables, "weights": due}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave; what was observed so far is dropped."""
+        import pandas
+
+        table, cosines = (
+            pandas.read_parquet(io.BytesIO(state[name].cpu().numpy().tobytes())) if name in state else None
+            for name in ("telemetry", "telemetry_cosines")
+        )
+        assert table is not None
+        self._sums.clear()
+        self._rows = [Row(**values) for values in table.to_dict("records")]
+        self._cosines = [] if cosines is None else list(cosines.itertuples(index=False, name=None))
+        origins = [NonFinite(row.step, row.site, row.role, row.origin) for row in self._rows if row.origin]
+        self.first_nonfinite = origins[0] if origins else None
+        rows = {(row.step, row.site, row.role): row for row in self._rows}
+        last = max((row.step for row in self._rows), default=0)
+        self._weights = {(site, role): (rows[last, site, role], x, q) for site, role, x, q in state["weights"]}
 
     @property
     def sampling(self) -> bool:
@@ -170,12 +210,11 @@ class Telemetry:
             for (name, p), full in zip(named, exact, strict=True):
                 if full is None or p.grad is None:
                     continue
-                a, b = p.grad.double().flatten(), full.double().flatten()
-                norms = a.norm().item(), b.norm().item()
-                cosine = (a @ b).item() / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
+                own, theirs, product = _kernels().products(*(_array(t) for t in (p.grad, full)))
+                norms = math.sqrt(own), math.sqrt(theirs)
+                cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
                 ratio = norms[0] / norms[1] if norms[1] else math.nan
-                row = {"step": self.simulation.step, "parameter": name, "cosine": cosine, "norm_ratio": ratio}
-                self._cosines.append(row)
+                self._cosines.append((self.simulation.step, name, cosine, ratio))
 
     def _observer_at(self, step: int) -> Callable[..., None] | None:
         """What observes the step that begins: everything, the weights after a sampled step, or nothing."""
@@ -194,86 +233,84 @@ class Telemetry:
         if not self.simulation.model.training:
             return
         self._observe_weight(call, role, quantizer, axis, x, result)
-        key = (call.site.name, role)
+        key = (call.site.name, role.label)
         sums = self._sums.get(key)
         if sums is None:
             name = "" if quantizer is None else quantizer.format.name
-            sums = self._sums[key] = _Sums(Row(call.step, call.site.name, role.label, name))
-        x = x.detach()
-        signal, noise, error, magnitude, underflowed, nan, inf, minus, amax = _moments(x, result.detach())
+            sums = self._sums[key] = _Sums(Row(call.step, *key, name))
+        x, result = x.detach(), result.detach()
         row = sums.row
         row.calls += 1
         row.elements += x.numel()
+        nan, inf, minus, amax = _census(x)
         row.nan += nan
         row.inf += inf + minus
         row.amax = max(row.amax, amax)
+        if quantizer is not None:
+            self._note_rounding(sums, quantizer, axis, x, result)
+            if role is Role.FPROP_RHS and row.calls == 1 and self._is_weight(x):
+                self._weights[key] = (row, x.clone(), result)
+        if self.first_nonfinite is None and (nan or inf or (minus and role is not Role.VECTOR)):
+            row.origin = "nan" if nan else "inf"
+            self.first_nonfinite = NonFinite(call.step, *key, row.origin)
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether x lies in the memory of a parameter, as it is now: optimizers that sample put others in its place."""
+        place = x.untyped_storage().data_ptr()
+        return any(p.untyped_storage().data_ptr() == place for p in self.simulation.model.parameters())
+
+    def _note_rounding(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor, result: Tensor) -> None:
+        arrays = _array(x), _array(result)
+        signal, noise, error, magnitude, underflowed = _kernels().rounding(*arrays)
         sums.signal += signal
         sums.noise += noise
         sums.error += error
         sums.magnitude += magnitude
         sums.underflowed += underflowed
-        if quantizer is not None:
-            self._note_limits(sums, quantizer, axis, x)
-            if role is Role.FPROP_RHS and x.untyped_storage().data_ptr() in self._parameters:
-                self._weights[key] = (row, x.clone(), result.detach())
-        if self.first_nonfinite is None and (nan or inf or (minus and role is not Role.VECTOR)):
-            self.first_nonfinite = NonFinite(call.step, call.site.name, role.label, "nan" if nan else "inf")
-
-    def _note_limits(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor) -> None:
         fmt = quantizer.format
-        if not isinstance(fmt, BlockFormat):
-            sums.clipped += int((x.abs() > fmt.max).sum())
-            return
-        wide = x if x.dtype is torch.float64 else x.float()
-        axis %= max(x.dim(), 1)
-        scale, outer = storage.block_scales(wide, fmt, axis)
-        limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
-        sums.clipped += int((wide.abs() > limit).sum())
-        used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
-        sums.scales.append((scale * outer)[used].flatten())
+        if isinstance(fmt, BlockFormat):
+            wide = x if x.dtype is torch.float64 else x.float()
+            axis %= max(x.dim(), 1)
+            scale, outer = storage.block_scales(wide, fmt, axis)
+            limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
+            used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
+            sums.scales.append((scale * outer)[used].flatten())
+            sums.clipped += _kernels().above(arrays[0], _array(limit))
+        else:
+            sums.clipped += _kernels().above(arrays[0], np.broadcast_to(arrays[0].dtype.type(fmt.max), arrays[0].shape))
 
     def _observe_weight(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
     ) -> None:
         """A weight a step after it was sampled: did rounding swallow its update?"""
-        previous = self._weights.get((call.site.name, role))
-        if previous is None or previous[0].step + 1 != call.step or previous[1].shape != x.shape:
+        key = (call.site.name, role.label)
+        if key not in self._weights or self._weights[key][0].step + 1 != call.step:
             return
-        row, before, rounded = previous
+        row, before, rounded = self._weights.pop(key)
         changed = x.detach() != before
         n = int(changed.sum())
         row.swallowed = int((changed & (result.detach() == rounded)).sum()) / n if n else math.nan
 
 
-def _moments(x: Tensor, q: Tensor) -> tuple[Any, ...]:
-    """(Σx², Σ(q − x)², Σ(q − x), Σ|x|, underflowed, NaN, +Inf, −Inf, max |x|); sums over the finite elements."""
+def _array(x: Tensor) -> np.ndarray[Any, Any]:
+    """The elements in order, as float32 or float64."""
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    arrays = (t.to("cpu", dtype).contiguous().view(-1).numpy() for t in (x, q))
-    return _kernel()(*arrays)
+    array: np.ndarray[Any, Any] = x.detach().to("cpu", dtype).contiguous().view(-1).numpy()
+    return array
+
+
+def _census(x: Tensor) -> tuple[int, int, int, float]:
+    """How many NaN, +Inf and −Inf, and the largest finite magnitude."""
+    array = _array(x)
+    double = array.dtype == np.float64
+    bits = array.view(np.int64 if double else np.int32)
+    sign, infinity = (1 << 63, 0x7FF << 52) if double else (1 << 31, 0xFF << 23)
+    nan, inf, minus, amax = _kernels().census(bits, bits.dtype.type(sign - 1), bits.dtype.type(infinity))
+    return nan, inf, minus, float(bits.dtype.type(amax).view(array.dtype))
 
 
 @functools.cache
-def _kernel() -> Callable[..., tuple[Any, ...]]:
-    import numba
+def _kernels() -> Any:
+    from lpsim import telemetry_kernels
 
-    @numba.njit(cache=True, nogil=True)
-    def moments(x, q):  # type: ignore[no-untyped-def]
-        signal = noise = error = magnitude = amax = 0.0
-        underflowed = nan = inf = minus = 0
-        for i in range(x.size):
-            a, b = numba.float64(x[i]), numba.float64(q[i])
-            if math.isfinite(a) and math.isfinite(b):
-                e, size = b - a, abs(a)
-                signal += a * a
-                noise += e * e
-                error += e
-                magnitude += size
-                underflowed += b == 0 and a != 0
-                amax = max(amax, size)
-            else:
-                nan += math.isnan(a)
-                inf += a == math.inf
-                minus += a == -math.inf
-        return signal, noise, error, magnitude, underflowed, nan, inf, minus, amax
-
-    return moments
+    return telemetry_kernels

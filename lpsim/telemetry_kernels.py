@@ -1,0 +1,70 @@
+"""The sums of telemetry over the elements of a tensor, in Numba: one pass each, on the calling thread.
+
+Sums may be reassociated, so that they run in vector registers: the same on every run and number of threads, though not
+on every kind of machine. Counts and magnitudes are taken from the bits, and are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+
+_compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+
+
+@_compiled
+def census(bits, magnitude, infinity):  # type: ignore[no-untyped-def]
+    """(NaN, +Inf, −Inf, the bits of the largest finite magnitude).
+
+    bits: of the elements, as integers. magnitude: all bits but the sign's. infinity: the bits of +Inf.
+    """
+    nan = inf = minus = 0
+    largest = bits.dtype.type(0)
+    for i in range(bits.size):
+        size = bits[i] & magnitude
+        nan += size > infinity
+        inf += bits[i] == infinity
+        minus += (size == infinity) & (bits[i] < 0)
+        largest = max(largest, size if size < infinity else bits.dtype.type(0))
+    return nan, inf, minus, largest
+
+
+@_compiled
+def rounding(x, q):  # type: ignore[no-untyped-def]
+    """(Σx², Σ(q − x)², Σ(q − x), Σ|x|, how many q are 0 where x is not); where both are finite."""
+    signal = noise = error = magnitude = 0.0
+    underflowed = 0
+    for i in range(x.size):
+        finite = math.isfinite(x[i]) & math.isfinite(q[i])
+        a = numba.float64(x[i]) if finite else 0.0
+        b = numba.float64(q[i]) if finite else 0.0
+        e = b - a
+        signal += a * a
+        noise += e * e
+        error += e
+        magnitude += abs(a)
+        underflowed += (b == 0) & (a != 0)
+    return signal, noise, error, magnitude, underflowed
+
+
+@_compiled
+def above(x, limit):  # type: ignore[no-untyped-def]
+    """How many |x| lie above their limit."""
+    count = 0
+    for i in range(x.size):
+        count += abs(x[i]) > limit[i]
+    return count
+
+
+@_compiled
+def products(a, b):  # type: ignore[no-untyped-def]
+    """(Σa², Σb², Σab)."""
+    aa = bb = ab = 0.0
+    for i in range(a.size):
+        x, y = numba.float64(a[i]), numba.float64(b[i])
+        aa += x * x
+        bb += y * y
+        ab += x * y
+    return aa, bb, ab
