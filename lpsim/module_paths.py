@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import weakref
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+
+from lpsim import checkpoints
 
 OUTSIDE, BACKWARD, ROOT = "<outside>", "<backward>", "<model>"
 
@@ -23,6 +23,10 @@ class Frame:
         self.module = module
         self.path = path
         self.counts = {} if counts is None else counts
+
+    def copy(self) -> Frame:
+        """The same call, with counts of its own from here on."""
+        return Frame(self.module, self.path, dict(self.counts))
 
     def repetition(self, op: str) -> int:
         """How often `op` occurred in this call before; always 0 outside every module, where no call ends."""
@@ -47,8 +51,7 @@ class ModulePaths:
         self._below: dict[tuple[str, int], str] = {}
         self._outside = Frame(None, OUTSIDE)
         self._local = threading.local()
-        # region of a checkpoint -> the frame it was called from, and the frame each backward pass recomputes it in
-        self._regions: weakref.WeakKeyDictionary[Any, tuple[Frame, dict[int, Frame]]] = weakref.WeakKeyDictionary()
+        self.regions = checkpoints.Regions()
 
     def follow(self, stack: ExitStack) -> None:
         """Start; `stack` ends it."""
@@ -65,9 +68,10 @@ class ModulePaths:
         """
         frames = self._frames()
         if frames:
-            self._note_region(frames[-1])
+            self._note_origin(frames[-1])
             return frames[-1]
         if torch._C._current_graph_task_id() == -1:
+            self._note_origin(self._outside)
             return self._outside
         return self._recomputed()
 
@@ -86,11 +90,12 @@ class ModulePaths:
         frames = self._frames()
         if frames:
             parent = frames[-1]
-            self._note_region(parent)
+            self._note_origin(parent, reentrant=True)
         elif torch._C._current_graph_task_id() == -1:
             parent = self._outside
+            self._note_origin(parent, reentrant=True)
         else:
-            parent = self._recomputed(reentrant_allowed=True) or self._outside
+            parent = self._recomputed(entering=True) or self._outside
         frames.append(Frame(module, self._path(parent, module)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -113,30 +118,33 @@ class ModulePaths:
             self._below[key] = path
         return path
 
-    def _note_region(self, frame: Frame) -> None:
-        """Remember the caller of a checkpointed function, at the first op or module of it."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if hooks is None:
+    def _note_origin(self, frame: Frame, reentrant: bool = False) -> None:
+        """Remember the caller of the checkpointed call that is running, at the first op or module of it."""
+        innermost = checkpoints.innermost_by_hooks()
+        if innermost is None:
+            if not reentrant or torch.is_grad_enabled():  # a reentrant region's first pass runs without
+                return
+        elif self.regions.of(innermost).origin is not None:
             return
-        code, cells = getattr(hooks[0], "__code__", None), getattr(hooks[0], "__closure__", None)
-        if code is None or not cells or hooks[0].__module__ != "torch.utils.checkpoint":
-            return
-        region = dict(zip(code.co_freevars, cells, strict=True)).get("frame")
-        if region is not None and region.cell_contents not in self._regions:
-            self._regions[region.cell_contents] = (Frame(frame.module, frame.path, dict(frame.counts)), {})
+        for identity, _, again in checkpoints.checkpoints_on_the_stack():
+            region = self.regions.of(identity)
+            if region.origin is None and not again:
+                region.origin = frame.copy()
 
-    def _recomputed(self, reentrant_allowed: bool = False) -> Frame | None:
-        caller: Any = sys._getframe(1)
-        while caller is not None:
-            if caller.f_globals.get("__name__") == "torch.utils.checkpoint":
-                if caller.f_code.co_name == "unpack_hook" and caller.f_locals.get("frame") in self._regions:
-                    origin, recomputations = self._regions[caller.f_locals["frame"]]
-                    task = torch._C._current_graph_task_id()
-                    return recomputations.setdefault(task, Frame(origin.module, origin.path, dict(origin.counts)))
-                if caller.f_code.co_name == "backward" and not reentrant_allowed:
-                    raise RuntimeError(
-                        "a reentrant checkpoint recomputes ops outside every module, so their site is unknown: "
-                        "pass use_reentrant=False to torch.utils.checkpoint, or checkpoint a module"
-                    )
-            caller = caller.f_back
+    def _recomputed(self, entering: bool = False) -> Frame | None:
+        """The frame that a recomputation runs in: that of its region's caller. None outside of recomputations.
+
+        entering: a module is, whose first pass noted its caller even in a reentrant region.
+        """
+        for identity, reentrant, again in checkpoints.checkpoints_on_the_stack():
+            if not again:
+                continue
+            if reentrant and not entering:
+                raise RuntimeError(
+                    "a reentrant checkpoint recomputes ops outside every module, so their site is unknown: "
+                    "pass use_reentrant=False to torch.utils.checkpoint, or checkpoint a module"
+                )
+            region = self.regions.of(identity)
+            region.begin(torch._C._current_graph_task_id())
+            return region.frame
         return None

@@ -381,11 +381,8 @@ class Simulation:
                 raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
 
     def _call(self, site: Site, calls: int = 1) -> Call:
-        occurrence = 0
-        if site.stochastic:
-            recomputing = torch._C._current_graph_task_id() != -1
-            occurrence = site.occurrence(self._step, recomputing, calls)
-        return Call(site, self.seed, self._step, occurrence, self._observer)
+        step, occurrence = self._paths.regions.draw(site, self._step, calls) if site.stochastic else (self._step, 0)
+        return Call(site, self.seed, step, occurrence, self._observer)
 
     def _bookkeeping(self, frame: Frame | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an op is not the model's: of the backward pass itself, or outside every module and of no graph."""

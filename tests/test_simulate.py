@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
 from lpsim.recipes import BackwardOperands
@@ -195,54 +194,6 @@ def test_stochastic_rounding_is_keyed_by_seed_step_and_call() -> None:
     assert same([first, second], outputs(0, 5, 2))  # and are the same in a run resumed at that step
     assert not torch.equal(first, outputs(0, 6)[0])
     assert not torch.equal(first, outputs(1, 5)[0])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_module_recomputes_with_the_same_bits(reentrant: bool) -> None:
-    model, x, y = gpt()
-    recipe = Recipe.forward(FP4.format, rounding=Rounding.STOCHASTIC)
-
-    def losses(checkpointed: bool) -> Tensor:
-        h = model.tokens(x)
-        for block in model.h:
-            h = checkpoint(block, h, use_reentrant=reentrant) if checkpointed else block(h)
-        return F.cross_entropy(model.lm_head(h).flatten(0, 1), y.flatten())
-
-    def accumulated(checkpointed: bool) -> list[Tensor]:
-        with simulate(model, recipe) as sim:
-            sim.step = 3
-            model.zero_grad()
-            losses(checkpointed).backward()
-            losses(checkpointed).backward()
-            if not reentrant:  # reentrant backward passes add gradients in another order
-                (losses(checkpointed) + losses(checkpointed)).backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    assert same(accumulated(False), accumulated(True))
-
-
-def test_a_checkpointed_function_recomputes_at_its_own_site() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self, active: bool) -> None:
-            super().__init__()
-            self.weight, self.active = nn.Parameter(torch.randn(8, 8)), active
-
-        def forward(self, x: Tensor) -> Tensor:
-            def inner(x: Tensor) -> Tensor:
-                return torch.tanh(x @ self.weight) @ self.weight
-
-            x = x @ self.weight
-            return checkpoint(inner, x, use_reentrant=False) if self.active else inner(x)
-
-    def run(active: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = nn.Sequential(Checkpointed(active), Checkpointed(active))
-        overrides = {"1": Recipe.forward(FP6.format, vector=BF16.format)}
-        recipe = Recipe(Gemm(STOCHASTIC, STOCHASTIC), vector=BF16, overrides=overrides)
-        with simulate(model, recipe):
-            return gradients(model, model(torch.randn(3, 8)).square().sum())
-
-    assert same(run(False), run(True))
 
 
 def test_optimizer_and_clipping_stay_in_full_precision() -> None:

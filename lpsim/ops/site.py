@@ -32,7 +32,6 @@ class Site:
 
     __slots__ = (
         "_count",
-        "_recomputed",
         "_step",
         "dgrad_bits",
         "fprop_bits",
@@ -60,22 +59,12 @@ class Site:
         self.dgrad_bits = _product_bits(recipe.dgrad.lhs, recipe.dgrad.rhs or kept[1])
         self.wgrad_bits = _product_bits(recipe.wgrad.lhs or kept[0], recipe.wgrad.rhs)
         self._step = -1
-        self._count = self._recomputed = 0
+        self._count = 0
 
-    def occurrence(self, step: int, recomputing: bool, calls: int = 1) -> int:
-        """How many calls this site saw before in this step; in a recomputation, the number of the call recomputed.
-
-        `calls` consecutive numbers are taken, and the first is returned.
-
-        Recomputations run latest call first, as a backward pass meets them; so the number is exact where a
-        checkpointed region passes a site once.
-        """
+    def reserve(self, step: int, calls: int = 1) -> int:
+        """How many calls this site saw before in this step; `calls` consecutive numbers are taken from there."""
         if step != self._step:
-            self._step, self._count, self._recomputed = step, 0, 0
-        if recomputing and self._recomputed + calls <= self._count:
-            self._recomputed += calls
-            return self._count - self._recomputed
-        self._recomputed = 0
+            self._step, self._count = step, 0
         self._count += calls
         if self._count > 1 << OCCURRENCE_BITS:
             raise ValueError(
