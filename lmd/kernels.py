@@ -360,6 +360,7 @@ class Plan(plain.Plan):
         for name in ("v", "v_plus", "v_minus", "log_center"):
             self.table[:, COLUMNS.index(name)] = [state[name].data_ptr() if name in state else 0 for state in states]
         self.m0 = np.array([[state["m0"]] for state in states])
+        self.scales = math.nan, np.empty(0, f32)  # of a noise scale
 
     def sample(self, group: dict[str, Any], draw: int) -> list[Tensor]:
         return self._combination(group, draw, f32(-1.0))
@@ -389,8 +390,11 @@ class Plan(plain.Plan):
         self.table[:, GRADIENT] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
 
     def _scales(self, group: dict[str, Any]) -> np.ndarray:
-        """m0 and 2 m0 exp(sigma^2 / 2) of each parameter, float32."""
-        return (self.m0 * (1.0, 2.0 * math.exp(0.5 * group["noise_scale"] ** 2))).astype(f32)
+        """m0 and 2 m0 exp(sigma^2 / 2) of each parameter, float32; kept, since few steps change sigma."""
+        sigma = group["noise_scale"]
+        if self.scales[0] != sigma:
+            self.scales = sigma, (self.m0 * (1.0, 2.0 * math.exp(0.5 * sigma**2))).astype(f32)
+        return self.scales[1]
 
     def _run(self, kernel: Any, *arguments: Any) -> list[Any]:
         """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
@@ -405,7 +409,8 @@ class Plan(plain.Plan):
         try:
             return [part(0), *(other.result() for other in others)]
         finally:
-            wait(others)  # an interrupt must not free memory that they write to
+            if others:
+                wait(others)  # an interrupt must not free memory that they write to
 
 
 def _noise(group: dict[str, Any], draw: int) -> Noise:

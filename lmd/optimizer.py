@@ -4,6 +4,8 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from lmd.priors import PRIORS
 PARAMETERIZATIONS = ("shared", "split")
 NONFINITE = ("raise", "skip")
 POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
+
+# A TorchFunctionMode (a simulated machine, a default device) is for the model: the optimizer's own calls pass it by.
+OUTSIDE_MODES: Any = torch._C.DisableTorchFunction
 
 Group = dict[str, Any]
 Values = Callable[[Group, plain.Plan], list[Tensor]]  # what to put in place of a plan's parameters
@@ -92,7 +97,7 @@ class LMD(Optimizer):
         self._sampling = False  # a sample or the median is in place of the means
         self._draws = 0  # samples taken since the last step
         self._plans: list[tuple[int, plain.Plan]] = []  # with the numbers of their groups
-        self._signature: list[tuple[int, ...]] = []  # of the parameters and states that the plans were made for
+        self._signature: list[int] = []  # of the parameters and states that the plans were made for
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -142,7 +147,8 @@ class LMD(Optimizer):
         with self._replaced(_sample(draw)):
             self._draws += 1
             if self.mc_samples > 1:
-                earlier = self._set_gradients_aside()
+                with OUTSIDE_MODES():
+                    earlier = self._set_gradients_aside()
             try:
                 yield
             except BaseException:
@@ -150,7 +156,8 @@ class LMD(Optimizer):
                     p.grad = gradient
                 raise
         if self.mc_samples > 1:
-            self._average_gradients(earlier, draw)
+            with torch.no_grad(), OUTSIDE_MODES():
+                self._average_gradients(earlier, draw)
 
     @contextmanager
     def median_params(self) -> Iterator[None]:
@@ -182,7 +189,7 @@ class LMD(Optimizer):
         self._sampling = True
         changed: list[plain.Plan] = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), OUTSIDE_MODES():
                 for group, plan in self._planned() if any(group["noise_scale"] for group in self.param_groups) else ():
                     if group["noise_scale"] > 0.0:
                         found = plan.rounded(values(group, plan))
@@ -190,8 +197,9 @@ class LMD(Optimizer):
                         plan.point(found)
             yield
         finally:
-            for plan in changed:
-                plan.point(plan.memory)
+            with OUTSIDE_MODES():
+                for plan in changed:
+                    plan.point(plan.memory)
             self._sampling = False
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
@@ -203,7 +211,6 @@ class LMD(Optimizer):
                     earlier[p], p.grad = p.grad, None
         return earlier
 
-    @torch.no_grad()
     def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
         for group, plan in self._planned():
@@ -228,9 +235,11 @@ class LMD(Optimizer):
             self._signature = self._sign()
         return [(self.param_groups[i], plan) for i, plan in self._plans]
 
-    def _sign(self) -> list[tuple[int, ...]]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        return [(p.data_ptr(), p.requires_grad, *map(id, self.state.get(p, {}).values())) for p in params]
+    def _sign(self) -> list[int]:
+        lists = [group["params"] for group in self.param_groups]
+        params, states = [*chain.from_iterable(lists)], map(dict.values, self.state.values())
+        where, trained = map(Tensor.data_ptr, params), map(attrgetter("requires_grad"), params)
+        return [*map(len, lists), *where, *trained, *map(id, chain.from_iterable(states))]
 
     def _make_plans(self, group: Group, first: int) -> list[plain.Plan]:
         """The group's parameters that are not frozen, numbered from `first` on, divided among the backends."""
@@ -331,7 +340,7 @@ class LMD(Optimizer):
             raise RuntimeError(
                 f"sampled_params ran {self._draws} times since the last step, mc_samples is {self.mc_samples}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), OUTSIDE_MODES():
             self._update(at_sample=self._draws > 0 and self.mc_samples == 1)
         self._draws = 0
         return loss

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lmd import LMD, update
 from lmd.random import NoiseKey, normal_pair
@@ -464,6 +465,32 @@ def test_a_step_inside_the_block_is_refused():
                 optimizer.step(closure)
         with pytest.raises(RuntimeError, match="leave the block first"):
             optimizer.state_dict()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mc_samples": 2}, {"parameterization": "split"}], ids=str)
+@BACKENDS
+def test_function_modes_see_the_model_and_the_closure_not_the_optimizer(settings, fused):
+    """So a simulated machine neither rounds the optimizer's arithmetic nor slows it down."""
+
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(x, Tensor) for x in args):
+                self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    p, optimizer = one(torch.randn(40), fused=fused, **settings)
+    with Seen() as seen:
+        for _ in range(optimizer.mc_samples):
+            with optimizer.sampled_params():
+                p.sum().backward()
+        optimizer.step()
+        assert seen.names == ["sum", "backward"] * optimizer.mc_samples
+        optimizer.step(lambda: p.exp())
+        assert seen.names.count("exp") == optimizer.mc_samples
 
 
 # --- state ---
