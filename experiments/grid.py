@@ -179,7 +179,7 @@ def run_one(config_json: dict[str, Any], folder: str) -> dict[str, Any] | None:
     """
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as train does; so that env.json says so
     config = Config.from_dict(config_json)
     run = RunRecord(Path(folder))
     if stop_requested():

@@ -1,8 +1,9 @@
 """What a run leaves on disk: the folder runs/<grid>/<signature>/ (DESIGN §6).
 
-`config.json`, `env.json`, `metrics.jsonl` (append-only, one object a line), `checkpoint.pt` and, last, `result.json`.
-Whole files are written beside their place, synced and renamed; so kill -9 leaves a folder that is read as it was, less
-the steps since the last checkpoint. Nothing found in a folder is executed: JSON, and checkpoints with
+`config.json`, `env.json`, `metrics.jsonl` (append-only, one object a line), `checkpoint.pt` and, last, `result.json`;
+where telemetry is on, `telemetry.parquet` and `telemetry_cosines.parquet`, replaced with every checkpoint. Whole files
+are written beside their place, synced and renamed; so kill -9 leaves a folder that is read as it was, less the steps
+since the last checkpoint. Nothing found in a folder is executed: JSON, Parquet, and checkpoints with
 `weights_only=True`.
 """
 
@@ -158,6 +159,11 @@ class RunRecord:
                 self._metrics = path.open("ab", buffering=0)
             self._metrics.write(line.encode() + b"\n")
         self.last_step = step
+
+    def write_telemetry(self, tables: Mapping[str, bytes]) -> None:
+        """Replace NAME.parquet by the table of that name."""
+        for name, content in tables.items():
+            write_atomically(self.folder / f"{name}.parquet", content)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`; the metrics up to here are on disk before it is."""

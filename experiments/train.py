@@ -2,7 +2,7 @@
 
 A run is a function of its config: initialization, batches, the optimizer's noise and stochastic rounding are keyed by
 seed and step, so a run stopped anywhere and resumed from its checkpoint ends in the same bits as one that was not (same
-machine, threads and versions). Divergence is an outcome, not an error.
+machine and versions). Divergence is an outcome, not an error.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from experiments.config import Config
 from experiments.data import Batch, Data
 from experiments.record import RunRecord
 from lpsim import simulate
+from lpsim.telemetry import Telemetry
 
 Result = dict[str, Any]
 
@@ -35,7 +36,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
     with deterministic():
         data: Data = config.data.load(config.model)
         model, optimizer = build(config)
-        step, time_before, final = 0, 0.0, dict[str, float]()
+        step, time_before, final, cause = 0, 0.0, dict[str, float](), None
         saved = record.load_checkpoint(config.device)
         if saved is not None:
             model.load_state_dict(saved["model"])
@@ -59,6 +60,10 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
 
         with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
             simulation.step = step
+            telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
+            if telemetry is not None and saved is not None:
+                telemetry.load_state_dict(saved["telemetry"])
+                record.write_telemetry(telemetry.parquet())
             if saved is None:
                 measure(config, model, data, record, step)
             first = step
@@ -67,7 +72,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 simulation.step = step
                 rate = set_learning_rate(config, optimizer, step)
                 batch = data.train_batch(config.seed, step, config.batch_size)
-                loss, grad_norm = gradients(config, model, optimizer, batch)
+                loss, grad_norm = gradients(config, model, optimizer, batch, telemetry)
                 cause = divergence(config, loss, grad_norm, data.classes)
                 if cause is None:
                     optimizer.step()
@@ -80,7 +85,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                     time_ms = 1000 * (time.perf_counter() - begun)
                     record.log(step, "train", loss=loss, lr=rate, grad_norm=grad_norm, time_ms=time_ms)
                 if cause is not None:
-                    return outcome("diverged", cause, {"train_loss": loss})
+                    break
                 final["train_loss"] = loss
                 if step % config.validate_every == 0 or last:
                     measured = measure(config, model, data, record, step)
@@ -88,11 +93,22 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 stopped = stop()
                 if step % config.checkpoint_every == 0 or last or stopped:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    if telemetry is not None:
+                        state["telemetry"] = telemetry.state_dict()
+                        record.write_telemetry(telemetry.parquet())
                     record.save_checkpoint({"step": step, "time_s": time_s(), "final": final, **state})
                     return_free_memory()
                 if stopped and not last:
                     return None
-        return outcome("finished", None, final)
+        if cause is None:
+            return outcome("finished", None, final)
+        if telemetry is not None:
+            if not telemetry.sampling:
+                telemetry = observed_again(config, model, optimizer, batch, telemetry)
+            record.write_telemetry(telemetry.parquet())
+            if (origin := telemetry.first_nonfinite) is not None:
+                cause += f"; the first {origin.kind} after {origin.step} updates at {origin.site}, {origin.role}"
+        return outcome("diverged", cause, {"train_loss": loss})
 
 
 def build(config: Config) -> tuple[nn.Module, Optimizer]:
@@ -120,7 +136,9 @@ def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def gradients(config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch) -> tuple[float, float]:
+def gradients(
+    config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch, telemetry: Telemetry | None = None
+) -> tuple[float, float]:
     """Put the clipped gradient into `.grad`, taken at sampled weights where the optimizer samples.
 
     Returns the loss, averaged over the samples where the optimizer takes several, and the gradient's 2-norm before
@@ -128,14 +146,32 @@ def gradients(config: Config, model: nn.Module, optimizer: Optimizer, batch: Bat
     """
     inputs, targets = (tensor.to(config.device) for tensor in batch)
     samples, total = getattr(optimizer, "mc_samples", 1), 0.0
-    for _ in range(samples):
+    for sample in range(samples):
         with getattr(optimizer, "sampled_params", nullcontext)():
             loss = cross_entropy(model(inputs), targets)
             loss.backward()
+            if sample == 0 and telemetry is not None and telemetry.sampling:
+                telemetry.compare_gradients(lambda: cross_entropy(model(inputs), targets))
         total += loss.item()
     limit = math.inf if config.clip_norm is None else config.clip_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return total / samples, norm.item()
+
+
+def observed_again(
+    config: Config, model: nn.Module, optimizer: Optimizer, batch: Batch, before: Telemetry
+) -> Telemetry:
+    """What `before` saw and, in addition, the step it is at, which was not sampled, run once more.
+
+    The same bits: the weights are as they were, and random bits are keyed by the step.
+    """
+    with simulate(model, config.recipe.build(), seed=config.seed, audit=False) as simulation:
+        simulation.step = before.simulation.step
+        telemetry = Telemetry(simulation, every=1)
+        telemetry.load_state_dict(before.state_dict())
+        gradients(config, model, optimizer, batch, telemetry)
+    optimizer.zero_grad()
+    return telemetry
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -204,16 +240,20 @@ def return_free_memory() -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms inside, the previous setting after.
+    """torch's deterministic algorithms on one CPU thread inside, the previous settings after.
 
-    Fresh memory is not filled, which would cost time: nothing here reads it.
+    One thread, since torch's reductions (of a layer norm's gradients, for one) depend on their number. Fresh memory is
+    not filled, which would cost time: nothing here reads it.
     """
     memory: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     memory.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = fill
