@@ -3,7 +3,8 @@
 Importing it loads neither Numba nor Triton nor any other library's kernels; backends load on first use.
 """
 
-from lpsim import codebooks, formats
+from lpsim import accumulators, codebooks, formats
+from lpsim.accumulator import Accumulator, Alignment, Order
 from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
 from lpsim.quantizer import Quantizer, available_backends
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
@@ -13,6 +14,8 @@ from lpsim.storage import Encoded, decode, encode
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
+    "Alignment",
     "BlockFormat",
     "Codebook",
     "Encoded",
@@ -20,12 +23,14 @@ __all__ = [
     "FloatFormat",
     "Gemm",
     "Key",
+    "Order",
     "Overflow",
     "Quantizer",
     "Recipe",
     "Rounding",
     "ScaleRule",
     "Specials",
+    "accumulators",
     "available_backends",
     "codebooks",
     "decode",

@@ -17,8 +17,8 @@ from lpsim.quantizer import Quantizer
 from lpsim.rounding import Rounding
 
 
-class Accumulator(Protocol):
-    """How the sum of a dot product is formed; None in a Gemm means as the compute dtype's matmul forms it."""
+class Accumulation(Protocol):
+    """How the sum of a dot product is formed, such as an Accumulator; None in a Gemm: as the compute dtype's matmul."""
 
     def matmul(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """lhs [..., M, K] times rhs [..., K, N], batch dimensions broadcast: [..., M, N] in their dtype."""
@@ -52,7 +52,7 @@ class Gemm:
 
     lhs: Quantizer | None = None
     rhs: Quantizer | None = None
-    accumulate: Accumulator | None = None
+    accumulate: Accumulation | None = None
     out: Quantizer | None = None
 
     def __post_init__(self) -> None:

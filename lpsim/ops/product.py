@@ -41,10 +41,16 @@ class Role(enum.IntEnum):
         return self.name.lower().replace("_", ".")
 
 
-def _matmul(gemm: Gemm, exact_bits: int | None, lhs: Tensor, rhs: Tensor) -> Tensor:
-    """lhs [..., M, K] · rhs [..., K, N] with the product's accumulator. exact_bits: see exact.bits_of_product."""
+def _matmul(gemm: Gemm, exact_bits: int | None, lhs: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
+    """lhs [..., M, K] · rhs [..., K, N], or its transpose, with the product's accumulator.
+
+    exact_bits: see exact.bits_of_product. An accumulator gets the operands as the Gemm names them.
+    """
     if gemm.accumulate is not None:
-        return gemm.accumulate.matmul(lhs, rhs)
+        out = gemm.accumulate.matmul(lhs, rhs)
+        return out.mT if transposed else out
+    if transposed:
+        lhs, rhs = rhs.mT, lhs.mT
     return torch.matmul(lhs, rhs) if exact_bits is None else exact.matmul(lhs, rhs, exact_bits)
 
 
@@ -99,15 +105,15 @@ def _backward(ctx: Any, lhs: Tensor, rhs: Tensor, grad: Tensor) -> tuple[Tensor 
         grad_q = call.quantize(Role.DGRAD_LHS, dgrad.lhs, grad, -1)
         rhs_q = call.quantize(Role.DGRAD_RHS, dgrad.rhs, rhs, -3 - rhs_axis)
         rhs_q = rhs_q if rhs_axis == -1 else rhs_q.mT  # [N, K]
-        pair = (grad_q, rhs_q) if lhs_axis == -1 else (rhs_q.mT, grad_q.mT)
-        grad_lhs = _summed_to(ctx.lhs_shape, _matmul(dgrad, call.site.dgrad_bits, *pair))
+        grad_lhs = _matmul(dgrad, call.site.dgrad_bits, grad_q, rhs_q, transposed=lhs_axis != -1)
+        grad_lhs = _summed_to(ctx.lhs_shape, grad_lhs)
         grad_lhs = call.quantize(Role.DGRAD_OUT, dgrad.out, grad_lhs)
     if needs_rhs:  # [K, M] · [M, N]: sums over M
         lhs_q = call.quantize(Role.WGRAD_LHS, wgrad.lhs, lhs, -3 - lhs_axis)
         grad_q = call.quantize(Role.WGRAD_RHS, wgrad.rhs, grad, -2)
         lhs_q = lhs_q if lhs_axis == -1 else lhs_q.mT  # [M, K]
-        pair = (lhs_q.mT, grad_q) if rhs_axis == -2 else (grad_q.mT, lhs_q)
-        grad_rhs = _summed_to(ctx.rhs_shape, _matmul(wgrad, call.site.wgrad_bits, *pair))
+        grad_rhs = _matmul(wgrad, call.site.wgrad_bits, lhs_q.mT, grad_q, transposed=rhs_axis != -2)
+        grad_rhs = _summed_to(ctx.rhs_shape, grad_rhs)
         grad_rhs = call.quantize(Role.WGRAD_OUT, wgrad.out, grad_rhs)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
