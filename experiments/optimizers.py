@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from experiments import baselines
 from experiments.settings import Settings
 from lmd import LMD as LMDOptimizer
+from lmd import Combined
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LMD(OptimizerSettings):
 
     def check(self) -> None:
         super().check()
-        self.make([{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": self.weight_decay}], seed=0)
+        self.make([{"params": [torch.zeros(1, 1, requires_grad=True)], "weight_decay": self.weight_decay}], seed=0)
 
     def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
         return LMDOptimizer(
@@ -100,6 +101,27 @@ class LMDSplit(LMD):
 
     name: ClassVar[str] = "lmd-split"
     parameterization: ClassVar[str] = "split"
+
+
+@dataclass(frozen=True)
+class LMDWithAdamW(LMD):
+    """LMD for the tensors of two and more dimensions, AdamW (lr `adamw_lr`, no decay) for biases and gains."""
+
+    name: ClassVar[str] = "lmd-adamw"
+
+    adamw_lr: float = 0.003
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.adamw_lr > 0, f"adamw_lr must be positive, is {self.adamw_lr}")
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        matrices = [{**group, "params": [p for p in group["params"] if p.ndim >= 2]} for group in groups]
+        vectors = [p for group in groups for p in group["params"] if p.ndim < 2]
+        lmd = super().make([group for group in matrices if group["params"]], seed)
+        assert isinstance(lmd, LMDOptimizer)
+        adamw = AdamW(self.adamw_lr, weight_decay=0.0, betas=self.betas)
+        return Combined(lmd, *([adamw.make([{"params": vectors, "weight_decay": 0.0}], seed)] if vectors else []))
 
 
 @dataclass(frozen=True)
@@ -160,7 +182,7 @@ class MadamUnclamped(Madam):
     clamp: ClassVar[float | None] = None
 
 
-OptimizerConfig = AdamW | LMD | LMDSplit | SGD | Lion | Signum | Madam | MadamUnclamped
+OptimizerConfig = AdamW | LMD | LMDSplit | LMDWithAdamW | SGD | Lion | Signum | Madam | MadamUnclamped
 OPTIMIZERS: dict[str, type[Settings]] = {
-    entry.name: entry for entry in (AdamW, LMD, LMDSplit, SGD, Lion, Signum, Madam, MadamUnclamped)
+    entry.name: entry for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, SGD, Lion, Signum, Madam, MadamUnclamped)
 }

@@ -3,7 +3,8 @@
 What it is and its derivation: lmd/README.md. Importing this package loads neither numba nor triton.
 """
 
+from lmd.combined import Combined
 from lmd.optimizer import LMD
 from lmd.priors import PRIORS, Prior
 
-__all__ = ["LMD", "PRIORS", "Prior"]
+__all__ = ["LMD", "PRIORS", "Combined", "Prior"]

@@ -65,8 +65,8 @@ class LMD(Optimizer):
             False: lmd/plain.py everywhere.
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
-    Parameters of bfloat16 and float16 get a float32 master copy in the state. Sparse gradients are refused
-    (RuntimeError), complex and integer parameters too (TypeError); parameters without a gradient are left alone.
+    Parameters of bfloat16 and float16 get a float32 master copy in the state. A sparse gradient is the dense one that
+    it stands for. Complex and integer parameters are refused (TypeError); parameters without a gradient are left alone.
     """
 
     def __init__(
@@ -219,7 +219,8 @@ class LMD(Optimizer):
             for i, (p, total) in enumerate(zip(plan.params, totals, strict=True)):
                 if p.grad is not None:
                     ratio = 1.0 if total is None else total / update.total(plan.means[i], plan.center(i), sigma, None)
-                    p.grad = (p.grad * (ratio / self.mc_samples)).to(p.dtype)
+                    gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                    p.grad = (gradient * (ratio / self.mc_samples)).to(p.dtype)
         for p, gradient in earlier.items():
             p.grad = gradient if p.grad is None else p.grad + gradient
 
@@ -330,8 +331,8 @@ class LMD(Optimizer):
 
         With a closure (which clears the gradients, computes the loss, calls backward and returns the loss) it is
         evaluated under mc_samples samples, and the mean of the losses is returned. Raises RuntimeError inside
-        `sampled_params`, without any gradient, with a sparse gradient, or when the number of samples taken is no
-        multiple of mc_samples; FloatingPointError for a NaN or infinite gradient where nonfinite is "raise".
+        `sampled_params`, without any gradient, or when the number of samples taken is no multiple of mc_samples;
+        FloatingPointError for a NaN or infinite gradient where nonfinite is "raise".
         """
         if self._sampling:
             raise RuntimeError("step inside sampled_params would update a sample: leave the block first")

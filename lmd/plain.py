@@ -43,16 +43,13 @@ class Plan:
         return values
 
     def gradients(self) -> list[Tensor | None]:
-        """The parameters' gradients, in the dtype and the layout of the means; None where there is none.
-
-        Raises RuntimeError for a sparse one.
-        """
+        """The parameters' gradients, in the dtype and the layout of the means; None where there is none."""
         found: list[Tensor | None] = []
         for p in self.params:
             gradient = p.grad
             if gradient is not None:
                 if gradient.is_sparse:
-                    raise RuntimeError("LMD needs dense gradients: build the embedding with sparse=False")
+                    gradient = gradient.to_dense()  # a row without a gradient moves on by its momentum and its prior
                 if gradient.dtype in MASTER_DTYPE:
                     gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
                 if not gradient.is_contiguous() and p.is_contiguous():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lmd import LMD, update
+from lmd import LMD, Combined, update
 from lmd.random import NoiseKey, normal_pair
 
 BACKENDS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -383,14 +383,22 @@ def test_a_step_without_gradients_is_an_error():
         optimizer.step()
 
 
-def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(10, 3, sparse=True)
-    optimizer = LMD(embedding.parameters(), noise_scale=0.0)
-    embedding(torch.tensor([1, 2])).sum().backward()
-    before = embedding.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="dense gradients"):
-        optimizer.step()
-    assert torch.equal(embedding.weight, before)
+@pytest.mark.parametrize("mc_samples", [1, 2])
+@BACKENDS
+def test_a_sparse_gradient_is_the_dense_one_that_it_stands_for(mc_samples, fused):
+    weights = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(10, 3, sparse=sparse)
+        optimizer = LMD(embedding.parameters(), mc_samples=mc_samples, fused=fused)
+        for step in range(4):
+            optimizer.zero_grad()
+            for draw in range(mc_samples):
+                with optimizer.sampled_params():
+                    embedding(torch.tensor([1, step, 1, draw])).square().sum().backward()
+            optimizer.step()
+        weights.append(embedding.weight.detach())
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -695,6 +703,91 @@ def test_adamw_takes_groups_beside_it():
             optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+
+
+def combine(net: nn.Module) -> Combined:
+    matrices, vectors = ([p for p in net.parameters() if (p.ndim >= 2) == two] for two in (True, False))
+    return Combined(LMD(matrices), torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.1))
+
+
+def train_combined(net: nn.Module, optimizer: Combined, steps: range) -> None:
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step, last_epoch=-1)
+    for step in steps:
+        x, y = make_batch(step)
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            (net(x) - y).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_combined_is_its_parts_stepped_one_after_the_other():
+    nets = make_net(), make_net()
+    train_combined(nets[0], combine(nets[0]), range(6))
+    apart = combine(nets[1])
+    parts = apart.lmd, *apart.others
+    for step in range(6):
+        x, y = make_batch(step)
+        nets[1].zero_grad()
+        with parts[0].sampled_params():
+            (nets[1](x) - y).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(nets[1].parameters(), 1.0)
+        for part, rate in zip(parts, (0.03, 0.01), strict=True):
+            part.param_groups[0]["lr"] = rate * 0.9**step
+            part.step()
+    assert equal(values(nets[0]), values(nets[1]))
+
+
+@pytest.mark.parametrize("clone", ["state_dict", "deepcopy", "pickle"])
+def test_combined_resumes_bit_for_bit(clone):
+    whole, parts = make_net(), make_net()
+    one_go = combine(whole)
+    optimizer = combine(parts)
+    for steps in (range(4), range(4, 8)):
+        train_combined(whole, one_go, steps)
+    train_combined(parts, optimizer, range(4))
+    if clone == "state_dict":
+        saved = io.BytesIO()
+        torch.save(optimizer.state_dict(), saved)
+        saved.seek(0)
+        optimizer = combine(parts)
+        optimizer.load_state_dict(torch.load(saved, weights_only=True))
+    else:
+        pair = (parts, optimizer)
+        parts, optimizer = copy.deepcopy(pair) if clone == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    train_combined(parts, optimizer, range(4, 8))
+    assert equal(values(whole), values(parts))
+    assert {id(g) for g in optimizer.param_groups} == {
+        id(g) for part in (optimizer.lmd, *optimizer.others) for g in part.param_groups
+    }
+    assert all(optimizer.state[p] for p in parts.parameters())
+
+
+def test_combined_skips_what_lmd_skips():
+    net = make_net()
+    optimizer = combine(net)
+    optimizer.lmd.nonfinite = "skip"
+    before = values(net)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert equal(values(net), before) and optimizer.lmd.skipped_steps == 1
+
+
+def test_combined_refuses_what_it_cannot_do():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Combined(LMD([p]), torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(TypeError, match="one LMD"):
+        Combined(LMD([p]), LMD([q]))
+    with pytest.raises(TypeError, match="one LMD"):
+        Combined(torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(ValueError, match="must be 1 here"):
+        Combined(LMD([p], mc_samples=2), torch.optim.SGD([q], lr=0.1))
+    optimizer = Combined(LMD([p]), torch.optim.SGD([q], lr=0.1))
+    with pytest.raises(ValueError, match="of 0 combined optimizers, not of 2"):
+        optimizer.load_state_dict(LMD([p]).state_dict())
 
 
 def test_torch_schedules_set_the_step():

@@ -16,6 +16,7 @@ from experiments.optimizers import (
     AdamW,
     Lion,
     LMDSplit,
+    LMDWithAdamW,
     Madam,
     MadamUnclamped,
     OptimizerSettings,
@@ -40,6 +41,7 @@ ENTRIES = [
     Entry(LMD(lr=0.1, weight_decay=0.0)),
     Entry(LMD(lr=0.1, weight_decay=0.0, noise_scale=0.0)),
     Entry(LMDSplit(lr=0.1, weight_decay=0.0)),
+    Entry(LMDWithAdamW(lr=0.1, weight_decay=0.0)),
     Entry(SGD(lr=0.1, weight_decay=0.0)),
     Entry(Lion(lr=0.05, weight_decay=0.0)),
     Entry(Signum(lr=0.05, weight_decay=0.0)),
@@ -185,20 +187,20 @@ def test_evaluates_a_closure_and_returns_its_loss(entry: Entry) -> None:
 @every_optimizer
 def test_leaves_parameters_without_a_gradient_alone(entry: Entry) -> None:
     problem = Regression(entry)
-    unused = torch.ones(3, requires_grad=True)
+    unused = torch.ones(1, 3, requires_grad=True)
     optimizer = make(entry, problem.weight, unused, weight_decay=0.1 if entry.decays else None)
     problem.loss().backward()
     optimizer.step()
-    assert torch.equal(unused, torch.ones(3))
+    assert torch.equal(unused, torch.ones(1, 3))
 
 
 @every_optimizer
 def test_a_zero_gradient_moves_nothing(entry: Entry) -> None:
-    weight = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    weight = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
     optimizer = make(entry, weight)
-    weight.grad = torch.zeros(3)
+    weight.grad = torch.zeros(1, 3)
     optimizer.step()
-    assert torch.allclose(weight, torch.tensor([1.0, -2.0, 0.5]), rtol=1e-6, atol=0)
+    assert torch.allclose(weight, torch.tensor([[1.0, -2.0, 0.5]]), rtol=1e-6, atol=0)
 
 
 def test_madam_equals_its_equation() -> None:
