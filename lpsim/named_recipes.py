@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from dataclasses import dataclass
 
 from lpsim import formats
 from lpsim.formats import BlockFormat, Format
-from lpsim.quantizer import Quantizer
+from lpsim.quantizer import Quantizer, ScaleClipsWarning
 from lpsim.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.rounding import Rounding, ScaleRule
 
@@ -42,7 +43,10 @@ def _training(
     activations: Format, weights: Format, gradients: Format, gradient_rounding: Rounding = Rounding.TIES_TO_EVEN
 ) -> Recipe:
     """All three products quantized, each operand from its wide tensor."""
-    a, w, g = Quantizer(activations), Quantizer(weights), Quantizer(gradients, rounding=gradient_rounding)
+    a, w = Quantizer(activations), Quantizer(weights)
+    with warnings.catch_warnings():  # what clips does so in the source, too
+        warnings.simplefilter("ignore", ScaleClipsWarning)
+        g = Quantizer(gradients, rounding=gradient_rounding)
     return Recipe(Gemm(a, w), Gemm(g, w), Gemm(a, g), backward_operands=BackwardOperands.UNQUANTIZED)
 
 
@@ -128,7 +132,7 @@ ALL_RECIPES: dict[str, NamedRecipe] = {
             "nvfp4",
             _weights_only(_training(formats.nvfp4, _nvfp4_tiles, formats.nvfp4, Rounding.STOCHASTIC)),
             "NVIDIA 2025, Pretraining Large Language Models with NVFP4, arXiv:2509.25149: weights in 16x16 tiles, "
-            "gradients rounded stochastically",
+            "gradients rounded stochastically, with scales rounded to nearest, which clip",
             omits="the random Hadamard transform of wgrad's operands, and the few layers kept in bfloat16",
         ),
     )

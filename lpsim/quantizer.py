@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -14,9 +15,13 @@ import torch
 
 from lpsim import plan
 from lpsim.formats import BlockFormat, Format
-from lpsim.rounding import Key, Overflow, Rounding
+from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ScaleClipsWarning(UserWarning):
+    """Stochastic rounding into a block format whose scale rule clips: the result is biased toward zero."""
 
 
 class Backend(Protocol):
@@ -40,7 +45,8 @@ class Quantizer:
     random_bits: how many bits of its random word an element's stochastic rounding uses (1 to 32; None: all).
     backend: the name of a backend, or None for the fastest that serves the tensor.
 
-    Raises TypeError or ValueError for a combination that has no meaning.
+    Raises TypeError or ValueError for a combination that has no meaning. Warns (ScaleClipsWarning) where stochastic
+    rounding meets a scale rule that clips: see `clipping_ratio`.
     """
 
     format: Format
@@ -71,6 +77,18 @@ class Quantizer:
                 raise ValueError(f"{self.format.name} has neither Inf nor NaN; use Overflow.SATURATE")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}")
+        if self.rounding is Rounding.STOCHASTIC and isinstance(self.format, BlockFormat):
+            ratio = clipping_ratio(self.format)
+            if ratio > 1:
+                rule = self.format.scale_rule
+                warnings.warn(
+                    f"{self.format.name}: the scale rule {rule.name if isinstance(rule, ScaleRule) else rule} lets a "
+                    f"block's largest magnitude reach {ratio:.4g} times what the scaled element holds. It is clipped, "
+                    "so stochastic rounding is biased there. ScaleRule.CEIL and ScaleRule.RCEIL never clip, nor does "
+                    "a rule of your own that rounds the scale up",
+                    ScaleClipsWarning,
+                    stacklevel=3,
+                )
 
     def __call__(self, x: torch.Tensor, axis: int = -1, key: Key | None = None) -> torch.Tensor:
         """x quantized; the gradient passes straight through. Arguments and errors as for `quantize`."""
@@ -129,6 +147,31 @@ class Quantizer:
         if not -dim <= axis < dim:
             raise ValueError(f"axis must lie in [{-dim}, {dim}) for a tensor of shape {tuple(x.shape)}, got {axis}")
         return axis % dim
+
+
+def clipping_ratio(fmt: BlockFormat) -> float:
+    """The least upper bound of amax / (scale · element.max) over the float32 block maxima amax; above 1 the rule clips.
+
+    For a rule of the user, the largest ratio at 256 magnitudes from 1/2 to 2. Maxima too large for the scale's format
+    are not considered.
+    """
+    element, rule = fmt.element, fmt.scale_rule
+    top = 2.0**element.emax
+    if rule is ScaleRule.FLOOR:
+        bound = 2 * top
+    elif rule is ScaleRule.EVEN:
+        bound = top * (2 - 2.0 ** -(element.mantissa_bits + 1))  # from there on amax rounds up to the next binade
+    elif rule is ScaleRule.ROUND:
+        bound = element.max * (1 + 2.0 ** -(fmt.scale.mantissa_bits + 1))  # just below a midpoint of scales
+    elif isinstance(rule, ScaleRule):
+        return 1.0
+    else:
+        from lpsim import reference
+
+        maxima = [n / 256 for n in (*range(128, 256), *range(256, 512, 2))]
+        bound = max(amax / reference.block_scale(amax, fmt) for amax in maxima)
+    # the largest float32 below the bound
+    return bound / element.max if bound * (1 - 2.0**-24) > element.max else 1.0
 
 
 class _StraightThrough(torch.autograd.Function):
