@@ -21,7 +21,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 PACKAGES = ("lpsim", "torch", "numpy", "numba", "pandas", "scikit-learn")
@@ -160,10 +163,10 @@ class RunRecord:
             self._metrics.write(line.encode() + b"\n")
         self.last_step = step
 
-    def write_telemetry(self, tables: Mapping[str, bytes]) -> None:
-        """Replace NAME.parquet by the table of that name."""
+    def write_telemetry(self, tables: Mapping[str, "Tensor"]) -> None:
+        """Replace NAME.parquet by the bytes of that name."""
         for name, content in tables.items():
-            write_atomically(self.folder / f"{name}.parquet", content)
+            write_atomically(self.folder / f"{name}.parquet", content.cpu().numpy().data)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`; the metrics up to here are on disk before it is."""

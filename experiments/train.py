@@ -63,7 +63,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
             telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
             if telemetry is not None and saved is not None:
                 telemetry.load_state_dict(saved["telemetry"])
-                record.write_telemetry(telemetry.parquet())
+                record.write_telemetry(saved["telemetry"]["tables"])
             if saved is None:
                 measure(config, model, data, record, step)
             first = step
@@ -95,7 +95,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     if telemetry is not None:
                         state["telemetry"] = telemetry.state_dict()
-                        record.write_telemetry(telemetry.parquet())
+                        record.write_telemetry(state["telemetry"]["tables"])
                     record.save_checkpoint({"step": step, "time_s": time_s(), "final": final, **state})
                     return_free_memory()
                 if stopped and not last:
@@ -105,7 +105,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
         if telemetry is not None:
             if not telemetry.sampling:
                 telemetry = observed_again(config, model, optimizer, batch, telemetry)
-            record.write_telemetry(telemetry.parquet())
+            record.write_telemetry(telemetry.state_dict()["tables"])
             if (origin := telemetry.first_nonfinite) is not None:
                 cause += f"; the first {origin.kind} after {origin.step} updates at {origin.site}, {origin.role}"
         return outcome("diverged", cause, {"train_loss": loss})

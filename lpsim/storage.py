@@ -204,7 +204,8 @@ def _block_maxima(x: Tensor, fmt: BlockFormat, axis: int) -> Tensor:
     for d, size in enumerate(_block_size(tuple(x.shape), fmt, axis)):
         if size > 1 and maxima.numel():
             lines = maxima.movedim(d, -1)
-            lines = functional.pad(lines, (0, -lines.shape[-1] % size))
+            if lines.shape[-1] % size:
+                lines = functional.pad(lines, (0, -lines.shape[-1] % size))
             maxima = lines.unflatten(-1, (-1, size)).amax(-1).movedim(-1, d)
     return maxima.reshape(_grid(tuple(x.shape), fmt, axis))
 

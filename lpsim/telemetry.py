@@ -18,7 +18,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ class Row:
     origin: str = ""
 
 
-COSINES = ("step", "parameter", "cosine", "norm_ratio")
+COSINES = {"step": "int", "parameter": "str", "cosine": "float", "norm_ratio": "float"}  # columns and their types
 
 
 @dataclass
@@ -127,9 +127,10 @@ class Telemetry:
         self.every = every
         self.first_nonfinite: NonFinite | None = None
         self._rows: list[Row] = []
-        self._cosines: list[tuple[int, str, float, float]] = []
+        self._cosines: list[tuple[Any, ...]] = []
         self._sums: dict[tuple[str, str], _Sums] = {}
         self._weights: dict[tuple[str, str], tuple[Row, Tensor, Tensor]] = {}  # of the last sampled step
+        self._parameters = list(simulation.model.parameters())
         simulation.sampler = self._observer_at
 
     def rows(self) -> list[Row]:
@@ -139,23 +140,36 @@ class Telemetry:
 
     def table(self) -> pandas.DataFrame:
         """The rows as a frame."""
-        import pandas
-
-        rows = self.rows()
-        return pandas.DataFrame({name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__})
+        return self._tables()["telemetry"].to_pandas()
 
     def cosines(self) -> pandas.DataFrame:
         """What compare_gradients measured: step, parameter, cosine, norm_ratio."""
-        import pandas
+        return self._tables()["telemetry_cosines"].to_pandas()
 
-        return pandas.DataFrame(self._cosines, columns=list(COSINES))
+    def _tables(self) -> dict[str, Any]:
+        """The two as Arrow tables."""
+        import pyarrow
+
+        rows = self.rows()
+        observed = {field.name: (str(field.type), [getattr(row, field.name) for row in rows]) for field in fields(Row)}
+        columns = list(zip(*self._cosines, strict=True)) or [()] * len(COSINES)
+        cosines = {name: (kind, values) for (name, kind), values in zip(COSINES.items(), columns, strict=True)}
+        types = {"int": pyarrow.int64(), "float": pyarrow.float64(), "str": pyarrow.string()}
+        return {
+            name: pyarrow.table({column: pyarrow.array(v, types[kind]) for column, (kind, v) in table.items()})
+            for name, table in (("telemetry", observed), ("telemetry_cosines", cosines))
+        }
 
     def parquet(self) -> dict[str, bytes]:
-        """The table, and the cosines where there are any, as Parquet files by name: "telemetry", "..._cosines"."""
-        tables = {"telemetry": self.table()}
-        if self._cosines:
-            tables["telemetry_cosines"] = self.cosines()
-        return {name: table.to_parquet(index=False) for name, table in tables.items()}
+        """Both tables as Parquet files, by name: telemetry, and telemetry_cosines where gradients were compared."""
+        from pyarrow.parquet import write_table
+
+        files = {}
+        for name, table in self._tables().items():
+            if name == "telemetry" or len(table):
+                write_table(table, file := io.BytesIO())
+                files[name] = file.getvalue()
+        return files
 
     def write(self, path: str | Path) -> None:
         """The table as Parquet, written to another name first; cosines, if any, beside it as NAME_cosines.parquet."""
@@ -169,24 +183,22 @@ class Telemetry:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can hold it.
 
-        The tables are in it as Parquet; and, right after a sampled step, its weights before and after rounding.
+        tables: the Parquet files' bytes. weights: right after a sampled step, each one before and after rounding.
         """
         tables = {name: torch.frombuffer(bytearray(file), dtype=torch.uint8) for name, file in self.parquet().items()}
         due = [(*key, x, q) for key, (row, x, q) in self._weights.items() if row.step == self.simulation.step]
-        return {**tables, "weights": due}
+        return {"tables": tables, "weights": due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave; what was observed so far is dropped."""
-        import pandas
+        from pyarrow.parquet import read_table
 
-        table, cosines = (
-            pandas.read_parquet(io.BytesIO(state[name].cpu().numpy().tobytes())) if name in state else None
-            for name in ("telemetry", "telemetry_cosines")
-        )
-        assert table is not None
+        tables = {
+            name: read_table(io.BytesIO(file.cpu().numpy())).to_pylist() for name, file in state["tables"].items()
+        }
         self._sums.clear()
-        self._rows = [Row(**values) for values in table.to_dict("records")]
-        self._cosines = [] if cosines is None else list(cosines.itertuples(index=False, name=None))
+        self._rows = [Row(**values) for values in tables["telemetry"]]
+        self._cosines = [tuple(values.values()) for values in tables.get("telemetry_cosines", [])]
         origins = [NonFinite(row.step, row.site, row.role, row.origin) for row in self._rows if row.origin]
         self.first_nonfinite = origins[0] if origins else None
         rows = {(row.step, row.site, row.role): row for row in self._rows}
@@ -257,7 +269,7 @@ class Telemetry:
     def _is_weight(self, x: Tensor) -> bool:
         """Whether x lies in the memory of a parameter, as it is now: optimizers that sample put others in its place."""
         place = x.untyped_storage().data_ptr()
-        return any(p.untyped_storage().data_ptr() == place for p in self.simulation.model.parameters())
+        return any(p.untyped_storage().data_ptr() == place for p in self._parameters)
 
     def _note_rounding(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor, result: Tensor) -> None:
         arrays = _array(x), _array(result)
@@ -301,12 +313,12 @@ def _array(x: Tensor) -> np.ndarray[Any, Any]:
 
 def _census(x: Tensor) -> tuple[int, int, int, float]:
     """How many NaN, +Inf and −Inf, and the largest finite magnitude."""
-    array = _array(x)
-    double = array.dtype == np.float64
-    bits = array.view(np.int64 if double else np.int32)
-    sign, infinity = (1 << 63, 0x7FF << 52) if double else (1 << 31, 0xFF << 23)
-    nan, inf, minus, amax = _kernels().census(bits, bits.dtype.type(sign - 1), bits.dtype.type(infinity))
-    return nan, inf, minus, float(bits.dtype.type(amax).view(array.dtype))
+    if not x.numel():
+        return 0, 0, 0, 0.0
+    low, high = (bound.item() for bound in torch.aminmax(x.view(-1) if x.is_contiguous() else x.flatten()))
+    if math.isfinite(low) and math.isfinite(high):
+        return 0, 0, 0, max(abs(low), abs(high))
+    return _kernels().census(_array(x))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The sums of telemetry over the elements of a tensor, in Numba: one pass each, on the calling thread.
 
 Sums may be reassociated, so that they run in vector registers: the same on every run and number of threads, though not
-on every kind of machine. Counts and magnitudes are taken from the bits, and are exact.
+on every kind of machine.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ _compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
 
 
 @_compiled
-def census(bits, magnitude, infinity):  # type: ignore[no-untyped-def]
-    """(NaN, +Inf, −Inf, the bits of the largest finite magnitude).
-
-    bits: of the elements, as integers. magnitude: all bits but the sign's. infinity: the bits of +Inf.
-    """
+def census(x):  # type: ignore[no-untyped-def]
+    """(NaN, +Inf, −Inf, the largest finite magnitude)."""
     nan = inf = minus = 0
-    largest = bits.dtype.type(0)
-    for i in range(bits.size):
-        size = bits[i] & magnitude
-        nan += size > infinity
-        inf += bits[i] == infinity
-        minus += (size == infinity) & (bits[i] < 0)
-        largest = max(largest, size if size < infinity else bits.dtype.type(0))
+    largest = 0.0
+    for i in range(x.size):
+        nan += math.isnan(x[i])
+        inf += x[i] == math.inf
+        minus += x[i] == -math.inf
+        if math.isfinite(x[i]):
+            largest = max(largest, abs(numba.float64(x[i])))
     return nan, inf, minus, largest
 
 
