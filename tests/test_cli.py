@@ -141,8 +141,8 @@ def test_dask_missing_says_how_to_install_it(
 
 def test_bench_without_a_name_runs_every_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in ("optimizer", "quantize", "step"):
+    for name in ("audit", "optimizer", "quantize", "step"):
         module = importlib.import_module(f"experiments.bench.{name}")
         monkeypatch.setattr(module, "run", lambda options, name=name: ran.append(name))
     assert cli.main(["bench"]) == 0
-    assert ran == ["optimizer", "quantize", "step"]
+    assert ran == ["audit", "optimizer", "quantize", "step"]
