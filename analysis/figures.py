@@ -166,12 +166,14 @@ def forest(rows: pd.DataFrame, roles: Roles, title: str, label: str, caption: st
     measured = rows[rows["difference"].notna()]
     if measured.empty:
         return None
+    if plots.far_apart(measured["difference"]):
+        caption += " The axis is logarithmic but for its middle."
     if len(measured) > ROWS:
         kept = measured["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
         caption += f" The {ROWS} largest of {len(measured)} differences are drawn; the table has all."
         measured = measured.loc[sorted(kept)]
     side = "left" if higher_is_better(measured["metric"].iloc[0]) else "right"
-    frame = roles.label(measured) if roles.hue in measured else measured.assign(**{roles.hue: ""})
+    frame = measured.assign(**{roles.hue: measured[roles.hue].map(text) if roles.hue in measured else ""})
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(measured)), layout="constrained")
         plots.forest(

@@ -38,9 +38,10 @@ a { color: #0b5cad; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums;
 overflow-wrap: normal; } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; } th
 { border-bottom: 1.5px solid #1f2328; font-weight: 600; position: sticky; top: 0; background: #fff; vertical-align:
-bottom; } td { border-bottom: 1px solid #e6e9ec; } tr.new > td { border-top: 1.5px solid #aab2ba; } .number {
-text-align: right; } .wrap { white-space: normal; min-width: 16rem; max-width: 44rem; overflow-wrap: anywhere; } .best {
-font-weight: 700; } figure { margin: 1rem 0 1.4rem; } figure img { display: block; height: auto; max-width: 100%; }
+bottom; white-space: normal; } td { border-bottom: 1px solid #e6e9ec; } tr.new > td { border-top: 1.5px solid #aab2ba; }
+.number { text-align: right; } .wrap { white-space: normal; min-width: 16rem; max-width: 44rem; overflow-wrap:
+anywhere; } .best { font-weight: 700; } figure { margin: 1rem 0 1.4rem; } figure img { display: block; height: auto;
+max-width: 100%; }
 code, pre { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size:
 .84rem; } pre { overflow-x: auto; padding: .8rem 1rem; background: #f6f8fa; border: 1px solid #e1e5e9; line-height: 1.4;
 overflow-wrap: normal; } details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; } dt { font-weight:

@@ -22,6 +22,7 @@ LABELS = {"validation_loss": "validation loss (nats)", "validation_accuracy": "v
 DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
+FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
 MANY_RUNS = 6  # runs of one colour in one panel beyond which they are drawn as median and band
 RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
 
@@ -114,6 +115,7 @@ def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[st
         place = at[level] + 0.12
         ax.plot([place], [mean], "_", color=colours[level], markersize=13, markeredgewidth=2)
         ax.plot([place, place], [low, high], "-", color=colours[level], linewidth=1.6)
+    value_axis(ax, frame["primary_metric"])
     ax.set_xticks(range(len(levels)), levels)
     if sum(map(len, levels)) > 40:
         ax.tick_params(axis="x", rotation=25)
@@ -136,6 +138,10 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
             [row["difference"]], [place], "o", color=colour, markersize=6, markerfacecolor="white" if alone else colour
         )
         ax.annotate(f"n = {row['n']}", (1.005, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    if far_apart(frame["difference"]):
+        middle = float(f"{frame['difference'].abs().median():.1g}")
+        ax.set_xscale("symlog", linthresh=middle)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks(range(len(frame)), list(frame["name"]))
     ax.set(ylim=(len(frame) - 0.5, -0.5), xlabel=label)
@@ -143,6 +149,12 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     return ax
+
+
+def far_apart(differences: pd.Series) -> bool:
+    """Whether the largest is so far above the median that a linear axis would show nothing of the others."""
+    sizes = differences.abs()
+    return bool(0 < FAR * sizes.median() <= sizes.max())
 
 
 def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colours: Mapping[str, Any]) -> Axes:

@@ -67,6 +67,8 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "differences": tables.differences(runs),
         "contrasts": tables.contrasts(runs),
         "effects": tables.effects(runs),
+        "against_first": tables.against_first(runs),
+        "growth_against_first": tables.against_first(runs, "weight_growth", per_run),
         "stability": stability.by_arm(runs, per_run),
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
@@ -125,6 +127,8 @@ def _task(
         caption = f"Mean over seeds of format − {BASELINE} with its 95% interval; hollow: n = 1."
         named = _named(mine["differences"])
         yield from _figure(figures.forest(named, roles, f"Difference to {BASELINE}", f"change in {label}", caption))
+    elif len(mine["arms"]) > 1:
+        yield from _against_first(mine["against_first"], roles, label)
     if len(mine["contrasts"]):
         rows = mine["contrasts"]
         settings = ", ".join(dict.fromkeys(rows["reference_settings"])).strip(", ")
@@ -192,6 +196,21 @@ def _difference_columns(rows: pd.DataFrame) -> list[Column]:
         Column("reads as", [summary.verdict(row) for row in records]),
         Column("runs excluded", _texts(rows["excluded"], str), number=True),
     ]
+
+
+def _against_first(rows: pd.DataFrame, roles: figures.Roles, label: str) -> Iterator[str]:
+    names, first_arm = summary.varying(rows), rows.iloc[0]
+    first = summary.arm_name(first_arm, names)
+    differ = [
+        [name for name in names if tables.text(row[name]) != tables.text(first_arm[name])] for _, row in rows.iterrows()
+    ]
+    labels = [summary.arm_name(row, some) for some, row in zip(differ, rows.to_dict("records"), strict=True)]
+    named = rows.assign(name=labels)
+    yield page.heading(3, "Against the first arm")
+    yield page.paragraph(f"Paired by seed: {label} of the arm − of {first}, which the grid lists first.", "note")
+    yield _differences(rows.drop(columns="mean").iloc[1:])
+    caption = "Named by what differs from the first arm; mean over seeds with its 95% interval; hollow: n = 1."
+    yield from _figure(figures.forest(named.iloc[1:], roles, "Against the first arm", f"change in {label}", caption))
 
 
 def _effects(rows: pd.DataFrame, roles: figures.Roles, label: str) -> Iterator[str]:

@@ -149,10 +149,14 @@ def _no_interval(rows: pd.DataFrame) -> str:
 
 
 def varying(table: pd.DataFrame) -> list[str]:
-    """The factors (columns before `metric`) that vary in a table of one task, with optimizer and format."""
+    """The factors (columns before `metric`) that vary in a table of one task, with optimizer, and format where any
+    arm has another than float32.
+    """
     columns = list(table.columns[: table.columns.get_loc("metric")])
     columns = [name for name in columns if name not in (*TASK, "reference", "reference_settings")]
-    return [name for name in columns if name in ("optimizer", "format") or table[name].nunique(dropna=False) > 1]
+    lowered = "format" in columns and (table["format"] != BASELINE).any()
+    shown = ("optimizer", "format") if lowered else ("optimizer",)
+    return [name for name in columns if name in shown or table[name].nunique(dropna=False) > 1]
 
 
 def arm_name(row: Mapping[str, Any] | pd.Series, names: Sequence[str]) -> str:

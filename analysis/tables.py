@@ -134,6 +134,34 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     return _means(pairs(runs), columns, "difference")
 
 
+def against_first(
+    runs: pd.DataFrame, value: str = "primary_metric", per_run: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """One row an arm, the first of its task included: factors, metric, runs, n, mean, difference, low, high, excluded.
+
+    The first arm is the one whose run the grid lists first for the task: a grid of variations lists its base there.
+    `difference` is the mean over the n seeds that have both of (`value` of the arm − `value` of the first arm), `mean`
+    that of `value` over the same runs; `value` is a column of `runs`, or of `per_run` by signature. `excluded` = runs − n
+    are not counted themselves or have no counted partner.
+    """
+    columns, seeds = factors(runs), replicates(runs)
+    ours = runs if per_run is None else runs.merge(per_run, on="signature", how="left", validate="one_to_one")
+    ours = ours.assign(value=ours[value].where(counted(ours)))
+    if per_run is not None:
+        ours["metric"] = value
+    parts = []
+    for _, group in ours.groupby(list(TASK), dropna=False, sort=False):
+        first = group[columns].apply(lambda row, base=group.iloc[0]: all(map(_equal, row, base[columns])), axis=1)
+        base = group.loc[first, [*seeds, "value"]].rename(columns={"value": "base"})
+        parts.append(group.merge(base, on=seeds, how="left", validate="many_to_one"))
+    together = pd.concat(parts) if parts else ours.assign(base=math.nan)
+    together["difference"] = together["value"] - together["base"]
+    table = _means(together, columns, "difference")
+    paired = together[together["difference"].notna()].groupby(columns, dropna=False, sort=False)["value"].mean()
+    table = table.merge(paired.rename("mean").reset_index(), on=columns, how="left", validate="one_to_one")
+    return table[[*columns, "metric", "runs", "n", "mean", "difference", "low", "high", "excluded"]]
+
+
 def contrasts(runs: pd.DataFrame) -> pd.DataFrame:
     """Does one optimizer lose less to a format than another? One row an arm of the other optimizers in another format
     than float32: factors, metric, reference, reference_settings, runs, n, difference, low, high, excluded.
@@ -239,6 +267,10 @@ def best_arm(table: pd.DataFrame) -> pd.Series | None:
 
 def _same(column: pd.Series, value: object) -> pd.Series:
     return column.isna() if pd.isna(value) else column == value
+
+
+def _equal(left: object, right: object) -> bool:
+    return bool(left == right) or (pd.isna(left) and pd.isna(right))
 
 
 def _means(rows: pd.DataFrame, columns: list[str], value: str) -> pd.DataFrame:

@@ -164,7 +164,7 @@ def test_tables_of_a_resumed_grid_equal_those_of_an_uninterrupted_one(quick: Pat
         made.write_json(run / "result.json", json.loads((run / "result.json").read_text()) | {"time_s": 77.0})
     report.write_report(again)
     assert without_times(again) == without_times(quick)
-    assert len(without_times(again)) == 2 * 9
+    assert len(without_times(again)) == 2 * 11
 
 
 def test_the_files_hold_the_frames(quick: Path) -> None:
@@ -279,6 +279,27 @@ def test_a_missing_setting_is_a_level_and_stays_on_the_figures(tmp_path: Path) -
     roles = figures.roles(runs, tables.factors(runs), runs)
     assert (roles.hue, roles.facet) == ("optimizer", "optimizer.noise_scale")
     assert set(roles.label(runs)["optimizer.noise_scale"]) == {"0", "0.1", "–"}
+
+
+def test_a_grid_of_variations_is_compared_with_its_first_arm(tmp_path: Path) -> None:
+    """Names say what differs from it; a difference far from the others makes the axis logarithmic."""
+    configs = [
+        made.config("gpt2-micro", optimizer, "float32", seed, **settings)
+        for seed in range(2)
+        for optimizer in ("lmd", "adamw")
+        for settings in ({}, {"weight_decay": 0.0}, {"weight_decay": 0.3})
+    ]
+    folder = made.write_runs(tmp_path / "runs", configs)
+    report.write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "Against the first arm" in page and "is logarithmic" not in page
+    assert "of lmd, weight_decay 0.1" in page and ">float32<" not in page.split("What ran where")[0]
+    far = next(folder.glob(f"{made.signature(configs[2])}/result.json"))
+    result = json.loads(far.read_text())
+    result["final"]["validation_loss"] = 900.0
+    made.write_json(far, result)
+    report.write_report(folder)
+    assert "is logarithmic" in (folder / "report.html").read_text()
 
 
 def test_plots_draw_every_run_on_the_axes_they_are_given(quick: Path) -> None:

@@ -195,6 +195,39 @@ def test_effects_recover_an_additive_truth(tmp_path: Path) -> None:
     assert list(table["runs"]) == [6, 6, 9]
 
 
+def test_against_first_pairs_every_arm_with_the_first_of_its_task(tmp_path: Path) -> None:
+    settings = [{}, {"noise_scale": 0.0}, {"noise_scale": 0.2, "weight_decay": 0.3}]
+    configs = [
+        made.config(model, "lmd", "float32", seed, **each)
+        for seed in range(4)
+        for model in ("gpt2-micro", "vit-micro")
+        for each in settings
+    ]
+    diverged = made.signature(configs[4 * 3 * 2 - 1])  # the last arm of vit-micro at the last seed
+    runs = loaded(
+        tmp_path, configs, lambda c: ("diverged", 90) if made.signature(c) == diverged else ("finished", None)
+    )
+    random = np.random.default_rng(0)
+    by_seed = random.normal(size=4)
+    change = runs["optimizer.noise_scale"].map({0.05: 0.0, 0.0: -1.0, 0.2: 3.0}) + 0.1 * random.normal(size=len(runs))
+    runs["primary_metric"] = 5.0 * by_seed[runs["seed"]] + change
+    table = tables.against_first(runs)
+    assert list(table["optimizer.noise_scale"]) == [0.05, 0.0, 0.2] * 2
+    assert list(table["n"]) == [4, 4, 4, 4, 4, 3] and list(table["excluded"]) == [0, 0, 0, 0, 0, 1]
+    firsts = table["optimizer.noise_scale"] == 0.05
+    assert (table.loc[firsts, ["difference", "low", "high"]] == 0.0).all(axis=None)
+    for row in table[~firsts].to_dict("records"):
+        of_task = runs[(runs["model"] == row["model"]) & (runs["status"] == "finished")].set_index("seed")
+        arm = of_task[of_task["optimizer.noise_scale"] == row["optimizer.noise_scale"]]["primary_metric"]
+        base = of_task[of_task["optimizer.noise_scale"] == 0.05]["primary_metric"].loc[arm.index]
+        expected = (arm.mean(), *tables.interval(arm - base))
+        np.testing.assert_allclose([row[name] for name in ("mean", "difference", "low", "high")], expected)
+    other = pd.DataFrame({"signature": runs["signature"], "other": 2 * runs["primary_metric"]})
+    doubled = tables.against_first(runs, "other", other)
+    np.testing.assert_allclose(doubled["difference"], 2 * table["difference"])
+    assert set(doubled["metric"]) == {"other"}
+
+
 def test_the_best_arm_is_by_direction_and_complete_arms_come_first() -> None:
     table = pd.DataFrame({"metric": "validation_loss", "mean": [1.0, 2.0, 3.0, math.nan], "excluded": [1, 0, 0, 2]})
     assert tables.best_arm(table).name == 1  # type: ignore[union-attr]
