@@ -141,8 +141,8 @@ def against_first(
 
     The first arm is the one whose run the grid lists first for the task: a grid of variations lists its base there.
     `difference` is the mean over the n seeds that have both of (`value` of the arm − `value` of the first arm), `mean`
-    that of `value` over the same runs; `value` is a column of `runs`, or of `per_run` by signature. `excluded` = runs − n
-    are not counted themselves or have no counted partner.
+    that of `value` over the same runs; `value` is a column of `runs`, or of `per_run` by signature. `excluded` = runs −
+    n are not counted themselves or have no counted partner.
     """
     columns, seeds = factors(runs), replicates(runs)
     ours = runs if per_run is None else runs.merge(per_run, on="signature", how="left", validate="one_to_one")
