@@ -51,20 +51,45 @@ def add_formats(commands: Any) -> None:
     parser = commands.add_parser(
         "formats",
         help="the number formats that exist, as a table; drawn; proved",
-        usage="lpsim formats [--plot FILE] [NAME ...]\n       lpsim formats check NAME [--exhaustive]",
+        usage="lpsim formats [--plot FILE] [--define FILE] [NAME ...]\n"
+        "       lpsim formats check NAME [--define FILE] [--exhaustive]",
     )
     parser.add_argument("words", nargs="*", metavar="NAME", help="formats (default: all of them, some to draw)")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw value lines and relative errors (.png, .svg, .pdf)"
     )
     parser.add_argument("--exhaustive", action="store_true", help="check: walk all 2^32 float32 inputs, in minutes")
+    add_define(parser)
     parser.set_defaults(function=run_formats)
+
+
+def add_define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--define",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file whose top-level number formats become known by name; repeatable",
+    )
+
+
+def define(files: Sequence[Path]) -> None:
+    """Make the formats of the files known. Raises UserError."""
+    from experiments.source_files import SourceError, define_formats
+
+    try:
+        for file in files:
+            define_formats(file)
+    except SourceError as error:
+        raise UserError(str(error)) from error
 
 
 def run_formats(options: argparse.Namespace) -> int:
     from experiments import formats_cli
     from lpsim.conformance import ConformanceError
 
+    define(options.define)
     checked = options.words[:1] == ["check"]
     if checked and len(options.words) != 2:
         raise UserError("check takes the name of one format: lpsim formats check NAME")
@@ -96,6 +121,16 @@ def add_run(commands: Any) -> None:
     parser = commands.add_parser("run", help="run a grid; the same command again resumes it")
     parser.add_argument(
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        metavar="NAME",
+        help="the number formats of a grid that takes formats, as quickstart does",
+    )
+    add_define(parser)
+    parser.add_argument(
+        "--telemetry-every", type=int, metavar="N", help="record what rounding did at every site, every N steps"
     )
     parser.add_argument(
         "--jobs",
@@ -131,16 +166,24 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
-    from experiments.grid import run_grid
-    from experiments.grids import GridError, load_grid
-    from experiments.record import RunFolderError
+    from dataclasses import replace
 
+    from experiments.grid import run_grid
+    from experiments.grids import load_grid
+    from experiments.record import RunFolderError
+    from experiments.source_files import SourceError
+    from lpsim import formats
+
+    define(options.define)
     try:
-        source, configs = load_grid(options.grid)
+        chosen = None if options.formats is None else [formats.get(name) for name in options.formats]
+        source, configs = load_grid(options.grid, chosen)
+        if options.telemetry_every is not None:
+            configs = [replace(config, telemetry_every=options.telemetry_every) for config in configs]
         folder = options.runs / source.stem
         with make_executor(options, folder) as executor:
             rows = run_grid(configs, folder, executor, source, options.argv)
-    except (GridError, RunFolderError, ValueError) as error:
+    except (SourceError, RunFolderError, ValueError) as error:
         raise UserError(str(error)) from error
     print(f"{folder}: {summary(rows)}")
     if options.report:

@@ -14,7 +14,7 @@ from experiments.data import DATA, DataConfig, ModelConfig
 from experiments.models import gpt2, vit
 from experiments.optimizers import OPTIMIZERS, OptimizerConfig
 from experiments.settings import Settings, choose, from_table, names_near
-from lpsim import Gemm, Recipe, Rounding, formats
+from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats
 from lpsim.formats import Format
 from lpsim.recipes import BackwardOperands
 
@@ -43,6 +43,14 @@ class RecipeConfig(Settings):
         self.require(
             self.passes in PASSES, f"passes must be one of {names_near(self.passes, PASSES)}, is {self.passes!r}"
         )
+        rule = getattr(self.format, "scale_rule", None)
+        self.require(
+            rule is None or isinstance(rule, ScaleRule),
+            f"the scale rule of {self.format.name} is a function, which the config of a run, being data, cannot hold; "
+            f"take one of {', '.join(f'ScaleRule.{member.name}' for member in ScaleRule)}, or train with "
+            "lpsim.simulate in a script of your own",
+        )
+        self.build()  # what a Recipe refuses is refused here, before anything is run
 
     def build(self) -> Recipe:
         """The recipe. With "all", dgrad and wgrad round the unrounded tensors again, each along its own axis."""

@@ -23,6 +23,7 @@ from experiments.grid import Row, run_grid
 from experiments.grids import GridError, load_grid
 from experiments.optimizers import LMD, SGD
 from experiments.record import RunFolderError
+from experiments.source_files import SourceError
 from tests import experiment_jobs
 from tests.experiment_jobs import one_thread, tiny_config, tiny_grid, wait_until
 
@@ -348,7 +349,7 @@ def test_an_error_in_a_grid_file_is_one_line(
     (tmp_path / "g.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     for path in ("g.py", str(tmp_path / "g.py")):
-        with pytest.raises(GridError, match=message) as caught:
+        with pytest.raises(SourceError, match=message) as caught:
             load_grid(path)
         assert "\n" not in str(caught.value)
 

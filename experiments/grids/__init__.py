@@ -1,23 +1,30 @@
-"""One file a research question, each with `def grid() -> Iterator[Config]`; `load_grid` reads such a file."""
+"""One file a research question, each with `def grid() -> Iterator[Config]`; `load_grid` reads such a file.
 
-import importlib.util
-import os
+A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`.
+"""
+
+import inspect
 import re
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import Config
 from experiments.settings import names_near
+from experiments.source_files import SourceError, blamed, execute
+from lpsim.formats import Format
 
 HERE = Path(__file__).parent
 
 
-class GridError(Exception):
-    """A grid cannot be used. The message names the file, the line and the reason."""
+class GridError(SourceError):
+    """A grid cannot be used. The message names the file or the grid, and the reason."""
 
 
-def load_grid(source: str) -> tuple[Path, list[Config]]:
-    """The file that `source` names (a path, or a shipped grid) and its configs. Raises GridError with file and line."""
+def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, list[Config]]:
+    """The file that `source` names (a path, or a shipped grid) and its configs, with `formats` if any are given.
+
+    Raises: SourceError with file and line.
+    """
     path = Path(source)
     if not path.is_file():
         shipped = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "__init__")
@@ -26,22 +33,16 @@ def load_grid(source: str) -> tuple[Path, list[Config]]:
         path = HERE / f"{source}.py"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.py", path.name):
         raise GridError(f"{path}: a grid file is named like ablation_1.py; its name becomes the folder of its runs")
-    try:
-        spec = importlib.util.spec_from_file_location(f"grid_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "grid", None)):
+    with blamed(path):
+        grid = getattr(execute(path, f"grid_{path.stem}"), "grid", None)
+        if not callable(grid):
             raise GridError(f"{path}: defines no function grid(); it must be: def grid() -> Iterator[Config]")
-        configs = list(module.grid())
-    except GridError:
-        raise
-    except SyntaxError as error:
-        raise GridError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from None
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
-        raise GridError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from None
+        if formats is None:
+            configs = list(grid())
+        elif "formats" in inspect.signature(grid).parameters:
+            configs = list(grid(formats=tuple(formats)))
+        else:
+            raise GridError(f"{path}: grid() takes no formats to choose; it must be: def grid(formats=(...))")
     if stray := [config for config in configs if not isinstance(config, Config)]:
         raise GridError(f"{path}: grid() must yield Config objects, it yielded {stray[0]!r}")
     return path, configs

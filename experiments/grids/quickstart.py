@@ -1,15 +1,16 @@
 """Does LMD lose less than AdamW to a low-precision forward pass? 24 runs: two optimizers, three formats, two micro
-models, two seeds.
+models, two seeds. Other formats than MXFP6 and MXFP4: `lpsim run quickstart --formats NAME ...`.
 
 Small enough for a laptop, so the answer is a direction at most. The learning rates are those that
 `quickstart_tuning.py` found best in float32, the same number tried for each optimizer (FINDINGS.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from experiments.config import Config, forward, model
 from experiments.data import Digits, StdlibText
 from experiments.optimizers import LMD, AdamW, OptimizerConfig
+from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
@@ -19,16 +20,17 @@ TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
 }
 
 
-def grid() -> Iterator[Config]:
+def grid(formats: Sequence[Format] = (mxfp6_e3m2, mxfp4_e2m1)) -> Iterator[Config]:
+    """formats: beside the float32 that they are compared to."""
     for seed in (0, 1):
         for network, data, batch_size in TASKS:
             for optimizer in TUNED[network.name]:
-                for name in ("float32", "mxfp6_e3m2", "mxfp4_e2m1"):
+                for fmt in dict.fromkeys((float32, *formats)):
                     yield Config(
                         model=network,
                         data=data,
                         optimizer=optimizer,
-                        recipe=forward(name),
+                        recipe=forward(fmt),
                         seed=seed,
                         steps=STEPS,
                         batch_size=batch_size,

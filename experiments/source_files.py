@@ -1,0 +1,59 @@
+"""Python files that a user names on the command line: a grid, or definitions of number formats.
+
+They are executed because the user asked for them by name; a mistake in one is told with its file and line. What they
+define reaches the workers, and the run folders, as data.
+"""
+
+import importlib.util
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from lpsim import formats
+from lpsim.formats import Format
+
+
+class SourceError(Exception):
+    """A file of the user cannot be used. The message names the file, the line and the reason."""
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Turns an exception into a SourceError with the last line of the file that it came through."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except SyntaxError as error:
+        raise SourceError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
+        raise SourceError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from None
+
+
+def execute(path: Path, name: str) -> ModuleType:
+    """The module that the file is. Call it inside `blamed`."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def define_formats(path: Path) -> list[Format]:
+    """Make every number format that the file holds at its top level known by its name, and return them.
+
+    Raises: SourceError for a file that is not there, fails or holds none, and for a name that another format has.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        raise SourceError(f"{path}: no such Python file; it is to define number formats, one constant each")
+    with blamed(path):
+        module = execute(path, f"formats_{path.stem}")
+        defined = [formats.register(value) for value in vars(module).values() if isinstance(value, Format)]
+        if not defined:
+            raise SourceError(f'{path}: defines no number format; for one, write: my5 = FloatFormat("my5", 2, 2)')
+    return defined
