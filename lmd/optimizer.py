@@ -41,7 +41,7 @@ class LMD(Optimizer):
 
     A gradient taken outside `sampled_params` (or with noise_scale 0) is taken at the mean, and `step` treats it so.
 
-    Arguments (all but mc_samples, nonfinite and fused may be set per group):
+    Arguments (all but mc_samples, nonfinite, fused and foreach may be set per group):
         lr: alpha in [0, 1], in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay
             apart. 0.01 to 0.05.
         betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
@@ -61,8 +61,8 @@ class LMD(Optimizer):
         mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
         nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
             anything changes, or "skip" the step and count it in `skipped_steps`.
-        fused: take the fused backend where there is one (lmd/kernels.py on CPU; lmd/gpu.py on GPU, with Triton);
-            False: lmd/plain.py everywhere.
+        fused: take the fused backend where there is one (lmd/kernels.py on CPU; lmd/gpu.py on GPU, with Triton).
+        foreach: elsewhere take a group's parameters as one vector (lmd/foreach.py); False: one by one (lmd/plain.py).
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. A sparse gradient is the dense one that
@@ -85,6 +85,7 @@ class LMD(Optimizer):
         mc_samples: int = 1,
         nonfinite: str = "raise",
         fused: bool = True,
+        foreach: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(mc_samples, int) or mc_samples < 1:
@@ -94,6 +95,7 @@ class LMD(Optimizer):
         self.mc_samples = mc_samples
         self.nonfinite = nonfinite
         self.fused = fused
+        self.foreach = foreach
         self._sampling = False  # a sample or the median is in place of the means
         self._draws = 0  # samples taken since the last step
         self._plans: list[tuple[int, plain.Plan]] = []  # with the numbers of their groups
@@ -244,14 +246,15 @@ class LMD(Optimizer):
 
     def _make_plans(self, group: Group, first: int) -> list[plain.Plan]:
         """The group's parameters that are not frozen, numbered from `first` on, divided among the backends."""
-        chosen: dict[type[plain.Plan], list[tuple[int, Tensor]]] = {}
+        chosen: dict[tuple[type[plain.Plan], torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
         for number, p in enumerate(group["params"], first):
             if p.requires_grad:
                 self._prepare(p, group)
-                chosen.setdefault(self._backend(p), []).append((number, p))
+                dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
+                chosen.setdefault((self._backend(p), dtype, p.device), []).append((number, p))
         return [
             backend([number for number, _ in taken], [p for _, p in taken], [self.state[p] for _, p in taken])
-            for backend, taken in chosen.items()
+            for (backend, _, _), taken in chosen.items()
         ]
 
     def _backend(self, p: Tensor) -> type[plain.Plan]:
@@ -267,6 +270,10 @@ class LMD(Optimizer):
 
             if gpu.Plan.serves(mean):
                 return gpu.Plan
+        if self.foreach:
+            from lmd import foreach
+
+            return foreach.Plan
         return plain.Plan
 
     def _prepare(self, p: Tensor, group: Group) -> None:
@@ -321,7 +328,8 @@ class LMD(Optimizer):
         self._draws = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("mc_samples", "nonfinite", "fused", "_sampling", "_draws")}
+        names = ("mc_samples", "nonfinite", "fused", "foreach", "_sampling", "_draws")
+        own = {name: self.__dict__[name] for name in names}
         return {**super().__getstate__(), **own, "_plans": [], "_signature": []}
 
     # --- step ---

@@ -89,20 +89,12 @@ class Plan:
 
         `at_sample`: the gradients were taken at draw 0 of the group's present step, not at the means.
         """
-        settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale", "weight_scaling")}
-        settings["prior"] = PRIORS[group["prior"]]
         for i, (mean, state, gradient) in enumerate(zip(self.means, self.states, gradients, strict=True)):
-            if gradient is None:
-                continue
-            settings["noise"] = self.noise(group, i, 0) if at_sample and group["noise_scale"] > 0.0 else None
-            result: update.Shared | update.Split
-            if group["parameterization"] == "shared":
-                result = update.step_shared(mean, state["v"], gradient, state["m0"], **settings)
-            else:
-                moments = (state["log_center"], state["v_plus"], state["v_minus"])
-                result = update.step_split(mean, *moments, gradient, state["m0"], entropy=group["entropy"], **settings)
-            for name, value in result._asdict().items():
-                (mean if name == "mean" else state[name]).copy_(value)
+            if gradient is not None:
+                noise = self.noise(group, i, 0) if at_sample and group["noise_scale"] > 0.0 else None
+                result = stepped(group, mean, state, gradient, state["m0"], noise)
+                for name, value in result._asdict().items():
+                    (mean if name == "mean" else state[name]).copy_(value)
 
     def publish(self, gradients: list[Tensor | None]) -> None:
         """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""
@@ -110,3 +102,20 @@ class Plan:
             if gradients[i] is not None:
                 self.memory[i].copy_(self.means[i])
         increment_version([p for p, gradient in zip(self.params, gradients, strict=True) if gradient is not None])
+
+
+def stepped(
+    group: dict[str, Any],
+    mean: Tensor,
+    state: dict[str, Any],
+    gradient: Tensor,
+    m0: update.Center,
+    noise: update.Noise | None,
+) -> update.Shared | update.Split:
+    """lmd/update.py's step of the group's parameterization, with the group's settings."""
+    settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale", "weight_scaling")}
+    settings |= {"prior": PRIORS[group["prior"]], "noise": noise}
+    if group["parameterization"] == "shared":
+        return update.step_shared(mean, state["v"], gradient, m0, **settings)
+    moments = (state["log_center"], state["v_plus"], state["v_minus"])
+    return update.step_split(mean, *moments, gradient, m0, entropy=group["entropy"], **settings)

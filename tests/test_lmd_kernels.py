@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmd import LMD, kernels, plain
+from lmd import LMD, foreach, kernels, plain
 from lmd.priors import PRIORS
 
 M0 = 0.02
@@ -112,6 +112,29 @@ def test_a_step_is_the_readable_one_to_the_stated_ulp(parameterization, prior, s
 def test_an_unscaled_step_is_the_readable_one_to_the_stated_ulp(parameterization, at_sample):
     case = make_case(parameterization, sigma=0.3, lr=0.03, weight_decay=0.01, weight_scaling=False)
     check_step(case, at_sample)
+
+
+@pytest.mark.parametrize(("parameterization", "prior"), STEPS)
+@pytest.mark.parametrize("at_sample", [True, False])
+@pytest.mark.parametrize("weight_scaling", [True, False])
+def test_one_vector_for_a_group_is_its_parameters_one_by_one(parameterization, prior, at_sample, weight_scaling):
+    """lmd/foreach.py in float32, within the kernels' bounds of lmd/plain.py in float64; to rounding in float64."""
+    settings = {"sigma": 0.3, "prior": prior, "lr": 0.03, "weight_decay": 0.01, "weight_scaling": weight_scaling}
+    cases = [make_case(parameterization, count=count, **settings) for count in (7, 3000, 1)]
+    check_step(cases[1], at_sample, cases[1].plan(foreach))
+    single = [case.plan(plain, number) for number, case in enumerate(cases)]
+    copies = [case.plan(plain, number) for number, case in enumerate(cases)]
+    together = foreach.Plan([0, 1, 2], [plan.params[0] for plan in copies], [plan.states[0] for plan in copies])
+    group, gradients = cases[0].group, [cases[0].gradient.double(), None, cases[2].gradient.double()]
+    for name in ("sample", "total"):
+        for plan, got in zip(single, getattr(together, name)(group, 0), strict=True):
+            torch.testing.assert_close(got, getattr(plan, name)(group, 0)[0], rtol=1e-13, atol=1e-17)
+    together.step(group, gradients, at_sample)
+    for i, plan in enumerate(single):
+        plan.step(group, [gradients[i]], at_sample)
+        for expected, got in zip(left_by(plan, 0), left_by(together, i), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-17)
+    assert together.finite(gradients) and not together.finite([gradients[0], None, gradients[2] * math.nan])
 
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])

@@ -593,6 +593,24 @@ def test_master_weights_see_steps_that_bfloat16_does_not():
     assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
 
 
+@KINDS
+def test_one_vector_for_a_group_follows_the_same_trajectory_in_every_dtype_at_once(kind):
+    nets = [make_net(dtype) for _ in range(2) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for i, foreach in ((0, False), (3, True)):
+        settings = {"parameterization": kind, "fused": False, "foreach": foreach}
+        optimizer = LMD([p for net in nets[i : i + 3] for p in net.parameters()], **settings)
+        for step in range(3):
+            for number, net in enumerate(nets[i : i + 3]):
+                for p in net.parameters():
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + number)).to(p)
+            with optimizer.sampled_params():
+                pass
+            optimizer.step()
+    for one_by_one, together in zip(nets[:3], nets[3:], strict=True):
+        for p, q in zip(one_by_one.parameters(), together.parameters(), strict=True):
+            torch.testing.assert_close(q, p)
+
+
 @BACKENDS
 def test_state_that_is_replaced_or_cleared_is_taken_note_of(fused):
     """Nothing is kept from before: clearing is starting afresh, and a tensor that is put in is the one that is used."""
