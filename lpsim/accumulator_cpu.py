@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import llvmlite.binding
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpsim import accumulator_kernels, accumulator_tiles
 from lpsim.accumulator import Unit
-from lpsim.accumulator_kernels import BLOCK, WIDTH, any_unit
+from lpsim.accumulator_tiles import (
+    BARE,
+    CUT,
+    GUARDED,
+    HALF,
+    INTEGER,
+    NEAR,
+    NONE,
+    ODD,
+    PLAIN,
+    SATURATED,
+    TRUNCATE,
+    TWO_SUM,
+    WIDTH,
+)
 
 _SERIAL = 1 << 19  # below this many multiply-adds a second thread costs more than it gains
+
+
+class Vectors(NamedTuple):
+    """What the processor's vectors can do beyond fused multiply-adds."""
+
+    directed: bool  # rounding modes in the instruction: AVX-512
+    half: bool  # float16: AVX-512 FP16
+
+
+@functools.cache
+def vectors() -> Vectors:
+    features = llvmlite.binding.get_host_cpu_features()
+    return Vectors(bool(features.get("avx512f", False)), bool(features.get("avx512fp16", False)))
 
 
 @functools.cache
@@ -22,37 +53,141 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lpsim-accumulator")
 
 
+def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | None = None) -> None:
+    """lhs [B, M, K] · rhs [B, K, N] into out [B, M, N], float32 in any layout; none of B, M, N is 0.
+
+    has: what the processor can do, if it shall not do all it can.
+    """
+    if rhs.shape[2] < WIDTH and rhs.shape[2] < lhs.shape[1]:  # columns fill the vectors: let the longer side be columns
+        lhs, rhs, out = rhs.mT, lhs.mT, out.mT
+        unit = unit._replace(operand_emin=unit.operand_emin[::-1])
+    chosen = choose(unit, lhs.shape[2], functools.partial(facts, lhs, rhs), has or vectors())
+    if chosen is None:
+        any_unit(lhs, rhs, unit, out)
+        return
+    kernel = accumulator_tiles.tiles(*chosen, unit.chunk > 1)
+    arguments = unit.chunk, _tile_numbers(unit)
+    if chosen[0] != HALF:
+        _run(kernel, [lhs, rhs, out], accumulator_tiles.BLOCK, arguments)
+        return
+    result = torch.empty_like(out, dtype=torch.float16)
+    halves = [x.half().view(torch.int16) for x in (lhs, rhs)]
+    _run(kernel, [*halves, result.view(torch.int16)], accumulator_tiles.BLOCK, arguments)
+    out.copy_(result)
+
+
+def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
+    """`matmul` by the kernel that serves everything."""
+    _run(accumulator_kernels.any_unit, [lhs, rhs, out], accumulator_kernels.BLOCK, _any_numbers(unit))
+
+
+def _run(kernel: Any, tensors: list[Tensor], block: int, arguments: tuple[Any, ...]) -> None:
+    """The kernel over all tasks, of `block` rows each, on torch's number of threads."""
+    lhs, rhs, out = (x.numpy() for x in tensors)
+    batch, rows, depth = lhs.shape
+    columns = rhs.shape[2]
+    tasks = batch * -(-rows // block) * -(-columns // WIDTH)
+    threads = 1 if batch * rows * depth * columns < _SERIAL else min(torch.get_num_threads(), tasks)
+    if threads == 1:
+        kernel(lhs, rhs, out, *arguments, 0, tasks)
+        return
+    bounds = [tasks * t // threads for t in range(threads + 1)]
+    pool = _pool(threads)
+    for done in [pool.submit(kernel, lhs, rhs, out, *arguments, *span) for span in itertools.pairwise(bounds)]:
+        done.result()
+
+
 @functools.lru_cache(maxsize=256)
-def numbers(unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-    """A unit as the kernels' arguments: integers and floats."""
+def _any_numbers(unit: Unit) -> tuple[np.ndarray, np.ndarray]:
     integers = [unit.mantissa_bits, (unit.emin + 1023) << 52, unit.toward_zero, unit.chunk, unit.pairwise]
     integers += [unit.fraction_bits, unit.aligned_rounding, *unit.operand_emin, unit.emin]
     zero = -0.0 if unit.negative_zero else 0.0
     return np.array(integers, np.int64), np.array([unit.max, unit.beyond, unit.infinite, zero])
 
 
-def run(work: Callable[[int, int], None], tasks: int, multiply_adds: int) -> None:
-    """work(first, last) over all tasks, on torch's number of threads."""
-    threads = 1 if multiply_adds < _SERIAL else min(torch.get_num_threads(), tasks)
-    if threads == 1:
-        work(0, tasks)
-        return
-    bounds = [tasks * t // threads for t in range(threads + 1)]
-    for done in [_pool(threads).submit(work, *span) for span in itertools.pairwise(bounds)]:
-        done.result()
+@functools.lru_cache(maxsize=256)
+def _tile_numbers(unit: Unit) -> np.ndarray:
+    below = 23 - unit.mantissa_bits
+    numbers = np.array([2.0**below, 1.5 * 2.0**below, unit.max, unit.infinite, 0, 0, 0], np.float32)
+    numbers.view(np.int32)[4:] = (unit.emin + 127) << 23, -(1 << below), below
+    return numbers
 
 
-def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
-    """lhs [B, M, K] · rhs [B, K, N] into out [B, M, N], float32 in any layout; none of B, M, N is 0."""
-    if rhs.shape[2] < WIDTH and rhs.shape[2] < lhs.shape[1]:  # columns fill the vectors: let the longer side be columns
-        lhs, rhs, out = rhs.mT, lhs.mT, out.mT
-        unit = unit._replace(operand_emin=unit.operand_emin[::-1])
-    a, b, c = lhs.numpy(), rhs.numpy(), out.numpy()
-    integers, floats = numbers(unit)
-    batch, rows, depth = a.shape
-    tasks = batch * -(-rows // BLOCK) * -(-b.shape[2] // WIDTH)
+class Facts(NamedTuple):
+    """What is known of finite operands and their products.
 
-    def work(first: int, last: int) -> None:
-        any_unit(a, b, c, integers, floats, first, last)
+    log2 of the largest |a·b| at most; the products are multiples of 2^last; bits: significant ones at most; half:
+    whether the operands are float16 numbers.
+    """
 
-    run(work, tasks, batch * rows * depth * b.shape[2])
+    top: float
+    last: int
+    bits: int
+    half: bool
+
+
+def facts(lhs: Tensor, rhs: Tensor) -> Facts | None:
+    """None where there is NaN or Inf."""
+    both = _extremes(lhs), _extremes(rhs)
+    (a_most, a_last, a_bits), (b_most, b_last, b_bits) = both
+    if not (math.isfinite(a_most) and math.isfinite(b_most)):
+        return None
+    half = all(most < 65520 and last >= -24 and bits <= 11 for most, last, bits in both)
+    top = sum(math.log2(max(most, 2.0**-149)) for most in (a_most, b_most)) + 1e-6
+    return Facts(top, a_last + b_last, a_bits + b_bits, half)
+
+
+def _extremes(x: Tensor) -> tuple[float, int, int]:
+    """The largest magnitude (NaN or Inf if there is one), log2 of the smallest last bit, the most significant bits."""
+    x = x[:1] if x.stride(0) == 0 else x
+    order = sorted(range(3), key=lambda d: -x.stride(d))
+    words = x.permute(order).contiguous().view(-1).numpy().view(np.int32)
+    largest, last, bits = accumulator_tiles.extremes(words)
+    return float(np.int32(largest).view(np.float32)), last, bits
+
+
+def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> tuple[int, int, int] | None:
+    """(add, into, guard) of the tile that is exact for these numbers, see accumulator_tiles; None: any_unit."""
+    m, chunked = unit.mantissa_bits, unit.chunk > 1
+    if unit.fraction_bits or unit.pairwise or not unit.negative_zero:
+        return None
+    inf = math.isinf(unit.infinite)
+    like_float32 = unit.emin == -126 and unit.emax == 127 and inf
+    if like_float32 and m == 23 and not unit.toward_zero:
+        return PLAIN, NONE, BARE
+    if like_float32 and unit.toward_zero and has.directed:
+        return CUT, TRUNCATE, BARE
+    if like_float32 and chunked and has.directed and m <= 21:
+        return ODD, INTEGER, BARE
+    known = find()
+    if known is None:
+        return None
+    like_float16 = (m, unit.emin, unit.emax, inf) == (10, -14, 15, True)
+    if like_float16 and known.half and has.half and not chunked and not unit.toward_zero:
+        return HALF, NONE, BARE
+    last, terms = known.last, max(depth, 1)
+    # each rounding lets a sum grow by 1 + 2^-(m+1); and a sum of 2^(m+2) products grows no more
+    highest = known.top + min(math.log2(terms) + 1.5 * terms * 2.0 ** -(m + 1), m + 3)
+    widest_term = known.top + math.log2(min(unit.chunk, terms)) + 0.01 if chunked else known.top
+    if widest_term >= 127 or (chunked and unit.chunk > 2**15):  # sums in float32 grow by less than that 0.01
+        return None
+    within = highest <= unit.emax and last >= unit.emin - m
+    if unit.toward_zero:
+        return (CUT, TRUNCATE, BARE) if within and has.directed else None
+    exact_sums = last >= -149 and highest - last <= 24
+    harmless = not chunked and m <= 10 and known.bits <= m + 1 and last >= -149
+    if exact_sums or harmless:
+        add = PLAIN
+    elif m > 21:
+        return None
+    elif has.directed:
+        add = ODD
+    elif chunked or (known.bits <= 24 and last >= -149):
+        add = TWO_SUM
+    else:
+        return None
+    if within:
+        return add, NEAR, BARE
+    if min(highest, max(unit.emax + 1, widest_term) + 1) + 24 - m >= 127:
+        return None
+    return add, NEAR, GUARDED if unit.infinite != unit.max else SATURATED

@@ -26,12 +26,14 @@ from lpsim import (
     Recipe,
     Rounding,
     Specials,
+    accumulator_cpu,
     accumulators,
     formats,
     reference,
     simulate,
 )
 from lpsim import accumulator_reference as oracle
+from lpsim.accumulator_tiles import BARE, CUT, GUARDED, HALF, NEAR, NONE, ODD, PLAIN, SATURATED, TWO_SUM
 from tests.laws import assert_same_bits, critical_inputs
 
 E8M13 = FloatFormat("e8m13", 8, 13)
@@ -158,6 +160,58 @@ def test_chunks_are_float32_sums_rounded_into_the_accumulator() -> None:
             chunk = chunk + a[:, k, None] * b[k]
         total = to_format(total.double() + chunk.double()).float()  # 14 and 24 bits, near: exact in float64
     assert torch.equal(Accumulator(E8M13, chunk=32).matmul(a, b), total)
+
+
+def operands(kind: str) -> tuple[Tensor, Tensor]:
+    """[53, 300] and [300, 70]: several tiles, blocks of k and columns, all of them ragged."""
+    generator = torch.Generator().manual_seed(len(kind))
+    a, b = torch.randn(53, 300, generator=generator), torch.randn(300, 70, generator=generator)
+    if kind == "narrow":
+        return Q.quantize(a), Q.quantize(b, 0)
+    if kind == "few bits":
+        return (a * 4).round(), (b * 2).round()
+    if kind == "underflowing":
+        return (a * 2.0**-10).half().float(), (b * 2.0**-8).half().float()
+    if kind == "overflowing":
+        return (a * 2.0**7).bfloat16().float(), (b * 2.0**5).bfloat16().float()
+    if kind == "wild":
+        return a * torch.logspace(-30, 30, 300), b * torch.logspace(-20, 20, 70)
+    if kind == "infinite":
+        a[3, 7] = torch.inf
+    return a, b
+
+
+def test_every_tile_equals_the_kernel_for_anything() -> None:
+    """With the instructions of this processor, and without AVX-512; every way of computing is met."""
+    native, met = accumulator_cpu.vectors(), set()
+    kinds = ("normal", "narrow", "few bits", "underflowing", "overflowing", "wild", "infinite")
+    for fmt, chunk, rounding in itertools.product(FORMATS, (1, 32), ROUNDINGS):
+        for overflow in (Overflow.SPECIAL, Overflow.SATURATE):
+            if overflow is Overflow.SPECIAL and not (fmt.has_inf or fmt.has_nan):
+                continue
+            unit = Accumulator(fmt, chunk, rounding=rounding, overflow=overflow).unit
+            for kind in kinds:
+                a, b = (x[None] for x in operands(kind))
+                facts = accumulator_cpu.facts(a, b)
+                expected = None
+                for has in {native, accumulator_cpu.Vectors(False, False)}:
+                    chosen = accumulator_cpu.choose(unit, 300, lambda known=facts: known, has)
+                    if chosen is None:
+                        continue
+                    met.add((*chosen, chunk > 1))
+                    if expected is None:
+                        expected = torch.empty(1, 53, 70)
+                        accumulator_cpu.any_unit(a, b, unit, expected)
+                    out = torch.empty(1, 53, 70)
+                    accumulator_cpu.matmul(a, b, unit, out, has)
+                    assert_same_bits(out.numpy(), expected.numpy(), f"{unit} {kind} {chosen}")
+    adds = {add for add, *_ in met}
+    assert adds == {PLAIN, TWO_SUM} | ({ODD, CUT} if native.directed else set()) | ({HALF} if native.half else set())
+    assert {into for _, into, *_ in met} >= {NONE, NEAR} and {guard for *_, guard, _ in met} == {
+        BARE,
+        GUARDED,
+        SATURATED,
+    }
 
 
 def test_threads_tiles_and_layouts_do_not_matter() -> None:
