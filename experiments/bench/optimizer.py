@@ -1,27 +1,31 @@
 """Time and memory of a step of LMD beside torch's AdamW, and its share of a training step of gpt2-micro.
 
-A step of LMD is `sampled_params` and `step` together. The arms are interleaved, so that a slow phase of the machine is
-a slow phase of every arm, and step the same parameters, shaped as those of a GPT-2 of width 768. Wall time is the
-shortest of the repeats; CPU time, of all threads, their median. Bytes are those of the optimizer's state, counted from
-its tensors, beside the parameters and their gradients.
+A step of LMD is `sampled_params` and `step` together; a training step is that of experiments/train.py. The arms are
+interleaved, so that a slow phase of the machine is a slow phase of every arm, and step the same parameters, shaped as
+those of a GPT-2 of width 768. Wall time is the shortest of the repeats; CPU time, of all threads, their median. Bytes
+are those of the optimizer's state, counted from its tensors, beside the parameters and their gradients.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from experiments import optimizers
+from experiments.config import Config
+from experiments.data import StdlibText
 from experiments.models.gpt2 import MICRO
+from experiments.train import build, gradients
 from lmd import LMD
+from lpsim import Recipe, simulate
 
 WIDTH = 768
 MICRO_BATCH = 16
@@ -83,12 +87,12 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> pd.DataFrame:
     """One row an arm, in ns and bytes per parameter."""
-    optimizers = {name: make(params) for name, make in arms.items()}
+    made = {name: make(params) for name, make in arms.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for optimizer in optimizers.values():
+    for optimizer in made.values():
         step(optimizer)  # state, and compilation
     for _ in range(repeats):
-        for name, optimizer in optimizers.items():
+        for name, optimizer in made.items():
             times[name].append(timed(partial(step, optimizer)))
     count = sum(p.numel() for p in params)
     rows = {
@@ -98,7 +102,7 @@ def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> p
             "state_bytes": state_bytes(optimizer) / count,
             "with_sample_bytes": with_sample_bytes(optimizer) / count,
         }
-        for name, optimizer in optimizers.items()
+        for name, optimizer in made.items()
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
     for unit in ("wall", "cpu"):
@@ -106,30 +110,54 @@ def measure(arms: dict[str, Any], params: list[nn.Parameter], repeats: int) -> p
     return table
 
 
+class Timed:
+    """An optimizer for the training loop that adds up its own CPU time: `sampled_params` and `step`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.seconds = 0.0
+
+    @contextmanager
+    def sampled_params(self) -> Iterator[None]:
+        self.seconds -= time.process_time()
+        with self.optimizer.sampled_params() if isinstance(self.optimizer, LMD) else nullcontext():
+            self.seconds += time.process_time()
+            yield
+            self.seconds -= time.process_time()
+        self.seconds += time.process_time()
+
+    def step(self) -> None:
+        self.seconds += timed(self.optimizer.step)[1]
+
+
 def measure_micro(arms: dict[str, Any], repeats: int) -> pd.DataFrame:
-    """One row an arm: the CPU time of its step after a forward and backward pass, and its share of all three."""
-    torch.manual_seed(0)
-    model = MICRO.build()
-    tokens = torch.randint(0, MICRO.vocab_size, (MICRO_BATCH, MICRO.context + 1))
+    """One row an arm: its CPU time in a step of experiments/train.py's loop, and its share of that step.
 
-    def forward_and_backward() -> None:
-        model.zero_grad()
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-
-    optimizers = {name: make(list(model.parameters())) for name, make in arms.items()}
-    times: dict[str, list[float]] = {name: [] for name in ("model", *arms)}
-    for _ in range(repeats):
-        for name, optimizer in optimizers.items():
-            for i in range(MICRO_RUN):
-                model_s, step_s = timed(forward_and_backward)[1], timed(partial(step, optimizer))[1]
-                if i > 0:  # the first compiles, or finds another arm's tensors in the caches
-                    times["model"].append(model_s)
-                    times[name].append(step_s)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    rows = {
-        name: {"cpu_us": 1e6 * medians[name], "share_percent": 100 * medians[name] / (medians["model"] + medians[name])}
-        for name in arms
-    }
+    The step is the loop's, under a simulation that leaves everything as it is: batch, forward and backward pass,
+    clipping, optimizer, and clearing the gradients.
+    """
+    config = Config(model=MICRO, data=StdlibText(), optimizer=optimizers.AdamW(lr=1e-6), batch_size=MICRO_BATCH)
+    data, (model, _) = config.data.load(MICRO), build(config)
+    own: dict[str, list[float]] = {name: [] for name in arms}
+    whole: dict[str, list[float]] = {name: [] for name in arms}
+    made = {name: make(list(model.parameters())) for name, make in arms.items()}
+    with simulate(model, Recipe()) as simulation:
+        for _ in range(repeats):
+            for name, optimizer in made.items():
+                for i in range(MICRO_RUN):
+                    started, arm = time.process_time(), Timed(optimizer)
+                    batch = data.train_batch(0, simulation.step, MICRO_BATCH)
+                    gradients(config, model, arm, batch)  # type: ignore[arg-type]
+                    arm.step()
+                    optimizer.zero_grad()
+                    if i > 0:  # the first compiles, or finds another arm's tensors in the caches
+                        own[name].append(arm.seconds)
+                        whole[name].append(time.process_time() - started)
+                    simulation.step += 1
+    rows = {}
+    for name in arms:
+        optimizer_s, step_s = statistics.median(own[name]), statistics.median(whole[name])
+        rows[name] = {"cpu_us": 1e6 * optimizer_s, "step_us": 1e6 * step_s, "share_percent": 100 * optimizer_s / step_s}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
