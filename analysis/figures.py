@@ -179,7 +179,7 @@ def forest(rows: pd.DataFrame, roles: Roles, title: str, label: str, caption: st
         plots.forest(
             frame, figure.subplots(), hue=roles.hue, colours=roles.colours, label=f"{label}; {side} of 0 is worse"
         )
-        return Drawing(title, caption, _svg(figure))
+        return Drawing(title, caption, svg(figure))
 
 
 def _panels(
@@ -225,10 +225,11 @@ def _panels(
                 title=roles.hue,
                 alignment="left",
             )
-        return Drawing(title, caption, _svg(figure))
+        return Drawing(title, caption, svg(figure))
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """The figure's file: the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

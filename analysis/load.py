@@ -24,6 +24,7 @@ REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
+TELEMETRY = ("telemetry", "telemetry_cosines")  # Parquet files of a run, where telemetry was on
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -45,6 +46,9 @@ class Results:
     environment: pd.DataFrame
     problems: pd.DataFrame
     not_started: list[str]  # signatures the grid lists that have no folder yet
+    not_listed: list[str]  # folders of runs that the grid does not list: of other formats, or an earlier version
+    telemetry: pd.DataFrame  # signature, and the columns of lpsim's telemetry; empty where no run has any
+    cosines: pd.DataFrame  # signature, step, parameter, cosine, norm_ratio
 
 
 def runs(folder: str | Path) -> pd.DataFrame:
@@ -69,10 +73,18 @@ def metrics(folder: str | Path) -> pd.DataFrame:
 
 
 def problems(folder: str | Path) -> pd.DataFrame:
-    """The folders that are in no table, with a one-line reason: folder, reason. Raises ValueError when `folder` is no
-    grid folder.
+    """The folders that are not, or not wholly, in the tables, with a one-line reason: folder, reason. Raises
+    ValueError when `folder` is no grid folder.
     """
     return read(folder).problems
+
+
+def telemetry(folder: str | Path) -> pd.DataFrame:
+    """Every row of every run's telemetry: signature, then step (updates before it), site, role, format, sqnr_db, ...
+
+    Empty where no run has any. Raises ValueError when `folder` is no grid folder.
+    """
+    return read(folder).telemetry
 
 
 def read(folder: str | Path) -> Results:
@@ -101,14 +113,7 @@ def read(folder: str | Path) -> Results:
         run_rows.append(run)
         environment_rows.extend(sessions)
         metric_rows.extend(numbers)
-    problem_rows += [
-        {
-            "folder": name,
-            "reason": "grid.json does not list this run (left over from an earlier version of the grid); left out",
-        }
-        for name in found
-        if name not in set(listed)
-    ]
+    observed = [_parquet(folder, listed, f"{name}.parquet", problem_rows) for name in TELEMETRY]
     long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
     for column in ("signature", "split", "metric"):
         long[column] = long[column].astype("str")
@@ -120,6 +125,9 @@ def read(folder: str | Path) -> Results:
         environment=_frame(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
         not_started=[name for name in listed if not (folder / name).is_dir()],
+        not_listed=[name for name in found if name not in set(listed)],
+        telemetry=observed[0],
+        cosines=observed[1],
     )
 
 
@@ -204,6 +212,23 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[
             "traceback": None,
         }
     return row, [{"signature": folder.name, "session": place} | each for place, each in enumerate(sessions)], numbers
+
+
+def _parquet(folder: Path, signatures: Iterable[str], name: str, problem_rows: list[dict[str, str]]) -> pd.DataFrame:
+    """The tables of that name of all runs, one below the other; one that cannot be read is added to the problems."""
+    frames = []
+    for signature in signatures:
+        path = folder / signature / name
+        if path.exists():
+            try:
+                frame = pd.read_parquet(path)
+                frame.insert(0, "signature", signature)
+                frames.append(frame)
+            except (OSError, ValueError):  # pyarrow's are ValueErrors
+                problem_rows.append(
+                    {"folder": signature, "reason": f"{name} cannot be read; the rest of the run is used"}
+                )
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["signature"])
 
 
 def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:

@@ -14,19 +14,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import figures, load, page, stability, summary, tables, terms
+from analysis import figures, load, page, stability, summary, tables, telemetry, terms
 from analysis.load import Results
 from analysis.page import Column
 from analysis.plots import LABELS
 from analysis.summary import count, plain, signed, task_name
 from analysis.tables import BASELINE, TASK
 
+LONG = ("metrics", "telemetry", "telemetry_cosines")  # tables that are written as Parquet alone
 TIMES = ("started_at", "time_s")  # of the environment; they differ in every run
 
 
 def write_report(grid_folder: str | Path, output: str | Path | None = None) -> Path:
     """Writes the report of a grid folder and returns its path: `<grid_folder>/report.html`, or `output`; beside it, in
-    `tables/`, the tables as CSV and Parquet (metrics as Parquet alone).
+    `tables/`, the tables as CSV and Parquet (metrics and telemetry as Parquet alone).
 
     Only `environment` and the metric `time_ms` hold times: the other tables of a resumed grid equal those of an
     uninterrupted one. Raises ValueError when `grid_folder` is no grid folder or `output` is a folder, OSError when the
@@ -45,7 +46,7 @@ def write_report(grid_folder: str | Path, output: str | Path | None = None) -> P
         (target.parent / "tables").mkdir(parents=True, exist_ok=True)
         for name, frame in frames.items():
             _write(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
-            if name != "metrics":
+            if name not in LONG:
                 csv = frame.to_csv(index=False, lineterminator="\n")
                 _write(target.parent / "tables" / f"{name}.csv", csv.encode())
         _write(target, text.encode())
@@ -72,6 +73,8 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "stability": stability.by_arm(runs, per_run),
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
+        **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
+        **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
     }
 
 
@@ -158,6 +161,9 @@ def _task(
         yield _learning_rates(mine["learning_rates"])
         yield from _figure(figures.learning_rates(runs, roles))
     yield from _figure(figures.weight_growth(runs, results.metrics, roles))
+    yield from telemetry.section(
+        runs, results.telemetry, results.cosines, tables.factors(results.runs), summary.varying(mine["arms"])
+    )
 
 
 def _arms(rows: pd.DataFrame) -> str:
@@ -302,6 +308,11 @@ def _incomplete(results: Results) -> Iterator[str]:
             Column("reason", list(results.problems["reason"]), wrap=True),
         ]
         yield page.table(columns)
+    if results.not_listed:
+        yield page.paragraph(
+            f"{count(len(results.not_listed), 'run')} in this folder that grid.json does not list, of other formats or "
+            "an earlier version of the grid file, left out."
+        )
     if results.not_started:
         listing = page.preformatted("\n".join(results.not_started))
         yield page.folded(f"{count(len(results.not_started), 'run')} of the grid not started yet", listing)

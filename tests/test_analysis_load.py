@@ -16,7 +16,7 @@ from analysis import load
 from tests import run_folders as made
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("load", "tables", "stability", "terms", "summary", "plots", "figures", "page", "report")
+MODULES = ("load", "tables", "stability", "terms", "summary", "plots", "figures", "page", "telemetry", "report")
 
 
 def small() -> list[made.Config]:
@@ -145,8 +145,8 @@ def test_every_signature_of_the_grid_is_somewhere(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     results = load.read(tmp_path)
     assert results.not_started == [made.signature(configs[0])]
-    assert set(results.problems["folder"]) == {made.signature(configs[1]), stray}
-    seen = [*results.runs["signature"], *results.not_started, *results.problems["folder"]]
+    assert (set(results.problems["folder"]), results.not_listed) == ({made.signature(configs[1])}, [stray])
+    seen = [*results.runs["signature"], *results.not_started, *results.problems["folder"], *results.not_listed]
     assert sorted(seen) == sorted([*(made.signature(config) for config in configs), stray])
 
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysis import load
+from analysis.report import write_report
 from experiments.config import Config, all_products, forward
+from experiments.grid import run_grid
 from experiments.optimizers import LMD, SGD
 from experiments.record import RunRecord
 from experiments.train import build, train
 from lpsim import Rounding
 from tests.experiment_jobs import one_thread, tiny_config
 from tests.test_experiments_train import Stopper, metrics, run, weights
+from tests.test_grid import Here
 
 STOCHASTIC = all_products("mxfp4_e2m1", vector="bfloat16", rounding=Rounding.STOCHASTIC)
 OBSERVED = tiny_config(optimizer=LMD(lr=0.03), recipe=STOCHASTIC, telemetry_every=4)
@@ -149,3 +153,12 @@ def test_several_samples_a_step_are_compared_once(tmp_path: Path) -> None:
     rows, cosines = tables(tmp_path)
     assert not cosines.duplicated(["step", "parameter"]).any()
     assert set(rows["calls"]) == {2}
+
+
+def test_the_report_of_a_grid_with_telemetry(tmp_path: Path) -> None:
+    formats = ("float32", "mxfp4_e2m1")
+    grid = [tiny_config(telemetry_every=5, recipe=forward(name), steps=6) for name in formats]
+    assert [row.status for row in run_grid(grid, tmp_path / "g", Here())] == ["finished", "finished"]
+    assert set(load.telemetry(tmp_path / "g")["step"]) == {0, 5}
+    page = write_report(tmp_path / "g").read_text()
+    assert "What rounding did" in page and "No NaN and no Inf was seen." in page and f"{ATTENTION}.qk" in page
