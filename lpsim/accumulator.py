@@ -7,6 +7,7 @@ so a result depends on neither threads nor tiles. Kernels: `accumulator_cpu` (Nu
 from __future__ import annotations
 
 import enum
+import importlib
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -165,14 +166,16 @@ class Accumulator:
         if out.numel() > 0:
             pair = (lhs.expand(*batch, *lhs.shape[-2:]), rhs.expand(*batch, *rhs.shape[-2:]))
             three = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in (*pair, out)]  # [B, ., .]
-            if out.device.type == "cuda":
-                from lpsim import accumulator_gpu as backend
-            elif out.device.type == "cpu":
-                from lpsim import accumulator_cpu as backend  # type: ignore[no-redef]
-            else:
-                raise ValueError(f"an Accumulator multiplies on a CPU or a GPU, not on {out.device}")
+            backend = importlib.import_module(self._backend(out.device))
             backend.matmul(three[0], three[1], self.unit, three[2])
         return out.to(dtype)
+
+    def _backend(self, device: torch.device) -> str:
+        """The module that serves a device."""
+        backends = {"cpu": "lpsim.accumulator_cpu", "cuda": "lpsim.accumulator_gpu"}
+        if device.type not in backends:
+            raise ValueError(f"an Accumulator multiplies on a CPU or a GPU, not on {device}")
+        return backends[device.type]
 
     def _check_values(self, side: int, x: Tensor) -> None:
         if self.alignment is None or self.alignment.operands is None or x.numel() == 0:

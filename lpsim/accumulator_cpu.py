@@ -140,7 +140,7 @@ def facts(lhs: Tensor, rhs: Tensor) -> Facts | None:
 def _extremes(x: Tensor) -> tuple[float, int, int]:
     """The largest magnitude (NaN or Inf if there is one), log2 of the smallest last bit, the most significant bits."""
     x = x[:1] if x.stride(0) == 0 else x
-    order = sorted(range(3), key=lambda d: -x.stride(d))
+    order = sorted(range(3), key=lambda d: -x.stride()[d])
     words = x.permute(order).contiguous().view(-1).numpy().view(np.int32)
     largest, last, bits = accumulator_tiles.extremes(words)
     return float(np.int32(largest).view(np.float32)), last, bits

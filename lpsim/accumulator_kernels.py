@@ -8,7 +8,7 @@ A task is a block of BLOCK rows and WIDTH columns of one matrix of the batch; it
 first. Each element is computed by one thread, k ascending, whatever the cut.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated, assignment"
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ exponents that occur in lhs and rhs, and picks here only what is then exact:
 
 How a multiply-add is computed (`add`): PLAIN, a float32 fused multiply-add, where it is exact or a second rounding is
 harmless; ODD, rounded to odd by AVX-512 (it rounds down and up; unless these are equal, one is odd); CUT, rounded
-toward zero by AVX-512; TWO_SUM, rounded to odd without AVX-512, of products that are exact in float32; HALF, a float16 fused
-multiply-add by AVX-512 FP16, of operands that are float16: lhs, rhs and out are then float16, passed as int16.
+toward zero by AVX-512; TWO_SUM, rounded to odd without AVX-512, of products that are exact in float32; HALF, a float16
+fused multiply-add by AVX-512 FP16, of operands that are float16: lhs, rhs and out are then float16, passed as int16.
 
 How the result goes into the format (`into`): NONE; NEAR, to nearest even: with E the power of two below |x|, the sum
 x + 2^(23 − m)·E has no room for more than m bits below E, so adding that and subtracting it rounds; TRUNCATE, by
@@ -15,7 +15,7 @@ masking bits; INTEGER, to nearest even on the bits, for formats with float32's e
 max.
 """
 
-# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
+# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated, assignment"
 
 from __future__ import annotations
 
