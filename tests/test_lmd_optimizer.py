@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedules
 from torch.overrides import TorchFunctionMode
 
 from lmd import LMD, Combined, update
@@ -819,6 +820,39 @@ def test_torch_schedules_set_the_step():
         scheduler.step()
         a = a - rate
     torch.testing.assert_close(p.detach().double(), update.posterior_mean(a, 0.5, 0.0), rtol=1e-5, atol=0.0)
+
+
+SCHEDULES: dict[str, Callable[[LMD], Any]] = {
+    "step": lambda optimizer: schedules.StepLR(optimizer, step_size=2),
+    "linear": lambda optimizer: schedules.LinearLR(optimizer, start_factor=0.1, total_iters=5),
+    "one cycle": lambda optimizer: schedules.OneCycleLR(optimizer, max_lr=[0.05, 0.01], total_steps=12),
+    "warm restarts": lambda optimizer: schedules.CosineAnnealingWarmRestarts(optimizer, T_0=3),
+    "plateau": lambda optimizer: schedules.ReduceLROnPlateau(optimizer, patience=0),
+    "in sequence": lambda optimizer: schedules.SequentialLR(
+        optimizer, [schedules.ConstantLR(optimizer, 0.5, 3), schedules.ExponentialLR(optimizer, 0.9)], milestones=[3]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_scheduled_run_is_the_run_with_its_rates_and_betas_set_by_hand(name):
+    nets = make_net(), make_net()
+
+    def make(net: nn.Sequential) -> LMD:
+        vectors = [p for p in net.parameters() if p.ndim < 2]
+        return LMD([{"params": [net[0].weight, net[3].weight]}, {"params": vectors, "lr": 0.01}])
+
+    scheduled, by_hand = make(nets[0]), make(nets[1])
+    scheduler = SCHEDULES[name](scheduled)
+    used = []
+    for step in range(10):
+        for ours, theirs in zip(by_hand.param_groups, scheduled.param_groups, strict=True):
+            ours["lr"], ours["betas"] = theirs["lr"], theirs["betas"]
+        used.append(tuple(group["lr"] for group in by_hand.param_groups))
+        for net, optimizer in zip(nets, (scheduled, by_hand), strict=True):
+            train(net, optimizer, range(step, step + 1))
+        scheduler.step(1.0) if name == "plateau" else scheduler.step()
+    assert equal(values(nets[0]), values(nets[1])) and len(set(used)) > 1
 
 
 @KINDS
