@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ OUTSIDE, BACKWARD, ROOT = "<outside>", "<backward>", "<model>"
 class Frame:
     """One running call of a module: its path, and how often each op has occurred in it."""
 
-    __slots__ = ("counts", "module", "path")
+    __slots__ = ("counts", "guard", "module", "path")
 
     def __init__(self, module: nn.Module | None, path: str, counts: dict[str, int] | None = None) -> None:
         self.module = module
         self.path = path
         self.counts = {} if counts is None else counts
+        self.guard: AbstractContextManager[Any] | None = None  # entered for the time of the call
 
     def copy(self) -> Frame:
         """The same call, with counts of its own from here on."""
@@ -42,9 +44,14 @@ class ModulePaths:
 
     A module used in several places has the path of the current call: below its caller where it is found there. Modules
     that are not the model's have their caller's path. Calls in other threads have stacks of their own.
+
+    guard: asked at each call, with the module and its path, for a context to hold during the call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, guard: Callable[[nn.Module, str], AbstractContextManager[Any] | None] | None = None
+    ) -> None:
+        self._guard = guard
         self._known: dict[int, tuple[nn.Module, str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._known.setdefault(id(module), (module, path or ROOT))
@@ -88,20 +95,40 @@ class ModulePaths:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         frames = self._frames()
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError("a scripted module is called in a simulation: its ops cannot be seen. Call the original")
         if frames:
             parent = frames[-1]
             self._note_origin(parent, reentrant=True)
         elif torch._C._current_graph_task_id() == -1:
+            if torch._C._len_torch_function_stack() == 0 and self._has(module):
+                raise RuntimeError(
+                    "the simulated model is called in another thread, where its ops cannot be seen: enter the "
+                    "simulation in the thread that calls the model"
+                )
             parent = self._outside
             self._note_origin(parent, reentrant=True)
         else:
             parent = self._recomputed(entering=True) or self._outside
-        frames.append(Frame(module, self._path(parent, module)))
+        frame = Frame(module, self._path(parent, module))
+        frames.append(frame)
+        if self._guard is not None:
+            frame.guard = self._guard(module, frame.path)
+            if frame.guard is not None:
+                frame.guard.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         frames = self._frames()
-        while frames and frames.pop().module is not module:
-            pass
+        while frames:
+            frame = frames.pop()
+            if frame.guard is not None:
+                frame.guard.__exit__(None, None, None)
+            if frame.module is module:
+                break
+
+    def _has(self, module: nn.Module) -> bool:
+        """Whether a module is the model's: one that wraps it, compiled or distributed, is not."""
+        return self._known.get(id(module), (None, ""))[0] is module
 
     def _path(self, parent: Frame, module: nn.Module) -> str:
         known = self._known.get(id(module))
@@ -111,7 +138,7 @@ class ModulePaths:
         path = self._below.get(key)
         if path is None:
             path = known[1]
-            if parent.module is not None and parent.module is not module:
+            if parent.module is not None and parent.module is not module and self._has(parent.module):
                 prefix = "" if parent.path == ROOT else f"{parent.path}."
                 names = (name for name, m in parent.module.named_modules(remove_duplicate=False) if m is module)
                 path = next((prefix + name for name in names), path)

@@ -2,7 +2,7 @@
 
 Implements DESIGN §5. A TorchFunctionMode sees each call of a torch function, method or operator; `ops.WRAPPED` says
 what becomes of it. Nothing in torch is patched and no module is replaced: hooks, which live as long as the context,
-tell which module is running. Another thread's calls are not seen.
+tell which module is running. Another thread's calls are not seen; what torch.compile compiled runs uncompiled.
 
 What is not the model's arithmetic is exempt by rule:
 - a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
@@ -41,6 +41,7 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _ATTRIBUTE = ("__get__", "__set__", "__delete__")
 _NOWHERE = Frame(None, BACKWARD)
 _UNCOUNTED: AbstractContextManager[None] = nullcontext()
+_FUSED_IN_EVALUATION = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class UnknownOpError(NotImplementedError):
@@ -111,7 +112,8 @@ class Simulation:
         self._observer: Observer | None = None
         self._sampler: Sampler | None = None
         self._step = 0
-        self._paths = ModulePaths(model)
+        changes_nothing = all(r.products_plain and r.vector is None for r in (recipe, *recipe.overrides.values()))
+        self._paths = ModulePaths(model, self._fused if changes_nothing else None)
         self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
         self._check_overrides()
         self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
@@ -130,6 +132,7 @@ class Simulation:
             raise RuntimeError("a simulation is already running here; its ops would be simulated twice")
         with ExitStack() as stack:
             stack.callback(self._handlers.clear)
+            _run_uncompiled(stack)
             self._paths.follow(stack)
             stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
             stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
@@ -208,6 +211,20 @@ class Simulation:
         """Plain torch inside; the audit counts its products as run outside the simulation."""
         with torch._C.DisableTorchFunction(), self._owned("outside the simulation"):
             yield
+
+    @contextmanager
+    def _as_torch_does(self, name: str) -> Iterator[None]:
+        """A module whose ops are not looked at, because the recipe leaves everything."""
+        if self._auditing and self._auditor is not None:
+            self._auditor.count(name, Kind.PRODUCT, "-", "left by the recipe, with torch's fused evaluation")
+        with torch._C.DisableTorchFunction(), self._owned("left by the recipe"):
+            yield
+
+    def _fused(self, module: nn.Module, path: str) -> AbstractContextManager[None] | None:
+        """For modules that evaluate by a fused kernel of their own, which they leave out where functions are seen."""
+        if module.training or not isinstance(module, _FUSED_IN_EVALUATION):
+            return None
+        return self._as_torch_does(type(module).__name__)
 
     def _stop_audit(self) -> None:
         """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
@@ -322,6 +339,7 @@ class Simulation:
                 for t in _floating(result):
                     self._call(place.first).out(t)
             return result
+        _refuse_strange(first)
         target = args[0] if inplace_argument(func) == -1 else None
         out = kwargs.pop("out", None) if "out" in kwargs else None
         device = first.device.type
@@ -420,6 +438,34 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise TypeError(f"{path} is compiled: its ops cannot be seen. Simulate the model before torch.compile")
     if isinstance(module, nn.DataParallel):
         raise TypeError(f"{path} is DataParallel, whose threads cannot be seen; use DistributedDataParallel")
+
+
+def _run_uncompiled(stack: ExitStack) -> None:
+    """Until `stack` ends, what torch.compile compiled runs as it was written: compiled code calls no torch function."""
+    refusal = "a simulation cannot be entered inside a compiled function: enter it around the call"
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(refusal)
+    try:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    except RuntimeError as error:
+        raise RuntimeError(refusal) from error
+
+
+def _refuse_strange(x: Tensor) -> None:
+    """Products of complex tensors, and of those that stand for others: what is quantized is not what is multiplied."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "the transforms of torch.func (vmap, grad, jvp) are not simulated: batch by a leading axis, and take "
+            "gradients by backward or torch.autograd.grad"
+        )
+    if x.is_complex():
+        raise NotImplementedError("complex products are not simulated: multiply real and imaginary parts")
+    if torch.jit.is_tracing():
+        raise NotImplementedError("a simulation cannot be traced: call torch.jit.trace outside of it")
+    if x.is_nested:
+        raise NotImplementedError("nested tensors are not simulated: pad them, and mask the padding")
+    if x.device.type == "meta":
+        raise NotImplementedError("meta tensors have no values to quantize: simulate on a device that holds them")
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
