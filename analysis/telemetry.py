@@ -88,8 +88,10 @@ def sqnr(runs: pd.DataFrame, rows: pd.DataFrame) -> Drawing | None:
     caption = "The median over runs of the ratio of a tensor's power to that of its rounding error; lighter is worse."
     order = list(dict.fromkeys(frame["operand"]))
     if len(order) > SITES:
-        lowest = frame.groupby("operand")["sqnr_db"].median().sort_values(kind="stable").index[:SITES]
-        caption += f" The {SITES} operands of the lowest median are drawn, of {len(order)}."
+        medians = frame.groupby(["operand", "format"])["sqnr_db"].median()
+        places = medians.groupby("format").rank(method="first").groupby("operand").min()  # the best in any format
+        lowest = places.sort_values(kind="stable").index[:SITES]
+        caption += f" The {SITES} operands of the lowest medians in a format are drawn, of {len(order)}."
         order = [operand for operand in order if operand in set(lowest)]
     names = list(dict.fromkeys(frame["format"]))
     if len(names) > PANELS:
@@ -161,10 +163,9 @@ def section(
                 Column("arm", [arm_name(row, names) for row in table.to_dict("records")]),
                 Column("role", list(table["role"])),
                 Column("rounded to", list(table["rounded_to"])),
-                Column("sites", [str(n) for n in table["sites"]], number=True),
                 Column("SQNR (dB)", _numbers(table["sqnr_db"], ".1f"), number=True),
                 Column("lowest", _numbers(table["lowest_db"], ".1f"), number=True),
-                Column("at", list(table["lowest_site"])),
+                Column("at", list(table["lowest_site"]), wrap=True),
                 *(
                     Column(name, _numbers(table[name], ".2%"), number=True)
                     for name in ("clipped", "underflowed", "swallowed")

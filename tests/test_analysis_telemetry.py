@@ -104,7 +104,7 @@ def test_many_sites_and_formats_fit(folder: Path) -> None:
     ]
     drawing = telemetry.sqnr(runs, pd.DataFrame(rows))
     assert drawing is not None and drawing.svg.startswith(b"<?xml")
-    assert "The 40 operands of the lowest median are drawn, of 60." in drawing.caption
+    assert "The 40 operands of the lowest medians in a format are drawn, of 60." in drawing.caption
     assert "Panels for f6, f7 are left out." in drawing.caption
 
 
