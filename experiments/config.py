@@ -14,7 +14,7 @@ from experiments.data import DATA, DataConfig, ModelConfig
 from experiments.models import gpt2, vit
 from experiments.optimizers import OPTIMIZERS, OptimizerConfig
 from experiments.settings import Settings, choose, from_table, names_near
-from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats
+from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats, named_recipes, recipe_data
 from lpsim.formats import Format
 from lpsim.recipes import BackwardOperands
 
@@ -23,6 +23,7 @@ VERSION = 1  # of the run folder and of what the training loop computes from a c
 MODEL_FAMILIES: dict[str, type[Settings]] = {family.family: family for family in (gpt2.GPT2Config, vit.ViTConfig)}
 MODELS: dict[str, ModelConfig] = {model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.BASE)}
 PASSES = ("forward", "all")
+GIVEN = "given"  # written for passes where the recipe is given whole
 
 
 def model(name: str) -> ModelConfig:
@@ -51,6 +52,10 @@ class RecipeConfig(Settings):
             "lpsim.simulate in a script of your own",
         )
         self.build()  # what a Recipe refuses is refused here, before anything is run
+
+    @property
+    def name(self) -> str:
+        return self.format.name if self.passes == "forward" else f"{self.format.name} in all products"
 
     def build(self) -> Recipe:
         """The recipe. With "all", dgrad and wgrad round the unrounded tensors again, each along its own axis."""
@@ -111,13 +116,41 @@ def _format(format: str | Format) -> Format:
 
 
 @dataclass(frozen=True)
+class GivenRecipe(Settings):
+    """Any Recipe under a name: other formats for gradients, overrides by site, accumulators."""
+
+    name: str  # stands where the format's name stands otherwise, in tables and figures
+    recipe: Recipe
+
+    def check(self) -> None:
+        recipe_data.to_dict(self.recipe)  # refuses what the config, being data, cannot hold
+
+    def build(self) -> Recipe:
+        return self.recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": self.name, "passes": GIVEN, "recipe_definition": recipe_data.to_dict(self.recipe)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        if sorted(data) != ["format", "passes", "recipe_definition"]:
+            raise ValueError(f"a recipe that is given whole has format, passes, recipe_definition; got {sorted(data)}")
+        return cls(data["format"], recipe_data.from_dict(data["recipe_definition"]))
+
+
+def named_recipe(name: str) -> GivenRecipe:
+    """The recipe of that name in lpsim.named_recipes. Raises ValueError naming the close ones."""
+    return GivenRecipe(name, named_recipes.get(name).recipe)
+
+
+@dataclass(frozen=True)
 class Config(Settings):
     """One training run. Steps are optimizer updates; a step number counts completed updates."""
 
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    recipe: RecipeConfig | GivenRecipe = field(default_factory=RecipeConfig)
     seed: int = 0  # of the initialization, the batches, the optimizer's noise and stochastic rounding
     steps: int = 1000
     batch_size: int = 16
@@ -172,7 +205,8 @@ class Config(Settings):
             if name in parts:
                 parts[name] = from_table(table, parts[name], what)
         if "recipe" in parts:
-            parts["recipe"] = RecipeConfig.from_dict(parts["recipe"])
+            given = parts["recipe"].get("passes") == GIVEN
+            parts["recipe"] = (GivenRecipe if given else RecipeConfig).from_dict(parts["recipe"])
         return super().from_dict(parts)
 
     def signature(self) -> str:

@@ -44,7 +44,7 @@ class Row:
 
 def label(config: Config) -> str:
     optimizer = f"{config.optimizer.name} lr {config.optimizer.lr:g}"
-    return f"{optimizer}, {config.recipe.format.name}, {config.model.name}, seed {config.seed}"
+    return f"{optimizer}, {config.recipe.name}, {config.model.name}, seed {config.seed}"
 
 
 def run_grid(

@@ -5,13 +5,17 @@ import json
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from experiments.config import MODELS, Config, RecipeConfig, all_products, forward, model
+from experiments.config import MODELS, Config, GivenRecipe, RecipeConfig, all_products, forward, model, named_recipe
 from experiments.data import Digits, ImageFolders, StdlibText, TokenFiles
 from experiments.models.gpt2 import GPT2Config
 from experiments.optimizers import LMD, OPTIMIZERS, AdamW, Madam
 from experiments.settings import Settings
-from lpsim import FloatFormat, Gemm, Quantizer, Recipe, Rounding, Specials, formats
+from lpsim import BlockFormat, FloatFormat, Gemm, Quantizer, Recipe, Rounding, Specials, formats
+from lpsim.accumulator import Accumulator, Order
+from lpsim.accumulators import HOPPER_FP8
+from lpsim.named_recipes import ALL_RECIPES
 from lpsim.recipes import BackwardOperands
 
 
@@ -23,6 +27,7 @@ def through_json(config: Config) -> Config:
     return Config.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
 
 
+ACCUMULATORS = (HOPPER_FP8, Accumulator(formats.bfloat16), Accumulator(formats.float16, 4, Order.PAIRWISE))
 EVERY_PART = [
     *(text_config(optimizer=OPTIMIZERS[name](lr=0.01)) for name in OPTIMIZERS),
     *(text_config(recipe=forward(name)) for name in formats.ALL_FORMATS),
@@ -31,6 +36,8 @@ EVERY_PART = [
     text_config(model=MODELS["vit-micro"], data=Digits()),
     text_config(model=MODELS["vit-b/16"], data=ImageFolders(folder="imagenet")),
     text_config(recipe=all_products("mxfp4_e2m1", vector="bfloat16", rounding=Rounding.STOCHASTIC)),
+    *(text_config(recipe=named_recipe(name)) for name in ALL_RECIPES),
+    *(text_config(recipe=GivenRecipe("ours", Recipe(Gemm(accumulate=a)))) for a in ACCUMULATORS),
     text_config(clip_norm=None, grid="a", telemetry_every=10),
 ]
 
@@ -87,6 +94,48 @@ def test_every_field_enters_the_signature() -> None:
         other = {"heads": 8, "d_model": 128, "vocab_size": 512}.get(name) or changed(value)
         add(dataclasses.replace(base, model=dataclasses.replace(base.model, **{name: other})))
     add(dataclasses.replace(base, data=StdlibText(validation_windows=7)))
+
+
+def test_the_order_of_overrides_enters_the_signature_as_it_decides() -> None:
+    first, second = {"lm_head": Recipe()}, {"*/linear": forward("mxfp4_e2m1").build()}
+    configs = [text_config(recipe=GivenRecipe("ours", Recipe(overrides=o))) for o in (first | second, second | first)]
+    assert configs[0].signature() != configs[1].signature()
+    assert list(through_json(configs[1]).recipe.build().overrides) == ["*/linear", "lm_head"]
+
+
+def test_a_recipe_that_is_given_runs_as_it_is() -> None:
+    given = named_recipe("nvfp4")
+    assert given.build() == ALL_RECIPES["nvfp4"].recipe == through_json(text_config(recipe=given)).recipe.build()
+    with pytest.raises(ValueError, match="did you mean nvfp4"):
+        named_recipe("nvfp")
+
+
+def test_what_data_cannot_hold_is_refused_in_a_recipe() -> None:
+    class Exact:
+        def matmul(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+            return lhs @ rhs
+
+    with pytest.raises(ValueError, match=r"data cannot hold <.*Exact object.*an lpsim\.Accumulator"):
+        GivenRecipe("ours", Recipe(Gemm(accumulate=Exact())))
+    own = BlockFormat("own", formats.float4_e2m1fn, formats.float8_e4m3fn, scale_rule=lambda amax, element: amax / 3)
+    with pytest.raises(ValueError, match=r"own: the scale rule .*lambda.* is a function; files cannot hold it"):
+        GivenRecipe("ours", Recipe(Gemm(Quantizer(own))))
+    with pytest.raises(ValueError, match=r"the scale rule of own is a function, which .* take one of ScaleRule\.FLOOR"):
+        forward(own)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("recipe_definition", "fprop", "lhz"), None, "a Gemm has the fields lhs, rhs, accumulate, out, got"),
+        (("recipe_definition", "backward_operands"), "rounded", "'rounded' is not a valid BackwardOperands"),
+        (("colour",), "red", r"given whole has format, passes, recipe_definition; got \['colour', "),
+    ],
+)
+def test_a_given_recipe_is_read_as_strictly(path: tuple[str, ...], value: Any, message: str) -> None:
+    data = text_config(recipe=named_recipe("nvfp4")).to_dict()
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(with_value(data, value, "recipe", *path))
 
 
 def test_the_definition_of_a_format_enters_the_signature_not_only_its_name() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments import train as training
-from experiments.config import Config, RecipeConfig, forward, model
+from experiments.config import Config, RecipeConfig, all_products, forward, model, named_recipe
 from experiments.data import Digits
 from experiments.optimizers import LMD, OPTIMIZERS, SGD, AdamW
 from experiments.record import RunRecord
@@ -66,6 +66,8 @@ CONFIGS = {
     **{name: tiny_config(optimizer=OPTIMIZERS[name](lr=0.01)) for name in OPTIMIZERS},
     "lmd stochastic": tiny_config(optimizer=LMD(lr=0.03), recipe=STOCHASTIC),
     "adamw mxfp6": tiny_config(recipe=forward("mxfp6_e3m2", vector="bfloat16")),
+    "adamw nvfp4 training": tiny_config(recipe=named_recipe("nvfp4")),
+    "adamw all products": tiny_config(recipe=all_products("mxfp4_e2m1", rounding=Rounding.STOCHASTIC)),
     "vit": tiny_config(model=model("vit-micro"), data=Digits(), batch_size=60, validate_every=9, recipe=STOCHASTIC),
 }
 
