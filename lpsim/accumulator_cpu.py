@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpsim import accumulator_kernels, accumulator_tiles
+from lpsim import accumulator_aligned, accumulator_kernels, accumulator_tiles
 from lpsim.accumulator import Unit
 from lpsim.accumulator_tiles import (
     BARE,
@@ -45,7 +45,9 @@ class Vectors(NamedTuple):
 @functools.cache
 def vectors() -> Vectors:
     features = llvmlite.binding.get_host_cpu_features()
-    return Vectors(bool(features.get("avx512f", False)), bool(features.get("avx512fp16", False)))
+    return Vectors(
+        all(features.get(name, False) for name in ("avx512f", "avx512dq")), bool(features.get("avx512fp16", False))
+    )
 
 
 @functools.cache
@@ -61,6 +63,9 @@ def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | Non
     if rhs.shape[2] < WIDTH and rhs.shape[2] < lhs.shape[1]:  # columns fill the vectors: let the longer side be columns
         lhs, rhs, out = rhs.mT, lhs.mT, out.mT
         unit = unit._replace(operand_emin=unit.operand_emin[::-1])
+    if unit.fraction_bits:
+        _aligned(lhs, rhs, unit, out, has or vectors())
+        return
     chosen = choose(unit, lhs.shape[2], functools.partial(facts, lhs, rhs), has or vectors())
     if chosen is None:
         any_unit(lhs, rhs, unit, out)
@@ -74,6 +79,18 @@ def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | Non
     halves = [x.half().view(torch.int16) for x in (lhs, rhs)]
     _run(kernel, [*halves, result.view(torch.int16)], accumulator_tiles.BLOCK, arguments)
     out.copy_(result)
+
+
+def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors) -> None:
+    wide = choose_aligned(unit, lhs.shape[2], functools.partial(facts, lhs, rhs), has)
+    if wide is None:
+        any_unit(lhs, rhs, unit, out)
+        return
+    exponents = np.empty(tuple(lhs.shape), np.int32)
+    accumulator_aligned.operand_exponents(lhs.numpy(), unit.operand_emin[0], exponents)
+    numbers = np.array([unit.fraction_bits, -(1 << (23 - unit.mantissa_bits))], np.int32)
+    arguments = exponents, unit.operand_emin[1], unit.chunk, numbers
+    _run(accumulator_aligned.tiles(wide), [lhs, rhs, out], accumulator_tiles.BLOCK, arguments)
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
@@ -146,10 +163,29 @@ def _extremes(x: Tensor) -> tuple[float, int, int]:
     return float(np.int32(largest).view(np.float32)), last, bits
 
 
+def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> bool | None:
+    """Whether the tile of accumulator_aligned needs 64 bits; None: any_unit."""
+    like_float32 = unit.emin == -126 and unit.emax == 127 and unit.negative_zero
+    truncating = unit.toward_zero and unit.aligned_rounding == 0
+    term = 2 ** (unit.fraction_bits + 2)  # a product is less than 4 times its power of two
+
+    def fits(products: int) -> bool:
+        return products * term + term // 2 < 2**31  # the accumulator is one more, less than twice its power of two
+
+    wide = not fits(unit.chunk)
+    half = accumulator_aligned.WIDE_PRODUCTS
+    if not (like_float32 and truncating and has.directed) or (wide and not (unit.chunk <= 2 * half and fits(half))):
+        return None
+    known = find()
+    if known is None or known.bits > 24 or known.last < -126:
+        return None
+    return wide if known.top + math.log2(max(depth, 1)) + 1 <= 127 else None
+
+
 def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> tuple[int, int, int] | None:
     """(add, into, guard) of the tile that is exact for these numbers, see accumulator_tiles; None: any_unit."""
     m, chunked = unit.mantissa_bits, unit.chunk > 1
-    if unit.fraction_bits or unit.pairwise or not unit.negative_zero:
+    if unit.pairwise or not unit.negative_zero:
         return None
     inf = math.isinf(unit.infinite)
     like_float32 = unit.emin == -126 and unit.emax == 127 and inf
@@ -157,11 +193,12 @@ def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vector
         return PLAIN, NONE, BARE
     if like_float32 and unit.toward_zero and has.directed:
         return CUT, TRUNCATE, BARE
-    if like_float32 and chunked and has.directed and m <= 21:
+    anything = like_float32 and chunked and has.directed and m <= 21  # the chunks' float32 sums may be anything, too
+    if anything and unit.chunk >= 64:  # seldom enough to do without the facts
         return ODD, INTEGER, BARE
     known = find()
     if known is None:
-        return None
+        return (ODD, INTEGER, BARE) if anything else None
     like_float16 = (m, unit.emin, unit.emax, inf) == (10, -14, 15, True)
     if like_float16 and known.half and has.half and not chunked and not unit.toward_zero:
         return HALF, NONE, BARE
@@ -170,7 +207,7 @@ def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vector
     highest = known.top + min(math.log2(terms) + 1.5 * terms * 2.0 ** -(m + 1), m + 3)
     widest_term = known.top + math.log2(min(unit.chunk, terms)) + 0.01 if chunked else known.top
     if widest_term >= 127 or (chunked and unit.chunk > 2**15):  # sums in float32 grow by less than that 0.01
-        return None
+        return (ODD, INTEGER, BARE) if anything else None
     within = highest <= unit.emax and last >= unit.emin - m
     if unit.toward_zero:
         return (CUT, TRUNCATE, BARE) if within and has.directed else None
@@ -188,6 +225,8 @@ def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vector
         return None
     if within:
         return add, NEAR, BARE
+    if anything:
+        return ODD, INTEGER, BARE
     if min(highest, max(unit.emax + 1, widest_term) + 1) + 24 - m >= 127:
         return None
     return add, NEAR, GUARDED if unit.infinite != unit.max else SATURATED

@@ -255,7 +255,7 @@ def _pack(rhs, batch, first, columns, width, panel, at):
 def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
     half, by_chunks = add == HALF, int(chunked)
-    rows, vectors = (8, 2) if half else (6, 4) if chunked else (4, 4)
+    rows, vectors = (8, 2) if half else (6, 4) if chunked or into == NONE else (4, 4)
     width = vectors * (32 if half else _LANES)
     array = types.Array(types.int16 if half else types.float32, 3, "A")
     signature = types.void(array, array, array, types.int64, types.float32[::1], types.int64, types.int64)

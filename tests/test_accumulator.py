@@ -219,6 +219,37 @@ def test_every_tile_equals_the_kernel_for_anything() -> None:
     }
 
 
+@pytest.mark.parametrize("name", [*PRESETS, "narrow output", "ragged"])
+def test_aligned_tiles_equal_the_kernel_for_anything(name: str) -> None:
+    """Normal numbers, small ones with zeros and subnormals, a wide spread, cancellation, products far below c."""
+    given = {
+        "narrow output": Accumulator(formats.bfloat16, 4, alignment=Alignment(7), rounding=Rounding.TOWARD_ZERO),
+        "ragged": Accumulator(E8M13, 13, alignment=Alignment(25), rounding=Rounding.TOWARD_ZERO),
+    }
+    accumulator = PRESETS.get(name) or given[name]
+    assert accumulator.alignment is not None
+    to_lhs, to_rhs = (Quantizer(fmt).quantize for fmt in accumulator.alignment.operands or (E4M3, E4M3))
+    lhs, rhs = operands("normal")
+    powers = torch.exp2(torch.arange(300.0).remainder(9) - 6)
+    sign = torch.where(torch.arange(300) % 64 < 32, 1.0, -1.0)
+    for a, b in (
+        (lhs, rhs),
+        (lhs * 2.0**-7 * (lhs.abs() > 0.3), rhs * 2.0**-13),
+        (lhs * powers, rhs * powers.flip(0)[:, None]),
+        (lhs[:, :32].repeat(1, 10)[:, :300] * sign, rhs[:32].repeat(10, 1)[:300]),
+        (lhs * 2.0 ** -(torch.arange(300) // 60), rhs),
+    ):
+        a, b, unit = to_lhs(a)[None], to_rhs(b)[None], accumulator.unit
+        known = accumulator_cpu.facts(a, b)
+        if accumulator_cpu.vectors().directed:
+            wide = accumulator_cpu.choose_aligned(unit, 300, lambda known=known: known, accumulator_cpu.vectors())
+            assert wide == (unit.chunk * 2**unit.fraction_bits == 2**29)  # HOPPER_FP16 and HOPPER_BF16
+        out, expected = torch.empty(1, 53, 70), torch.empty(1, 53, 70)
+        accumulator_cpu.matmul(a, b, unit, out)
+        accumulator_cpu.any_unit(a, b, unit, expected)
+        assert_same_bits(out.numpy(), expected.numpy(), name)
+
+
 def test_threads_tiles_and_layouts_do_not_matter() -> None:
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(130, 67, generator=generator), torch.randn(67, 190, generator=generator)
