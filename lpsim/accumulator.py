@@ -181,7 +181,8 @@ class Accumulator:
         if self.alignment is None or self.alignment.operands is None or x.numel() == 0:
             return
         quantizer = self._operands[side]
-        if not bool(((quantizer.quantize(x) == x) | ~x.isfinite()).all()):
+        rounded = quantizer.quantize(x)
+        if not torch.equal(rounded, x) and not bool(((rounded == x) | ~x.isfinite()).all()):
             raise ValueError(
                 f"{('lhs', 'rhs')[side]} has values that are not in {quantizer.format.name}, which this tensor core "
                 "reads: quantize it first, or give the right formats in Alignment.operands"
