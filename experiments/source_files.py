@@ -45,7 +45,7 @@ def execute(path: Path, name: str) -> ModuleType:
 
 
 def define_formats(path: Path) -> list[Format]:
-    """Make every number format that the file holds at its top level known by its name, and return them.
+    """Make every number format that the file holds at its top level, alone or in a list, known by name. Returns them.
 
     Raises: SourceError for a file that is not there, fails or holds none, and for a name that another format has.
     """
@@ -53,7 +53,8 @@ def define_formats(path: Path) -> list[Format]:
         raise SourceError(f"{path}: no such Python file; it is to define number formats, one constant each")
     with blamed(path):
         module = execute(path, f"formats_{path.stem}")
-        defined = [formats.register(value) for value in vars(module).values() if isinstance(value, Format)]
+        held = [v for value in vars(module).values() for v in (value if isinstance(value, (list, tuple)) else [value])]
+        defined = [formats.register(value) for value in held if isinstance(value, Format)]
         if not defined:
             raise SourceError(f'{path}: defines no number format; for one, write: my5 = FloatFormat("my5", 2, 2)')
     return defined

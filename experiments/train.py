@@ -60,12 +60,12 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
 
         with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
             simulation.step = step
+            if saved is None:
+                measure(config, model, data, record, step)
             telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
             if telemetry is not None and saved is not None:
                 telemetry.load_state_dict(saved["telemetry"])
                 record.write_telemetry(saved["telemetry"]["tables"])
-            if saved is None:
-                measure(config, model, data, record, step)
             first = step
             while step < config.steps:
                 begun = time.perf_counter()

@@ -57,6 +57,12 @@ def test_it_is_proved(name: str, file: str, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.startswith(f"{name} conforms")
 
 
+def test_a_family_may_be_a_list(tmp_path: Path) -> None:
+    (tmp_path / "family.py").write_text(IMPORTS + "family = [posit(bits, es=0) for bits in range(5, 8)]\n")
+    assert [fmt.name for fmt in define_formats(tmp_path / "family.py")] == ["posit5_es0", "posit6_es0", "posit7_es0"]
+    assert formats.get("posit6_es0") == codebooks.posit(6, es=0)
+
+
 def test_it_stands_in_the_table_and_is_drawn(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["formats", *DEFINITIONS, "--define", file]) == 0
     _, *rows = capsys.readouterr().out.splitlines()
