@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -217,3 +218,44 @@ def test_bad_arguments() -> None:
     for every in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="every must be a number of steps"):
             Telemetry(sim, every=every)  # type: ignore[arg-type]
+
+
+def test_large_tensors_give_the_same_sums_at_one_and_two_threads() -> None:
+    """65536 scales a tensor, enough for torch to divide its own sums among threads."""
+    layer = nn.Linear(512, 8)
+    x = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0))
+    tables, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            with simulate(layer, Recipe(Gemm(Quantizer(formats.get("nvfp4")), FP4))) as sim:
+                telemetry = Telemetry(sim)
+                layer(x)
+            tables.append(telemetry.table().query("role != 'fprop.out'"))  # the product itself is torch's
+    finally:
+        torch.set_num_threads(threads)
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_state_continues_the_tables_and_remembers_the_first() -> None:
+    layer = nn.Linear(32, 2, bias=False)
+
+    def observe(steps: range, state: dict[str, Any] | None = None) -> Telemetry:
+        with simulate(layer, Recipe(Gemm(FP4, FP4))) as sim:
+            sim.step = steps[0]
+            telemetry = Telemetry(sim, every=2)
+            if state is not None:
+                telemetry.load_state_dict(state)
+            for step in steps:
+                sim.step = step
+                with torch.no_grad():
+                    layer.weight.fill_(1.5**step)
+                layer(torch.full((1, 32), math.nan if step else math.inf))
+        return telemetry
+
+    whole = observe(range(4))
+    for stop in (1, 2, 3):  # after a sampled step, before one, after the second
+        resumed = observe(range(stop, 4), observe(range(stop)).state_dict())
+        pd.testing.assert_frame_equal(resumed.table(), whole.table(), check_exact=True)
+        assert resumed.first_nonfinite == NonFinite(0, "<model>/linear", "fprop.lhs", "inf")
+    assert whole.table()["origin"].tolist() == ["inf", "", "", "", "", ""]
