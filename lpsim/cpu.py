@@ -7,27 +7,40 @@ tensor. The threads are this module's own, not Numba's: its OpenMP pool and torc
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
 from lpsim import reference
-from lpsim.formats import BlockFormat, Format
-from lpsim.kernels import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC, kernel_for, overflow_to_special, tile_maxima
+from lpsim.formats import BlockFormat, FloatFormat, Format
+from lpsim.kernels import (
+    FEW,
+    GRID,
+    MANY,
+    STOCHASTIC,
+    SYMMETRIC,
+    Field,
+    Scales,
+    Way,
+    kernel_for,
+    overflow_to_special,
+    plain_row_at,
+    row_at,
+    tile_maxima,
+)
 from lpsim.plan import SPAN, Plan, geometry, plan
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
-_NO_KEY = np.zeros(4, np.uint64)
-_WIDTHS: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
-_NO_SCALE = {width: np.empty(0, width) for width in _WIDTHS}
-_ONE = {width: np.ones(1, width) for width in _WIDTHS}
-_NO_RULE = np.empty(0, np.int64)
+_NO_KEY = (0, 0, 0)
 _SERIAL = 1 << 18  # below this many elements a second thread costs more than it gains
+_NONE = np.zeros(9, np.int64)  # where a record has no use for an array
+_STREAM = 1 << 25  # from so many bytes on, results are written past the cache: they would not stay in it
+_KEPT = 1024  # calls of a plan that are kept
 
 
 @functools.cache
@@ -35,45 +48,87 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lpsim")
 
 
-def _kernel(p: Plan) -> Any:
-    """The kernel that a plan needs."""
+class _Call:
+    """A plan, a shape and where its scales come from, as a kernel and the record that it reads."""
+
+    def __init__(
+        self,
+        p: Plan,
+        shape: tuple[int, int, int],
+        tile: tuple[int, int],
+        elements: int,
+        scales: Scales,
+        given: tuple[np.ndarray, np.ndarray] | None = None,
+        rounded: tuple[np.ndarray, Plan] | None = None,
+    ) -> None:
+        """given: the scales and their inverses. rounded: see kernels.scales.rounded_scales."""
+        outer, rows, columns = shape
+        self.tensor_scaled = False  # whether numbers depend on the tensor
+        self.tile_rows = outer * -(-rows // tile[0])
+        self.serial = elements < _SERIAL
+        fields: dict[Field, int | np.ndarray] = {
+            Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
+            Field.ELEMENTS: elements, Field.BITS: p.bits, Field.SCALES: scales,
+            Field.FLOATS_AT: p.floats, Field.INTEGERS_AT: p.integers,
+            Field.THRESHOLDS_AT: p.thresholds, Field.THRESHOLDS: len(p.thresholds),
+            Field.VALUES_AT: p.values, Field.VALUES: len(p.values),
+            Field.RULE_AT: p.rule if len(p.rule) > 0 else _NONE, Field.NUMBERS_AT: _NONE,
+        }  # fmt: skip
+        wide = p.floats.itemsize == 8
+        scale_wide = p.variant.double if scales is Scales.ROUNDED else wide
+        rule_wide = p.variant.double
+        if given is not None:
+            fields |= {Field.SCALE_AT: given[0], Field.INVERSE_AT: given[1]}
+            scale_wide = given[0].itemsize == 8
+        if rounded is not None:
+            numbers, q = rounded
+            fields |= {Field.NUMBERS_AT: numbers, Field.SCALE_FLOATS_AT: q.floats, Field.SCALE_INTEGERS_AT: q.integers}
+            rule_wide = q.floats.itemsize == 8
+        mode, _, double, gap, bare = p.variant
+        way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME)
+        fields |= {Field.LANES: 8 if wide else 16, Field.ROW_AT: row_at(way, False)}
+        if mode == STOCHASTIC:
+            fields[Field.EXACT_ROW_AT] = row_at(way, True)
+        if way.plain:
+            fields[Field.PLAIN_ROW_AT] = plain_row_at(way, False)
+            if 4 * elements >= _STREAM:
+                fields[Field.STREAM_ROW_AT] = plain_row_at(way, True)
+        record = np.zeros(len(Field), np.int64)
+        for place, value in fields.items():
+            record[place] = value.ctypes.data if isinstance(value, np.ndarray) else value
+        self.arrays = [record, *(value for value in fields.values() if isinstance(value, np.ndarray))]
+        self.record = record.ctypes.data
+        self.kernel = kernel_for(double, wide, scale_wide, rule_wide)
+
+    def with_numbers(self, numbers: np.ndarray) -> _Call:
+        """The same with other numbers for ScaleRule.ROUND."""
+        result = copy.copy(self)
+        record = self.arrays[0].copy()
+        record[Field.NUMBERS_AT] = numbers.ctypes.data
+        result.arrays, result.record = [record, numbers, *self.arrays[1:]], record.ctypes.data
+        return result
+
+    def __call__(self, x: int, out: int, key: tuple[int, ...] = _NO_KEY) -> None:
+        """Quantize from one address to another. key: the seed, the stream and the step, the offset; 64 bits each."""
+        if self.serial or (threads := min(torch.get_num_threads(), self.tile_rows)) == 1:
+            self.kernel(self.record, x, out, *key, 0, self.tile_rows)
+            return
+        bounds = [self.tile_rows * t // threads for t in range(threads + 1)]
+        spans = itertools.pairwise(bounds)
+        for done in [_pool(threads).submit(self.kernel, self.record, x, out, *key, *span) for span in spans]:
+            done.result()
+
+
+def _signed(word: int) -> int:
+    """64 bits as a signed integer."""
+    return (word ^ 1 << 63) - (1 << 63)
+
+
+def _kind(p: Plan) -> int:
     lowest, highest, zero = p.floats[:3]
     if p.variant.table:
-        kind = FEW if len(p.values) <= 32 else MANY
-    else:
-        kind = SYMMETRIC if lowest == -highest and np.signbit(zero) else GRID
-    return kernel_for(p.variant, kind, p.floats.itemsize == 8)
-
-
-def _run(
-    p: Plan,
-    x: np.ndarray,
-    out: np.ndarray,
-    shape: tuple[int, int, int],
-    tile: tuple[int, int],
-    scale: np.ndarray,
-    inverse: np.ndarray,
-    rule: np.ndarray,
-    key: np.ndarray,
-    offset: int,
-) -> None:
-    """The kernel over all rows of tiles, on torch's number of threads. Scales per tile, or an empty pair."""
-    outer, rows, columns = shape
-    tile_rows = outer * -(-rows // tile[0])
-    threads = 1 if x.size < _SERIAL else min(torch.get_num_threads(), tile_rows)
-    kernel = p.kept.get("numba") or p.kept.setdefault("numba", _kernel(p))
-    fixed = (x, out, (rows, columns), tile, p.floats, p.integers, p.thresholds, p.values, rule, scale, inverse)
-
-    if threads == 1:
-        kernel(*fixed, key, offset, p.bits, 0, tile_rows)
-        return
-
-    def part(first: int, last: int) -> None:
-        kernel(*fixed, key, offset, p.bits, first, last)
-
-    bounds = [tile_rows * t // threads for t in range(threads + 1)]
-    for done in [_pool(threads).submit(part, *span) for span in itertools.pairwise(bounds)]:
-        done.result()
+        return FEW if len(p.values) <= 32 else MANY
+    return SYMMETRIC if lowest == -highest and np.signbit(zero) else GRID
 
 
 def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, out: torch.Tensor) -> None:
@@ -81,77 +136,117 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
 
     p: the plan of the format and rounding for x's width.
     """
-    if x.numel() == 0:
-        return
-    if (p.variant.mode == STOCHASTIC or p.overflow is not None) and x.data_ptr() == out.data_ptr():
+    source, target = x.data_ptr(), out.data_ptr()
+    if source == target and (p.variant.mode == STOCHASTIC or p.overflow is not None):
         x = x.clone()
-    source, target = x.view(-1).numpy(), out.view(-1).numpy()
-    words, offset = _NO_KEY, 0
-    if key is not None:
-        words, offset = np.array([key.seed & 0xFFFFFFFF, key.seed >> 32, key.stream, key.step], np.uint64), key.offset
-    none = _NO_SCALE[p.floats.dtype]
-    if not isinstance(fmt, BlockFormat):
-        one = _ONE[p.floats.dtype]
-        _flat(p, source, target, one, one, words, offset)
-        if p.overflow is not None:
-            overflow_to_special(source, target, *p.overflow)
-        return
-    shape, tile = geometry(x.shape, fmt, axis)
-    if len(p.rule) > 0 and tile != (1, x.numel()):
-        _run(p, source, target, shape, tile, none, none, p.rule, words, offset)
-        return
-    scale, inverse = _given_scales(source, fmt, shape, tile, p)
-    if tile == (1, x.numel()):
-        _flat(p, source, target, scale, inverse, words, offset)
+        source = x.data_ptr()
+    place = (x.shape, axis)
+    call: _Call | None = p.kept.get(place)
+    if call is None:
+        if x.numel() == 0:
+            return
+        call = _prepared(x.shape, fmt, axis, p)
+        if call is not None:
+            if len(p.kept) >= _KEPT:
+                p.kept.clear()
+            p.kept[place] = call
+    if call is None:
+        assert isinstance(fmt, BlockFormat)
+        call = _with_scales(x, fmt, axis, p)
+    elif call.tensor_scaled:
+        assert isinstance(fmt, BlockFormat)
+        call = call.with_numbers(_numbers(fmt, p, _tensor_scale(x, fmt)))
+    if key is None:
+        call(source, target)
     else:
-        _run(p, source, target, shape, tile, scale, inverse, _NO_RULE, words, offset)
+        call(source, target, (_signed(key.seed), _signed(key.stream | key.step << 32), key.offset))
+    if p.overflow is not None:
+        overflow_to_special(x.view(-1).numpy(), out.view(-1).numpy(), *p.overflow)
 
 
-def _flat(
-    p: Plan, x: np.ndarray, out: np.ndarray, scale: np.ndarray, inverse: np.ndarray, key: np.ndarray, offset: int
-) -> None:
-    """One scale for all elements: rows of a span, and the rest."""
-    rows = x.size // SPAN
-    head = rows * SPAN
-    if rows:
-        many = np.repeat(scale, rows), np.repeat(inverse, rows)
-        _run(p, x[:head], out[:head], (1, rows, SPAN), (1, SPAN), *many, _NO_RULE, key, offset)
-    if head < x.size:
-        rest = x.size - head
-        tail = (1, 1, rest), (1, max(rest, 2))
-        _run(p, x[head:], out[head:], *tail, scale, inverse, _NO_RULE, key, offset + head)
+def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | None:
+    """The call that serves every tensor of a shape; None where scales depend on more than their block's maximum."""
+    elements = math.prod(shape)
+    if not isinstance(fmt, BlockFormat):
+        return _same(elements, p, np.ones(1, p.floats.dtype), np.ones(1, p.floats.dtype))
+    rows, tile = geometry(shape, fmt, axis)
+    if tile == (1, elements):
+        return None
+    if len(p.rule) > 0:
+        return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO)
+    if fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals:
+        scale_plan = _scale_plan(fmt.scale, p)
+        call = _Call(p, rows, tile, elements, Scales.ROUNDED, rounded=(_numbers(fmt, p, 1.0), scale_plan))
+        call.tensor_scaled = fmt.tensor_scale is not None
+        return call
+    return None
 
 
-def _given_scales(
-    x: np.ndarray, fmt: BlockFormat, shape: tuple[int, int, int], tile: tuple[int, int], p: Plan
-) -> tuple[np.ndarray, np.ndarray]:
-    """The scale of every tile and its inverse, from the maxima: reference.tensor_scale and block_scale, vectorized."""
+def _same(elements: int, p: Plan, scale: np.ndarray, inverse: np.ndarray) -> _Call:
+    """One scale for all elements: rows of a span, the last one short."""
+    columns = min(elements, SPAN)
+    shape = (1, -(-elements // columns), columns)
+    return _Call(p, shape, (1, columns), elements, Scales.SAME, (scale, inverse))
+
+
+def _numbers(fmt: BlockFormat, p: Plan, outer: float) -> np.ndarray:
+    """What ScaleRule.ROUND takes: see kernels.scales.rounded_scales."""
+    dtype = np.float64 if p.variant.double else np.float32
+    with np.errstate(all="ignore"):
+        inverse = dtype(1.0) / dtype(outer)
+    return np.array([fmt.element.max, outer, inverse, fmt.scale.min_normal, fmt.scale.max], dtype)
+
+
+def _scale_plan(scale: FloatFormat, p: Plan) -> Plan:
+    return plan(scale, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, p.variant.double)
+
+
+def _maxima(x: np.ndarray, shape: tuple[int, int, int], tile: tuple[int, int]) -> np.ndarray:
+    """The largest magnitude of every tile."""
     outer, rows, columns = shape
-    maxima = np.empty(outer * -(-rows // tile[0]) * -(-columns // tile[1]), np.int64 if x.itemsize == 8 else np.int32)
-    tile_maxima(x, (rows, columns), tile, maxima)
-    amax = maxima.view(x.dtype)
-    finite = np.isfinite(amax)
-    dtype = x.dtype.type
+    bits = np.empty(outer * -(-rows // tile[0]) * -(-columns // tile[1]), np.int64 if x.itemsize == 8 else np.int32)
+    tile_maxima(x, (rows, columns), tile, bits)
+    return bits.view(x.dtype)
+
+
+def _tensor_scale(x: torch.Tensor, fmt: BlockFormat) -> float:
+    """reference.tensor_scale of a tensor; NaN where its largest magnitude is not finite."""
+    array = x.view(-1).numpy()
+    largest = float(_maxima(array, (1, 1, array.size), (1, array.size))[0])
+    with np.errstate(all="ignore"):
+        return reference.tensor_scale(largest, fmt, array.dtype.type) if math.isfinite(largest) else math.nan
+
+
+def _with_scales(tensor: torch.Tensor, fmt: BlockFormat, axis: int, p: Plan) -> _Call:
+    """The call for one tensor whose scales depend on all of it, or on a rule of the user."""
+    x = tensor.view(-1).numpy()
+    shape, tile = geometry(tensor.shape, fmt, axis)
+    outer = 1.0 if fmt.tensor_scale is None else _tensor_scale(tensor, fmt)
+    scale, inverse = _given_scales(_maxima(x, shape, tile), fmt, outer, p)
+    if tile == (1, x.size):
+        return _same(x.size, p, scale, inverse)
+    return _Call(p, shape, tile, x.size, Scales.GIVEN, (scale, inverse))
+
+
+def _given_scales(amax: np.ndarray, fmt: BlockFormat, outer: float, p: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The scale of every tile and its inverse, from the maxima: reference.block_scale, vectorized."""
+    finite, dtype = np.isfinite(amax), amax.dtype.type
+    amax = np.where(finite, amax, dtype(0))
+    distinct, where = np.unique(amax, return_inverse=True)
     if isinstance(fmt.scale_rule, ScaleRule) and fmt.scale_rule is not ScaleRule.ROUND:
-        distinct, where = np.unique(np.where(finite, amax, 0), return_inverse=True)
         scale = np.array([reference.block_scale(float(a), fmt) for a in distinct], p.floats.dtype)[where]
         return np.where(finite, scale, np.nan), np.where(finite, 1 / scale, np.nan)
-    outer_scale = dtype(1.0)
     with np.errstate(all="ignore"):
-        if fmt.tensor_scale is not None:
-            largest = float(amax.max())
-            outer_scale = dtype(reference.tensor_scale(largest, fmt, dtype) if math.isfinite(largest) else np.nan)
         if fmt.scale_rule is ScaleRule.ROUND:
-            wanted = np.where(finite, amax, 0) / dtype(fmt.element.max)
+            wanted = amax / dtype(fmt.element.max)
         else:
-            distinct, where = np.unique(np.where(finite, amax, 0), return_inverse=True)
-            wanted = np.array([fmt.scale_rule(float(a), fmt.element) for a in distinct], x.dtype)[where]
-        wanted = np.ascontiguousarray(wanted / outer_scale)
+            wanted = np.array([fmt.scale_rule(float(a), fmt.element) for a in distinct], dtype)[where]
+        wanted = np.ascontiguousarray(wanted / dtype(outer))
         rounded = np.empty_like(wanted)
-        scale_plan = plan(fmt.scale, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, x.itemsize == 8)
-        one = _ONE[scale_plan.floats.dtype]
-        _flat(scale_plan, wanted, rounded, one, one, _NO_KEY, 0)
+        q = _scale_plan(fmt.scale, p)
+        one = np.ones(1, q.floats.dtype)
+        _same(wanted.size, q, one, one)(wanted.ctypes.data, rounded.ctypes.data)
         scale = np.clip(rounded, dtype(fmt.scale.min_normal), dtype(fmt.scale.max))
-        inverse = (dtype(1.0) / outer_scale) / scale
-        scale = scale * outer_scale
+        inverse = (dtype(1.0) / dtype(outer)) / scale
+        scale = scale * dtype(outer)
         return np.where(finite, scale, dtype(np.nan)), np.where(finite, inverse, dtype(np.nan))

@@ -19,7 +19,7 @@ from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatForm
 from lpsim.rounding import Overflow, Rounding, ScaleRule
 
 MODES = list(Rounding)  # the compiled-in number of a rounding is its place here
-SPAN = 512  # elements of a row that a kernel takes at a time: read for the maxima, still near when they are rounded
+SPAN = 2048  # elements of a row that a kernel takes at a time: read for the maxima, still near when they are rounded
 
 
 class Variant(NamedTuple):
@@ -65,10 +65,10 @@ class Plan(NamedTuple):
     (-0.0 keeps the sign of zero, 0.0 drops it); 2^min(k, 16); min_normal.
     integers: the bit pattern of 2^emin; p − m in the exponent field (leads from 2^e to C); p in the exponent field
     (from q to C); the mask of the exponent field; p; the exponent of 1.0 (as stored); the format's bias (the parity of
-    codes without mantissa bits); 1; 16 − min(k, 16); 2^min(k, 16).
+    codes without mantissa bits); min(k, 16); 16 − min(k, 16); 2^min(k, 16); whether k > 16.
     thresholds[j]: the smallest number that rounds to values[j + 1] or beyond. rule: see _rule. bits: k.
     overflow: max, what lies beyond it, and whether a positive and a negative overflow go there; None: saturate.
-    kept: what a backend keeps with the plan, by the backend's name: its compiled kernel.
+    kept: what a backend keeps with the plan: its prepared calls, by shape and axis.
     """
 
     variant: Variant
@@ -79,14 +79,18 @@ class Plan(NamedTuple):
     rule: np.ndarray
     bits: int
     overflow: tuple[float, float, bool, bool] | None
-    kept: dict[str, Any]
+    kept: dict[Any, Any]
 
 
-def _fits_float32(element: Element) -> bool:
-    """Whether float32 arithmetic rounds exactly: C and q are normal, and what underflows is far below any tie."""
+def _fits_float32(element: Element, rounding: Rounding) -> bool:
+    """Whether float32 arithmetic rounds exactly: C and q are normal, and what underflows is far below any tie.
+
+    Stochastic rounding counts in 32-bit fixed point: m + 1 bits before the point and 16 after it.
+    """
     if isinstance(element, Codebook):
         return element.min_subnormal >= 2.0**-60 and element.max <= 2.0**60
-    return element.min_subnormal >= 2.0**-60 and element.emax <= 60 and element.mantissa_bits <= 20
+    widest = 13 if rounding is Rounding.STOCHASTIC else 20
+    return element.min_subnormal >= 2.0**-60 and element.emax <= 60 and element.mantissa_bits <= widest
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,7 +98,7 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
     """What a kernel is compiled for, and its arguments."""
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     far = isinstance(fmt, BlockFormat) and fmt.scale.emin < -127  # the inverse of its smallest scale is no float32
-    wide = double or far or not _fits_float32(element)
+    wide = double or far or not _fits_float32(element, rounding)
     p, float_type, int_type = (52, np.float64, np.int64) if wide else (23, np.float32, np.int32)
     unit = 1023 if wide else 127
     bits = 32 if random_bits is None else random_bits
@@ -103,16 +107,16 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
     emin = mantissa = parity = 0
     gap = bare = False
     if isinstance(element, FloatFormat):
-        emin, mantissa, parity = element.emin, element.mantissa_bits, element._bias
+        emin, mantissa, parity = _smallest_binade(element), element.mantissa_bits, element._bias
         gap = not element.subnormals and mantissa > 0
         bare = mantissa == 0
         if special:
             lowest, highest = -math.ldexp(1.0, element.emax + 1), math.ldexp(1.0, element.emax + 1)
     elif isinstance(element, FixedFormat):  # one binade of "subnormals", wide enough for every value
-        emin, mantissa = element.bits - 1 - element.frac_bits, element.bits - 1
+        emin, mantissa = _smallest_binade(element), element.bits - 1
     floats = [lowest, highest, -0.0 if element.has_negative_zero else 0.0, 2.0 ** min(bits, 16), element.min_normal]
-    integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity, 1]
-    integers += [16 - min(bits, 16), 2 ** min(bits, 16)]
+    integers = [(emin + unit) << p, (p - mantissa) << p, p << p, (2 * unit + 1) << p, p, unit, parity]
+    integers += [min(bits, 16), 16 - min(bits, 16), 2 ** min(bits, 16), int(bits > 16)]
     thresholds = values = np.empty(0, float_type)
     if isinstance(element, Codebook):
         values = np.array(element.sorted_values, float_type)
@@ -138,9 +142,11 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
 
 
 def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
-    """A power-of-two scale rule as numbers: (add, p, bias, emax, lowest and highest exponent, mask of the magnitude).
+    """A power-of-two scale rule as numbers; empty for other rules.
 
-    The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Empty for other rules.
+    (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle). The exponent of
+    the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales with exponents in the middle
+    bring no number of the element's format near the ends of float32, with 16 bits to spare.
     """
     p, unit = (52, 1023) if double else (23, 127)
     element, ones = fmt.element, (1 << p) - 1
@@ -154,8 +160,16 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
         add = 1 << (p - 1 - element.mantissa_bits) if element.mantissa_bits < p else 0
     else:
         return np.empty(0, np.int64)
-    absolute = (1 << (63 if double else 31)) - 1
-    return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, absolute], np.int64)
+    emin, middle = 0, (1, 0)  # no exponent lies between these
+    if not isinstance(element, Codebook) and element.min <= 0 <= element.max:
+        emin = _smallest_binade(element)
+        middle = (-90 - emin, 90 - max(emin, element.emax))
+    return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, emin, *middle], np.int64)
+
+
+def _smallest_binade(element: FloatFormat | FixedFormat) -> int:
+    """The exponent of the smallest normal number; a fixed format is one binade of subnormals, with all its values."""
+    return element.emin if isinstance(element, FloatFormat) else element.bits - 1 - element.frac_bits
 
 
 def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:

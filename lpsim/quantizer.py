@@ -116,7 +116,7 @@ class Quantizer:
             raise ValueError(
                 f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}"
             )
-        device = x.device.type
+        device = "cpu" if x.is_cpu else x.device.type
         serving = self._backends.get(device) or self._backends.setdefault(device, _serving(self, device))
         return serving.quantize(x, self, axis, key, out)
 
@@ -143,7 +143,7 @@ class Quantizer:
             raise TypeError(f"a float32, bfloat16, float16 or float64 tensor is quantized, got {x.dtype}")
         if self.rounding is Rounding.STOCHASTIC and key is None:
             raise ValueError("stochastic rounding needs a key: pass key=Key(seed=...)")
-        dim = max(x.dim(), 1)
+        dim = x.dim() or 1
         if not -dim <= axis < dim:
             raise ValueError(f"axis must lie in [{-dim}, {dim}) for a tensor of shape {tuple(x.shape)}, got {axis}")
         return axis % dim
@@ -212,34 +212,38 @@ class NumbaBackend:
 
     name = "numba"
 
+    def __init__(self) -> None:
+        from lpsim import cpu  # loads Numba
+
+        self._kernels = cpu
+
     def supports(self, quantizer: Quantizer, device: torch.device) -> bool:
         return device.type == "cpu" and plan.exact(quantizer.format, quantizer.overflow)
 
     def quantize(
         self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        from lpsim import cpu
-
-        q, fmt = quantizer, quantizer.format
-        narrow = x.dtype not in (torch.float32, torch.float64)
-        source = x.float() if narrow else x
+        double = x.dtype is torch.float64
+        p = quantizer.plans.get(double)
+        if p is None:
+            q = quantizer
+            p = q.plans[double] = plan.plan(q.format, q.rounding, q.overflow, q.random_bits, double)
+        if (double or x.dtype is torch.float32) and x.is_contiguous() and (out is None or out.is_contiguous()):
+            target = torch.empty_like(x) if out is None else out
+            self._kernels.quantize(x, quantizer.format, axis, p, key, target)
+            return target
+        source = x if double else x.float()
         order = None
         if not source.is_contiguous():
-            order = plan.memory_order(source, fmt, q.rounding)
+            order = plan.memory_order(source, quantizer.format, quantizer.rounding)
             source = source.contiguous() if order is None else source
-        in_place = out is not None and not narrow and order is None and out.is_contiguous()
-        target = out if in_place and out is not None else torch.empty_like(source)
-        double = source.dtype is torch.float64
-        if double not in q.plans:
-            q.plans[double] = plan.plan(fmt, q.rounding, q.overflow, q.random_bits, double)
+        target = torch.empty_like(source)
         if order is None:
-            cpu.quantize(source, fmt, axis, q.plans[double], key, target)
+            self._kernels.quantize(source, quantizer.format, axis, p, key, target)
         else:  # dense in another order of axes, and so is the result
-            source, within = source.permute(order), target.permute(order)
-            cpu.quantize(source, fmt, order.index(axis), q.plans[double], key, within)
-        if out is not None:
-            return out if in_place else out.copy_(target)
-        return target.to(x.dtype)
+            within = source.permute(order), target.permute(order)
+            self._kernels.quantize(within[0], quantizer.format, order.index(axis), p, key, within[1])
+        return target.to(x.dtype) if out is None else out.copy_(target)
 
 
 def _load(name: str) -> Backend:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, formats, reference
+from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, cpu, formats, plan, reference
 from lpsim.formats import BlockFormat, Codebook
 from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
 
@@ -91,6 +91,41 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(threads)
     for one, two in zip(results[:3], results[3:], strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("rounding", Rounding)
+@pytest.mark.parametrize("name", ["mxfp6_e3m2", "mxint8"])
+def test_blocks_of_every_magnitude_equal_the_oracle(name: str, rounding: Rounding) -> None:
+    """One block a power of two that float32 has: where scales are divided out, where not, and both in one row."""
+    block = np.random.default_rng(0).uniform(-1.5, 1.5, 32).astype(np.float32)
+    x = np.ldexp(block, np.arange(-149, 128)[:, None]).astype(np.float32)
+    quantizer = Quantizer(formats.get(name), rounding)
+    expected = reference.quantize(x, quantizer.format, 1, rounding, key=KEY)
+    assert_same_bits(quantizer(torch.from_numpy(x), key=KEY).numpy(), expected, "last axis")
+    columns = np.ascontiguousarray(x.T)
+    expected = reference.quantize(columns, quantizer.format, 0, rounding, key=KEY)
+    assert_same_bits(quantizer(torch.from_numpy(columns), axis=0, key=KEY).numpy(), expected, "first axis")
+
+
+@pytest.mark.parametrize("rounding", [Rounding.TIES_TO_EVEN, Rounding.STOCHASTIC])
+@pytest.mark.parametrize("name", ["mxfp6_e3m2", "mxint8", "nvfp4", "float8_e4m3fn"])
+def test_results_written_past_the_cache_have_the_same_bits(
+    name: str, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large results take another way to memory; also where they end within a vector or start beside a cache line."""
+    shapes = [((64, 96), 0), ((64, 96), 1), ((7, 100), 0), ((7, 100), 1), ((5000,), 0)]
+    results = []
+    for limit in (cpu._STREAM, 0):
+        monkeypatch.setattr(cpu, "_STREAM", limit)
+        plan.plan.cache_clear()  # prepared calls are kept with plans
+        quantizer = Quantizer(formats.get(name), rounding)
+        for shape, axis in shapes:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            beside = torch.empty(x.numel() + 1)[1:].view(shape)
+            results += [quantizer.quantize(x, axis, KEY), quantizer.quantize(x, axis, KEY, out=beside)]
+    plan.plan.cache_clear()
+    for one, other in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("random_bits", [1, 2, 4, 8, None])

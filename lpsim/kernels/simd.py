@@ -1,4 +1,4 @@
-"""Vectors of LLVM IR with Python's operators, for the inner loops of `cpu`.
+"""Vectors of LLVM IR with Python's operators, for the inner loops of the CPU backend.
 
 A `Lanes` is a value of type <n x T> under construction: arithmetic on it appends instructions to a builder. So an
 element's rounding is written once, as a Python function, and compiled for 16 lanes, for 8, and for the single elements
@@ -8,6 +8,7 @@ are neither reordered nor contracted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,10 @@ class Lanes:
         """yes where self (a mask) is set, else no."""
         return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
 
+    def larger(self, other: Lanes) -> Lanes:
+        """The larger of both, lane by lane."""
+        return (self > other).select(self, other)
+
     def _as(self, operation: str, element: Any) -> Lanes:
         if element == self.element:
             return self
@@ -125,6 +130,20 @@ class Lanes:
         """Truncated toward zero."""
         return self._as("fptosi", element)
 
+    def to_float(self, element: Any) -> Lanes:
+        """A signed integer as a float."""
+        return self._as("sitofp", element)
+
+    def shuffled(self, other: Lanes, places: list[int]) -> Lanes:
+        """The elements at `places` of this vector and the other, one after the other."""
+        mask = ir.Constant(ir.VectorType(I32, len(places)), places)
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, other.value, mask))
+
+    def halfwords(self) -> Lanes:
+        """The same bits as 16-bit integers, lowest first."""
+        count = self.count * self.element.width // 16
+        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(ir.IntType(16), count)))
+
     def magnitude(self) -> Lanes:
         """|x|, by its bits."""
         bits = self.bits()
@@ -135,10 +154,10 @@ class Lanes:
         bits = other.bits()
         return (self.bits() | (bits & -(1 << (bits.element.width - 1)))).as_float()
 
-    def any(self) -> ir.Value:
-        """Whether a mask is set anywhere, as an i1."""
+    def all(self) -> ir.Value:
+        """Whether a mask is set everywhere, as an i1."""
         packed = self.builder.bitcast(self.value, ir.IntType(self.count))
-        return self.builder.icmp_unsigned("!=", packed, ir.Constant(packed.type, 0))
+        return self.builder.icmp_unsigned("==", packed, ir.Constant(packed.type, (1 << self.count) - 1))
 
     def largest(self) -> ir.Value:
         """The largest lane, of integers that are not negative."""
@@ -159,16 +178,41 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> Lanes:
     return Lanes(builder, builder.shuffle_vector(first, nothing, everywhere))
 
 
-class Memory:
-    """An array's elements, by index."""
+class Maximum:
+    """The largest of integers that are not negative, over vectors of `width` lanes and single ones, from 0 on."""
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value) -> None:
-        self.builder = builder
-        self.element = context.get_data_type(array_type.dtype)
-        self.size = (
-            self.element.width // 8 if isinstance(self.element, ir.IntType) else (4 if self.element == F32 else 8)
-        )
-        self.base = context.make_array(array_type)(context, builder, array).data
+    def __init__(self, builder: ir.IRBuilder, element: Any, width: int) -> None:
+        self.builder, self.element = builder, element
+        types = [ir.VectorType(element, count) for count in {width, 1}]
+        self.states = {t.count: cgutils.alloca_once_value(builder, ir.Constant(t, [0] * t.count)) for t in types}
+
+    def include(self, lanes: Lanes) -> None:
+        state = self.states[lanes.count]
+        self.builder.store(lanes.larger(Lanes(self.builder, self.builder.load(state))).value, state)
+
+    def value(self) -> ir.Value:
+        found = [Lanes(self.builder, self.builder.load(state)).largest() for state in self.states.values()]
+        return functools.reduce(lambda a, b: self.builder.select(self.builder.icmp_signed(">", a, b), a, b), found)
+
+
+class Memory:
+    """Numbers in memory, by index."""
+
+    def __init__(self, builder: ir.IRBuilder, element: Any, base: ir.Value) -> None:
+        """base: a pointer."""
+        self.builder, self.element, self.base = builder, element, base
+        self.size = element.width // 8 if isinstance(element, ir.IntType) else (4 if element == F32 else 8)
+
+    @classmethod
+    def at(cls, builder: ir.IRBuilder, element: Any, address: ir.Value) -> Memory:
+        """What lies at an address, an i64."""
+        return cls(builder, element, builder.inttoptr(address, element.as_pointer()))
+
+    @classmethod
+    def of(cls, context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value) -> Memory:
+        """The elements of a Numba array."""
+        data = context.make_array(array_type)(context, builder, array).data
+        return cls(builder, context.get_data_type(array_type.dtype), data)
 
     def _at(self, index: ir.Value) -> ir.Value:
         return self.builder.gep(self.base, [index], source_etype=self.element)
@@ -184,9 +228,13 @@ class Memory:
         vector = ir.VectorType(self.element, count)
         return Lanes(self.builder, self.builder.load(self._at(index), align=self.size, typ=vector))
 
-    def store(self, index: ir.Value, lanes: Lanes) -> None:
+    def store(self, index: ir.Value, lanes: Lanes, stream: bool = False) -> None:
+        """stream: past the cache; the address must be a multiple of the vector's size."""
         pointer = self.builder.bitcast(self._at(index), lanes.value.type.as_pointer())
-        self.builder.store(lanes.value, pointer, align=self.size)
+        store = self.builder.store(lanes.value, pointer, align=self.size * lanes.count if stream else self.size)
+        if stream:
+            one = self.builder.module.add_metadata([ir.Constant(I32, 1)])
+            store.set_metadata("nontemporal", one)
 
     def gather(self, index: Lanes) -> Lanes:
         """One element a lane."""
