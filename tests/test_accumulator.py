@@ -133,7 +133,7 @@ def test_one_rounding_not_two() -> None:
 def test_equals_exact_rational_arithmetic(fmt: FloatFormat) -> None:
     pairs = hostile_pairs()
     for n, unit in enumerate(units(fmt)):
-        for name, (a, b) in list(pairs.items())[n % 2 :: 2]:
+        for name, (a, b) in list(pairs.items())[n % 3 :: 3]:
             assert_same_bits(multiplied(unit, a, b), oracle.matmul(a, b, unit), f"{name} {unit}")
 
 
