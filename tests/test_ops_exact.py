@@ -66,6 +66,7 @@ def unit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if not exact.unit_available():
         pytest.skip("this CPU has no bfloat16 unit")
     monkeypatch.setattr(exact, "WORTHWHILE", 0)
+    monkeypatch.setattr(exact, "WIDE", 0)
     used: list[str] = []
     matmul = torch.matmul
 

@@ -22,6 +22,7 @@ from lpsim.formats import Codebook, FixedFormat, FloatFormat, Format
 MIN_EXPONENT = -126  # of a normal number, float32 and bfloat16 alike
 SIGNIFICANT_BITS = 8  # of bfloat16
 WORTHWHILE = 1 << 22  # multiplications; below, the switch costs what the faster product saves
+WIDE = 32  # rows · columns / (rows + columns) of the result; below, looking for small numbers costs what is saved
 
 _precision: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009, the stubs lack it
 
@@ -67,8 +68,10 @@ def matmul(lhs: Tensor, rhs: Tensor, bits: int) -> Tensor:
 
     NaN and Inf behave as in torch.matmul. bits: bits_of_product of the formats that the values are from.
     """
-    work = lhs.numel() * rhs.shape[-1]
-    if work < WORTHWHILE or lhs.dtype is not torch.float32 or lhs.device.type != "cpu" or not unit_available():
+    rows, columns = lhs.shape[-2], rhs.shape[-1]
+    if lhs.numel() * columns < WORTHWHILE or rows * columns < WIDE * (rows + columns):
+        return torch.matmul(lhs, rhs)
+    if lhs.dtype is not torch.float32 or not lhs.is_cpu or not unit_available():
         return torch.matmul(lhs, rhs)
     exponents = _min_exponent(lhs), _min_exponent(rhs)
     if min(exponents) < MIN_EXPONENT or sum(exponents) - bits < MIN_EXPONENT:
