@@ -39,7 +39,7 @@ from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 _NO_KEY = (0, 0, 0)
 _SERIAL = 1 << 18  # below this many elements a second thread costs more than it gains
 _NONE = np.zeros(9, np.int64)  # where a record has no use for an array
-_STREAM = 1 << 25  # from so many bytes on, results are written past the cache: they would not stay in it
+_LARGE = 1 << 25  # from so many bytes on a tensor is taken to be larger than the cache
 _KEPT = 1024  # calls of a plan that are kept
 
 
@@ -68,6 +68,7 @@ class _Call:
         self.serial = elements < _SERIAL
         fields: dict[Field, int | np.ndarray] = {
             Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
+            Field.AHEAD: tile[0] * columns,
             Field.ELEMENTS: elements, Field.BITS: p.bits, Field.SCALES: scales,
             Field.FLOATS_AT: p.floats, Field.INTEGERS_AT: p.integers,
             Field.THRESHOLDS_AT: p.thresholds, Field.THRESHOLDS: len(p.thresholds),
@@ -85,14 +86,16 @@ class _Call:
             fields |= {Field.NUMBERS_AT: numbers, Field.SCALE_FLOATS_AT: q.floats, Field.SCALE_INTEGERS_AT: q.integers}
             rule_wide = q.floats.itemsize == 8
         mode, _, double, gap, bare = p.variant
-        way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME)
+        way = Way(
+            mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME, p.bits >= 16
+        )
         fields |= {Field.LANES: 8 if wide else 16, Field.ROW_AT: row_at(way, False)}
         if mode == STOCHASTIC:
             fields[Field.EXACT_ROW_AT] = row_at(way, True)
         if way.plain:
             fields[Field.PLAIN_ROW_AT] = plain_row_at(way, False)
-            if 4 * elements >= _STREAM:
-                fields[Field.STREAM_ROW_AT] = plain_row_at(way, True)
+            if 4 * elements >= _LARGE:
+                fields[Field.LARGE_ROW_AT] = plain_row_at(way, True)
         record = np.zeros(len(Field), np.int64)
         for place, value in fields.items():
             record[place] = value.ctypes.data if isinstance(value, np.ndarray) else value

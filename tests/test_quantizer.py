@@ -109,14 +109,12 @@ def test_blocks_of_every_magnitude_equal_the_oracle(name: str, rounding: Roundin
 
 @pytest.mark.parametrize("rounding", [Rounding.TIES_TO_EVEN, Rounding.STOCHASTIC])
 @pytest.mark.parametrize("name", ["mxfp6_e3m2", "mxint8", "nvfp4", "float8_e4m3fn"])
-def test_results_written_past_the_cache_have_the_same_bits(
-    name: str, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large results take another way to memory; also where they end within a vector or start beside a cache line."""
+def test_large_tensors_give_the_same_bits(name: str, rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large results are written past the cache; also where they end within a vector or start beside a cache line."""
     shapes = [((64, 96), 0), ((64, 96), 1), ((7, 100), 0), ((7, 100), 1), ((5000,), 0)]
     results = []
-    for limit in (cpu._STREAM, 0):
-        monkeypatch.setattr(cpu, "_STREAM", limit)
+    for limit in (cpu._LARGE, 0):
+        monkeypatch.setattr(cpu, "_LARGE", limit)
         plan.plan.cache_clear()  # prepared calls are kept with plans
         quantizer = Quantizer(formats.get(name), rounding)
         for shape, axis in shapes:

@@ -141,7 +141,8 @@ class Element:
             binade = (a < self.min_normal).select(self.emin + self.precision - self.shift, binade)
         mantissa = self.precision - self.shift
         to_fixed = ((self.unit + self.unit + self.random_bits) << self.field) + mantissa - binade
-        total = (a * to_fixed.as_float()).to_integer(binade.element) + (word.widen(binade.element) >> self.random_shift)
+        drawn = word.widen(binade.element) >> self.random_shift
+        total = (a * to_fixed.as_float()).to_integer(binade.element) + drawn
         r = (total >> self.random_bits).to_float(a.element) * (binade - mantissa).as_float()
         r = self.signed(r, inside)
         return v.equals(v).select(r, v) if nan else r, total & OPEN

@@ -36,7 +36,7 @@ _GIVEN, _SAME, _POWER_OF_TWO, _ROUNDED = (int(s) for s in Scales)
     _ROWS, _COLUMNS, _TILE_ROWS, _TILE_COLUMNS, _ELEMENTS, _BITS, _SCALES, _LANES,
     _FLOATS_AT, _INTEGERS_AT, _THRESHOLDS_AT, _THRESHOLDS, _VALUES_AT, _VALUES,
     _RULE_AT, _SCALE_AT, _INVERSE_AT, _NUMBERS_AT, _SCALE_FLOATS_AT, _SCALE_INTEGERS_AT,
-    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _STREAM_ROW_AT,
+    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _,
 ) = (int(field) for field in Field)  # fmt: skip
 
 _LOW = 0xFFFFFFFF
@@ -85,7 +85,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         out = x.
         """
         _ = fingerprint
-        c = _array(call, 24, np.int64)
+        c = _array(call, 25, np.int64)
         rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
         elements, source, exact_row = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT]
         x = _array(x_at, elements, element)
@@ -95,7 +95,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         stochastic, table, own = exact_row != 0, c[_VALUES] > 0, tile_columns == 1
         # what is known of the blocks in a row of tiles, and random bits: pieces of one memory
         computed = across if source >= _POWER_OF_TWO else 1
-        drawn = columns + _PIECE + 512 if stochastic else 0
+        drawn = 2 * (_PIECE + 256) if stochastic else 0
         memory = np.empty(6 * computed + drawn // 4 + 8, np.int64)
         free = memory.ctypes.data
         m, emin = _array(free, computed, pattern), _array(free + 8 * computed, computed, np.int32)
@@ -104,7 +104,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         s, n = _array(scale_at, computed, scaling), _array(inverse_at, computed, scaling)
         lowest, highest = _array(lowest_at, computed, np.float32), _array(highest_at, computed, np.float32)
         words = (free + 48 * computed + 63) & -64
-        lows = words + 2 * (columns + 256)
+        lows = words + 2 * (_PIECE + 256)
         piece = _PIECE if stochastic else columns
         base, ordinary, plain_row = 0, False, c[_PLAIN_ROW_AT]
         if source <= _SAME:
@@ -120,8 +120,8 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             for power in range(3, 9):
                 if tile_columns == 1 << power and tile_columns >= c[_LANES]:
                     sections, section, shift = 1, columns, power
-        if c[_STREAM_ROW_AT] != 0 and out_at % 64 == 0 and columns % 16 == 0 and section % 16 == 0:
-            plain_row = c[_STREAM_ROW_AT]
+        if c[_LARGE_ROW_AT] != 0 and out_at % 64 == 0 and columns % 16 == 0 and section % 16 == 0:
+            plain_row = c[_LARGE_ROW_AT]
         for tile_row in range(first, last):
             top = (tile_row // down) * rows + (tile_row % down) * tile_rows
             bottom = min(top + tile_rows, (tile_row // down + 1) * rows)
@@ -137,33 +137,32 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
                 rounded_scales(m, computed, s, n, _array(c[_NUMBERS_AT], 5, element), g, h)
             for row in range(top, bottom):
                 begin = row * columns
-                skip = (offset + begin) & 127
                 length = min(columns, elements - begin)
-                if stochastic:
-                    fill_random(words, offset + begin, length, 0, key)
                 for part in range(sections):
                     end = min((part + 1) * section, length)
                     for low in range(part * section, end, piece):
                         count = min(piece, end - low)
                         at = base + low if own else base + part + ((low - part * section) >> shift)
                         x_here, out_here = x_at + size * (begin + low), out_at + size * (begin + low)
-                        words_here, lows_here = words + 2 * (skip + low), lows + 2 * ((skip + low) & 127)
+                        skip = 2 * ((offset + begin + low) & 127)
+                        if stochastic:
+                            fill_random(words, offset + begin + low, count, 0, key)
                         s_here, n_here = scale_at + scale_size * at, inverse_at + scale_size * at
                         if ordinary:
                             undecided = call_row(
                                 plain_row, x_here, out_here, count, emin_at + 4 * at, lowest_at + 4 * at,
-                                highest_at + 4 * at, shift, words_here, lows_here, call,
+                                highest_at + 4 * at, shift, words + skip, lows + skip, call,
                             )  # fmt: skip
                         else:
                             undecided = call_row(
-                                c[_ROW_AT], x_here, out_here, count, s_here, n_here, 0, shift, words_here, lows_here,
-                                call,
+                                c[_ROW_AT], x_here, out_here, count, s_here, n_here, 0,
+                                shift, words + skip, lows + skip, call,
                             )  # fmt: skip
                         if undecided != 0 and stochastic and (table or c[_BITS] > 16):
                             fill_random(lows, offset + begin + low, count, 1, key)
                             call_row(
-                                exact_row, x_here, out_here, count, s_here, n_here, 0, shift, words_here, lows_here,
-                                call,
+                                exact_row, x_here, out_here, count, s_here, n_here, 0,
+                                shift, words + skip, lows + skip, call,
                             )  # fmt: skip
         memory[0] = 0  # not to be freed before
 

@@ -48,7 +48,8 @@ class Field(enum.IntEnum):
     ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS, ELEMENTS, BITS, SCALES, LANES = range(8)
     FLOATS_AT, INTEGERS_AT, THRESHOLDS_AT, THRESHOLDS, VALUES_AT, VALUES = range(8, 14)
     RULE_AT, SCALE_AT, INVERSE_AT, NUMBERS_AT, SCALE_FLOATS_AT, SCALE_INTEGERS_AT = range(14, 20)
-    ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, STREAM_ROW_AT = range(20, 24)
+    ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, LARGE_ROW_AT = range(20, 24)
+    AHEAD = 24  # elements from one row of tiles to the next
 
 
 class Way(NamedTuple):
@@ -130,12 +131,14 @@ def _row(
         target = Memory.at(builder, source.element, out)
         scales, inverses = (Memory.at(builder, F64 if way.scale_wide else F32, place) for place in (scale, inverse))
         upper, lower = (Memory.at(builder, ir.IntType(16), place) for place in (words, lows))
-        openness = Maximum(builder, given.integer, width)
+        openness, ahead = Maximum(builder, given.integer, width), given[Field.AHEAD]
         elements = {lanes: given.element(lanes, plain) for lanes in {width, 1}}
         draws = {lanes: Draw(builder, given[Field.BITS], lanes) for lanes in {width, 1}}
         look_up = given.table(way.kind == FEW)
 
         def body(place: Any, lanes: int) -> None:
+            if lanes > 1:
+                source.prefetch(builder.add(place, ahead))
             g, value = elements[lanes], source.load(place, lanes)
             if way.each:
                 s, n = scales.load(place, lanes), inverses.load(place, lanes)
@@ -170,16 +173,17 @@ def _row(
 
 @intrinsic(prefer_literal=True)
 def _plain_row(
-    typingctx: Any, code: Any, stream: Any, x: Any, out: Any, count: Any, emin: Any, lowest: Any, highest: Any,
+    typingctx: Any, code: Any, large: Any, x: Any, out: Any, count: Any, emin: Any, lowest: Any, highest: Any,
     shift: Any, words: Any, lows: Any, record: Any,
 ) -> Any:  # fmt: skip
     """Round x to the multiples of the scaled format's numbers: see elements.Element.scaled. All is float32.
 
-    emin, lowest, highest: of the scaled grid, by block. Compiled in: a Way that is plain; stream: write past the cache,
-    to whole vectors at multiples of 64 bytes. The result is that of _row.
+    emin, lowest, highest: of the scaled grid, by block. The result is that of _row. Compiled in: a Way that is plain;
+    large: the tensor is larger than the cache. Then what comes next is asked for ahead, and, unless random numbers
+    leave the memory idle anyway, results are written past the cache, to whole vectors at multiples of 64 bytes.
     """
-    way, past = Way.of(code.literal_value), bool(stream.literal_value)
-    plain = way.kind == SYMMETRIC
+    way, far = Way.of(code.literal_value), bool(large.literal_value)
+    plain, past = way.kind == SYMMETRIC, far and way.mode != STOCHASTIC
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, out, count, emin, lowest, highest, shift, words, _, record = args[2:]
@@ -189,7 +193,7 @@ def _plain_row(
         blocks = [Memory.at(builder, I32, emin), Memory.at(builder, F32, highest)]
         if not plain:
             blocks.append(Memory.at(builder, F32, lowest))
-        openness = Maximum(builder, I32, 16)
+        openness, ahead = Maximum(builder, I32, 16), given[Field.AHEAD]
         elements = {lanes: given.element(lanes, plain) for lanes in (16, 1)}
 
         def body(place: Any, lanes: int) -> None:
@@ -198,6 +202,8 @@ def _plain_row(
             else:
                 block = builder.lshr(place, shift)
                 least, most, *rest = (splat(builder, memory.scalar(block), lanes) for memory in blocks)
+            if far and lanes > 1:
+                source.prefetch(builder.add(place, ahead))
             g, v = elements[lanes].scaled(least, rest[0] if rest else None, most), source.load(place, lanes)
             if way.mode == STOCHASTIC:
                 r, how = g.stochastic(v, upper.load(place, lanes), False, way.scalar)
@@ -211,7 +217,7 @@ def _plain_row(
             builder.fence("seq_cst")
         return _result(builder, openness)
 
-    return types.int64(code, stream, *[types.int64] * 10), codegen
+    return types.int64(code, large, *[types.int64] * 10), codegen
 
 
 _SIGNATURE = types.int64(*[types.int64] * 10)
@@ -231,14 +237,14 @@ def row_at(way: Way, exact: bool) -> int:
 
 
 @functools.cache
-def plain_row_at(way: Way, stream: bool) -> int:
-    """The address of a plain way's row without scaling; stream: past the cache."""
-    code, past, fingerprint = way.code(), int(stream), FINGERPRINT
+def plain_row_at(way: Way, large: bool) -> int:
+    """The address of a plain way's row without scaling; large: for tensors larger than the cache."""
+    code, far, fingerprint = way.code(), int(large), FINGERPRINT
 
     @cfunc(_SIGNATURE, cache=True)
     def plain_row(x, out, count, emin, lowest, highest, shift, words, lows, record):
         _ = fingerprint
-        return _plain_row(code, past, x, out, count, emin, lowest, highest, shift, words, lows, record)
+        return _plain_row(code, far, x, out, count, emin, lowest, highest, shift, words, lows, record)
 
     return _address(plain_row)
 

@@ -236,6 +236,13 @@ class Memory:
             one = self.builder.module.add_metadata([ir.Constant(I32, 1)])
             store.set_metadata("nontemporal", one)
 
+    def prefetch(self, index: ir.Value) -> None:
+        """Ask for what will be read from there; any address is allowed."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        address = self.builder.bitcast(self._at(index), ir.IntType(8).as_pointer())
+        self.builder.call(function, [address, I32(0), I32(2), I32(1)])  # to read; into the second cache; data
+
     def gather(self, index: Lanes) -> Lanes:
         """One element a lane."""
         result: ir.Value = ir.Constant(ir.VectorType(self.element, index.count), ir.Undefined)
