@@ -86,9 +86,7 @@ class _Call:
             fields |= {Field.NUMBERS_AT: numbers, Field.SCALE_FLOATS_AT: q.floats, Field.SCALE_INTEGERS_AT: q.integers}
             rule_wide = q.floats.itemsize == 8
         mode, _, double, gap, bare = p.variant
-        way = Way(
-            mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME, p.bits >= 16
-        )
+        way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME)
         fields |= {Field.LANES: 8 if wide else 16, Field.ROW_AT: row_at(way, False)}
         if mode == STOCHASTIC:
             fields[Field.EXACT_ROW_AT] = row_at(way, True)
