@@ -97,6 +97,8 @@ class ModulePaths:
         frames = self._frames()
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError("a scripted module is called in a simulation: its ops cannot be seen. Call the original")
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise TypeError("DataParallel runs copies in threads that cannot be seen; use DistributedDataParallel")
         if frames:
             parent = frames[-1]
             self._note_origin(parent, reentrant=True)

@@ -11,6 +11,9 @@ What is not the model's arithmetic is exempt by rule:
 - outside every module, what is no part of a graph: clipping, weight averages, metrics, the preparation of data.
   Matrix products there still follow the recipe;
 - vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
+
+torch evaluates nn.TransformerEncoder and nn.MultiheadAttention by fused kernels, unless it is watched as here. Where a
+recipe and its overrides leave everything, these modules run unwatched in evaluation, to give torch's very result.
 """
 
 from __future__ import annotations

@@ -117,6 +117,12 @@ def test_calls_that_cannot_be_seen_are_refused() -> None:
     scripted = torch.jit.trace(model, x)
     with simulate(model, THREE), pytest.raises(TypeError, match="Call the original"):
         scripted(x)
+    parallel = nn.DataParallel(model)
+    with simulate(model, THREE):
+        assert torch.equal(parallel(x), model(x))  # no devices, no threads
+        parallel.device_ids = [0, 1]
+        with pytest.raises(TypeError, match="use DistributedDataParallel"):
+            parallel(x)
     with ThreadPoolExecutor(1) as pool:
         with simulate(model, THREE), pytest.raises(RuntimeError, match="in another thread"):
             pool.submit(model, x).result()
