@@ -190,13 +190,23 @@ class Table:
         def everywhere(memory: Memory, index: Any) -> Lanes:
             return splat(builder, memory.scalar(index), v.count)
 
-        first = [everywhere(memory, begin + shift - 1) for memory, shift in results]
-        states = [cgutils.alloca_once_value(builder, lanes.value) for lanes in first]
-        with cgutils.for_range_slice(builder, ir.Constant(I64, begin), end, ir.Constant(I64, 1)) as (k, _):
+        states = [
+            cgutils.alloca_once_value(builder, everywhere(memory, begin + shift - 1).value) for memory, shift in results
+        ]
+
+        def one(k: Any) -> None:
             reached = v >= everywhere(entries, k)
             for state, (memory, shift) in zip(states, results, strict=True):
                 other = everywhere(memory, builder.add(k, ir.Constant(I64, shift)))
                 builder.store(reached.select(other, Lanes(builder, builder.load(state))).value, state)
+
+        start = ir.Constant(I64, begin)
+        fours = builder.add(start, builder.and_(builder.sub(end, start), ir.Constant(I64, -4)))
+        with cgutils.for_range_slice(builder, start, fours, ir.Constant(I64, 4)) as (k, _):
+            for place in range(4):
+                one(builder.add(k, ir.Constant(I64, place)))
+        with cgutils.for_range_slice(builder, fours, end, ir.Constant(I64, 1)) as (k, _):
+            one(k)
         return [Lanes(builder, builder.load(state)) for state in states]
 
     def search(self, v: Lanes, entries: Memory, length: Any) -> Lanes:
@@ -236,18 +246,19 @@ class Table:
     def stochastic(self, g: Element, v: Lanes, word: Lanes) -> tuple[Lanes, Lanes]:
         """(v rounded to one of its neighbours, how open that is: OPEN asks for the exact numbers).
 
-        The oracle's remainder is a quotient in float64. In float32 it and the sum are off by less than an eighth of
-        the 16 bits' last place: where that could decide, the exact numbers must.
+        Up where r·2^16 + w >= 2^16, with r the share of the gap between the neighbours that lies behind v, and w the
+        random word. The oracle divides in float64; here both sides are multiplied by the gap, in float32, which is off
+        by less than an eighth of the gap: where that could decide, the exact numbers must.
         """
         inside, inward, outward, ends = self._between(v)
-        fraction = (v - inward) / (outward - inward)
+        gap = inside.select((outward - inward).magnitude(), v.constant(1.0))
+        behind = inside.select((v - inward).magnitude(), v.constant(0.0))
         drawn = (word.widen(g.random_shift.element) >> g.random_shift).to_float(v.element)
-        total = inside.select(fraction, fraction.constant(0.0)) * g.random_scale + drawn
-        limit = g.random_limit.to_float(v.element)
-        margin = g.random_scale * 2.0**-19
-        near = (total > limit - margin - g.lower_bits.to_float(v.element)) & (total < limit + margin)
+        excess = behind * g.random_scale - gap * (g.random_scale - drawn)
+        margin = gap * g.random_scale * 2.0**-19
+        near = (excess > v.constant(0.0) - margin - gap * g.lower_bits.to_float(v.element)) & (excess < margin)
         openness = (inside & near).select(g.random_limit.constant(OPEN), g.random_limit.constant(0))
-        return inside.select((total >= limit).select(outward, inward), ends), openness
+        return inside.select((excess >= 0.0).select(outward, inward), ends), openness
 
     def stochastic_exactly(self, v: Lanes, word: Lanes, low: Lanes, draw: Draw) -> Lanes:
         """v rounded by both halves of the random word; the remainder is computed in float64."""
