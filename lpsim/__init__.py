@@ -4,7 +4,7 @@ Importing it loads neither Numba nor Triton nor any other library's kernels; bac
 """
 
 from lpsim import accumulators, codebooks, formats
-from lpsim.accumulator import Accumulator, Alignment, Order
+from lpsim.accumulators import Accumulator, Alignment, Order
 from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
 from lpsim.quantizer import Quantizer, available_backends
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpsim import formats
-from lpsim.accumulator import Accumulator, Alignment
+from lpsim.accumulators import Accumulator, Alignment
 from lpsim.formats import Format
 from lpsim.quantizer import Quantizer
 from lpsim.recipes import Accumulation, Gemm, Recipe

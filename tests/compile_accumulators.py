@@ -13,7 +13,8 @@ import torch
 import triton
 from triton.runtime import driver
 
-from lpsim import Accumulator, Order, Rounding, accumulator_gpu, accumulators, formats
+from lpsim import Accumulator, Order, Rounding, accumulators, formats
+from lpsim.accumulators import gpu as accumulator_gpu
 from tests.compile_kernels import TARGETS, Nowhere
 
 UNITS = (

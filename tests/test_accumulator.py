@@ -31,14 +31,14 @@ from lpsim import (
     Recipe,
     Rounding,
     Specials,
-    accumulator_cpu,
     accumulators,
     formats,
     reference,
     simulate,
 )
-from lpsim import accumulator_reference as oracle
-from lpsim.accumulator_tiles import BARE, CUT, GUARDED, HALF, NEAR, NONE, ODD, PLAIN, SATURATED, TWO_SUM
+from lpsim.accumulators import cpu as accumulator_cpu
+from lpsim.accumulators import reference as oracle
+from lpsim.accumulators.tiles import BARE, CUT, GUARDED, HALF, NEAR, NONE, ODD, PLAIN, SATURATED, TWO_SUM
 from tests.laws import assert_same_bits, critical_inputs
 
 E8M13 = FloatFormat("e8m13", 8, 13)
@@ -295,7 +295,7 @@ def test_narrow_tensors_are_read_exactly_and_rounded_once_more(dtype: torch.dtyp
 
 def test_triton_equals_numba() -> None:
     """Every kind of unit and every kind of number, in turn."""
-    gpu = pytest.importorskip("lpsim.accumulator_gpu", exc_type=ImportError)
+    gpu = pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter's
     pairs = itertools.cycle(hostile_pairs().items())
     for unit in itertools.chain(units(E8M13), units(NARROW_FNUZ)):
@@ -308,7 +308,7 @@ def test_triton_equals_numba() -> None:
 
 
 def test_triton_on_batches_blocks_and_layouts() -> None:
-    gpu = pytest.importorskip("lpsim.accumulator_gpu", exc_type=ImportError)
+    gpu = pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lhs, rhs = tensors((2, 6, 35), (2, 45, 6))
     for unit in (Accumulator(formats.float16), dataclasses.replace(accumulators.HOPPER_FP8, alignment=Alignment(13))):
@@ -321,7 +321,7 @@ def test_triton_on_batches_blocks_and_layouts() -> None:
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.full)])
 def test_the_triton_kernel_compiles_to_ieee_arithmetic(target: str, tmp_path: Path) -> None:
     """No contracted products, no flushed subnormals, no approximations."""
-    pytest.importorskip("lpsim.accumulator_gpu", exc_type=ImportError)
+    pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.compile_accumulators", target],

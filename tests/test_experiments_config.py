@@ -13,8 +13,7 @@ from experiments.models.gpt2 import GPT2Config
 from experiments.optimizers import LMD, OPTIMIZERS, AdamW, Madam
 from experiments.settings import Settings
 from lpsim import BlockFormat, FloatFormat, Gemm, Quantizer, Recipe, Rounding, Specials, formats
-from lpsim.accumulator import Accumulator, Order
-from lpsim.accumulators import HOPPER_FP8
+from lpsim.accumulators import HOPPER_FP8, Accumulator, Order
 from lpsim.named_recipes import ALL_RECIPES
 from lpsim.recipes import BackwardOperands
 

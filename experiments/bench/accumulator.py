@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from experiments.bench.step import keep_memory
-from lpsim import Accumulator, FloatFormat, Order, Quantizer, Rounding, accumulator_cpu, accumulators, formats
+from lpsim import Accumulator, FloatFormat, Order, Quantizer, Rounding, accumulators, formats
+from lpsim.accumulators import cpu as accumulator_cpu
 
 SIZE = 512
 E8M13 = FloatFormat("float22_e8m13", 8, 13)

@@ -1,7 +1,8 @@
 """The compiled kernels of the CPU backend, equal to `reference` bit for bit.
 
 simd: vectors of LLVM IR with Python's operators; random: random bits; elements: how one element is rounded; scales:
-maxima and scales; rows: a stretch of a row; loops: the kernels themselves.
+maxima and scales; rows: a stretch of a row; loops: the kernels themselves; cache: the key of
+what stays on disk.
 """
 
 from lpsim.kernels.elements import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC

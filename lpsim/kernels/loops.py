@@ -75,7 +75,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
     compute, integer = (np.float64, np.int64) if wide else (np.float32, np.int32)
     rule_compute, rule_integer = (np.float64, np.int64) if rule_wide else (np.float32, np.int32)
     scaling, scale_size = (np.float64, 8) if scale_wide else (np.float32, 4)
-    fingerprint = FINGERPRINT
+    files = FINGERPRINT
 
     @njit(types.void(*[types.int64] * 8), cache=True, nogil=True)
     def kernel(call, x_at, out_at, seed, stream_step, offset, first, last):
@@ -84,7 +84,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         stream_step: the stream in the lower 32 bits, the step in the upper ones. A stochastic call must not have
         out = x.
         """
-        _ = fingerprint
+        _ = files
         c = _array(call, 25, np.int64)
         rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
         elements, source, exact_row = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT]
@@ -169,11 +169,11 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
     return kernel
 
 
-def _tile_maxima(fingerprint: int) -> Any:
+def _tile_maxima(files: int) -> Any:
     @njit(cache=True, nogil=True)
     def tile_maxima(x, shape, tile, maxima):
         """The largest magnitude of every tile, as a bit pattern."""
-        _ = fingerprint
+        _ = files
         rows, columns = shape
         tile_rows, tile_columns = tile
         down, across = -(-rows // tile_rows), -(-columns // tile_columns)

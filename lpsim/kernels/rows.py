@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from lpsim.kernels.cache import fingerprint
 from lpsim.kernels.elements import (
     FEW,
     GRID,
@@ -37,9 +37,7 @@ from lpsim.kernels.elements import (
 from lpsim.kernels.simd import F32, F64, I32, I64, Maximum, Memory, over, splat
 
 _FOLDER = Path(__file__).parent
-_FILES = [*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "plan.py", _FOLDER.parent / "reference.py"]
-# Of all that is compiled in. Numba's cache on disk looks at the file and the closure of a function: this goes into it.
-FINGERPRINT = int.from_bytes(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()[:6], "big")
+FINGERPRINT = fingerprint(*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "plan.py", _FOLDER.parent / "reference.py")
 
 
 class Field(enum.IntEnum):
@@ -226,11 +224,11 @@ _SIGNATURE = types.int64(*[types.int64] * 10)
 @functools.cache
 def row_at(way: Way, exact: bool) -> int:
     """The address of a way's row; exact: for the open decisions of stochastic rounding."""
-    code, final, fingerprint = way.code(), int(exact), FINGERPRINT
+    code, final, files = way.code(), int(exact), FINGERPRINT
 
     @cfunc(_SIGNATURE, cache=True)
     def row(x, out, count, scale, inverse, unused, shift, words, lows, record):
-        _ = fingerprint
+        _ = files
         return _row(code, final, x, out, count, scale, inverse, unused, shift, words, lows, record)
 
     return _address(row)
@@ -239,11 +237,11 @@ def row_at(way: Way, exact: bool) -> int:
 @functools.cache
 def plain_row_at(way: Way, large: bool) -> int:
     """The address of a plain way's row without scaling; large: for tensors larger than the cache."""
-    code, far, fingerprint = way.code(), int(large), FINGERPRINT
+    code, far, files = way.code(), int(large), FINGERPRINT
 
     @cfunc(_SIGNATURE, cache=True)
     def plain_row(x, out, count, emin, lowest, highest, shift, words, lows, record):
-        _ = fingerprint
+        _ = files
         return _plain_row(code, far, x, out, count, emin, lowest, highest, shift, words, lows, record)
 
     return _address(plain_row)

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from lpsim import formats
-from lpsim.accumulator import Accumulator, Order
+from lpsim.accumulators.unit import Accumulator, Order
 from lpsim.rounding import Rounding
 
 _FLOAT32 = Accumulator(formats.float32)

@@ -1,4 +1,4 @@
-"""The Triton kernel of Accumulator: `accumulator_kernels` on a GPU, in float64 and with the same arithmetic.
+"""The Triton kernel of Accumulator: `kernels` on a GPU, in float64 and with the same arithmetic.
 
 A program computes BM x BN results, each alone and with k ascending. It relies on IEEE additions and multiplications in
 float32 and float64 and on no contraction of a product and a sum (launch with enable_fp_fusion=False).

@@ -1,6 +1,6 @@
-"""Register tiles for Accumulator: float32 vectors, where the numbers allow them; else `accumulator_kernels` serves.
+"""Register tiles for Accumulator: float32 vectors, where the numbers allow them; else `kernels` serves.
 
-A tile holds the accumulators of ROWS rows and 16·VECTORS columns in registers while k runs. `accumulator_cpu` knows the
+A tile holds the accumulators of ROWS rows and 16·VECTORS columns in registers while k runs. `cpu` knows the
 exponents that occur in lhs and rhs, and picks here only what is then exact:
 
 How a multiply-add is computed (`add`): PLAIN, a float32 fused multiply-add, where it is exact or a second rounding is
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lpsim.accumulator_kernels import WIDTH
+from lpsim.accumulators.kernels import WIDTH
+from lpsim.kernels.cache import fingerprint
 
 PLAIN, ODD, CUT, TWO_SUM, HALF = range(5)
 NONE, NEAR, TRUNCATE, INTEGER = range(4)
@@ -37,6 +39,7 @@ BARE, GUARDED, SATURATED = range(3)
 
 BLOCK = 48  # rows of a task
 _DEPTH = 128  # of the columns that stay in the nearest cache while all rows of a task pass by
+FINGERPRINT = fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LANES = 16
 _V, _VI = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
@@ -254,7 +257,7 @@ def _pack(rhs, batch, first, columns, width, panel, at):
 @functools.cache
 def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
-    half, by_chunks = add == HALF, int(chunked)
+    half, by_chunks, files = add == HALF, int(chunked), FINGERPRINT
     rows, vectors = (8, 2) if half else (6, 4) if chunked or into == NONE else (4, 4)
     width = vectors * (32 if half else _LANES)
     array = types.Array(types.int16 if half else types.float32, 3, "A")
@@ -262,6 +265,7 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
 
     @njit(signature, nogil=True, cache=True)
     def kernel(lhs, rhs, out, chunk, numbers, first_task, last_task):
+        _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
         row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
         panel, start = _aligned(depth * WIDTH, rhs)

@@ -1,4 +1,4 @@
-"""Accumulator.matmul on GPUs: the sibling of `accumulator_cpu`."""
+"""Accumulator.matmul on GPUs: the sibling of `cpu`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpsim.accumulator import Unit
-from lpsim.accumulator_gpu_kernels import dot_products
+from lpsim.accumulators.gpu_kernels import dot_products
+from lpsim.accumulators.unit import Unit
 from lpsim.gpu_kernels import triton
 
 

@@ -1,6 +1,6 @@
 """Register tiles for tensor cores that truncate: the aligned terms are 32-bit integers, added up without error.
 
-`accumulator_cpu` picks this where every product is exact and normal in float32 and nothing overflows. One step: the
+`cpu` picks this where every product is exact and normal in float32 and nothing overflows. One step: the
 largest exponent e of the accumulator and the products, from exponents that were taken from the operands beforehand;
 then every term times 2^(fraction bits − e), truncated to an integer; the sum of these, rounded toward zero to float32
 and cut to the format's bits. WIDE units add up 8 products in each of two registers and join them in 64 bits.
@@ -19,8 +19,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lpsim.accumulator_kernels import WIDTH
-from lpsim.accumulator_tiles import (
+from lpsim.accumulators.kernels import WIDTH
+from lpsim.accumulators.tiles import (
     _F32,
     _I32,
     _I64,
@@ -30,6 +30,7 @@ from lpsim.accumulator_tiles import (
     _VI,
     BARE,
     BLOCK,
+    FINGERPRINT,
     NONE,
     PLAIN,
     _aligned,
@@ -190,12 +191,13 @@ def operand_exponents(x, emin, out):
 @functools.cache
 def tiles(wide: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
-    is_wide = int(wide)
+    is_wide, files = int(wide), FINGERPRINT
     i64 = types.int64
     exponents = types.int32[:, :, ::1]
 
     @njit(types.void(_A3, _A3, _A3, exponents, i64, i64, types.int32[::1], i64, i64), nogil=True, cache=True)
     def kernel(lhs, rhs, out, lhs_exponents, emin_rhs, chunk, numbers, first_task, last_task):
+        _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
         row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
         panel, start = _aligned(depth * WIDTH, rhs)

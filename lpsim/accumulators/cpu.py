@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpsim import accumulator_aligned, accumulator_kernels, accumulator_tiles
-from lpsim.accumulator import Unit
-from lpsim.accumulator_tiles import (
+from lpsim.accumulators import aligned, kernels, tiles
+from lpsim.accumulators.tiles import (
     BARE,
     CUT,
     GUARDED,
@@ -31,6 +30,7 @@ from lpsim.accumulator_tiles import (
     TWO_SUM,
     WIDTH,
 )
+from lpsim.accumulators.unit import Unit
 
 _SERIAL = 1 << 19  # below this many multiply-adds a second thread costs more than it gains
 
@@ -70,14 +70,14 @@ def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | Non
     if chosen is None:
         any_unit(lhs, rhs, unit, out)
         return
-    kernel = accumulator_tiles.tiles(*chosen, unit.chunk > 1)
+    kernel = tiles.tiles(*chosen, unit.chunk > 1)
     arguments = unit.chunk, _tile_numbers(unit)
     if chosen[0] != HALF:
-        _run(kernel, [lhs, rhs, out], accumulator_tiles.BLOCK, arguments)
+        _run(kernel, [lhs, rhs, out], tiles.BLOCK, arguments)
         return
     result = torch.empty_like(out, dtype=torch.float16)
     halves = [x.half().view(torch.int16) for x in (lhs, rhs)]
-    _run(kernel, [*halves, result.view(torch.int16)], accumulator_tiles.BLOCK, arguments)
+    _run(kernel, [*halves, result.view(torch.int16)], tiles.BLOCK, arguments)
     out.copy_(result)
 
 
@@ -87,15 +87,15 @@ def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors) ->
         any_unit(lhs, rhs, unit, out)
         return
     exponents = np.empty(tuple(lhs.shape), np.int32)
-    accumulator_aligned.operand_exponents(lhs.numpy(), unit.operand_emin[0], exponents)
+    aligned.operand_exponents(lhs.numpy(), unit.operand_emin[0], exponents)
     numbers = np.array([unit.fraction_bits, -(1 << (23 - unit.mantissa_bits))], np.int32)
     arguments = exponents, unit.operand_emin[1], unit.chunk, numbers
-    _run(accumulator_aligned.tiles(wide), [lhs, rhs, out], accumulator_tiles.BLOCK, arguments)
+    _run(aligned.tiles(wide), [lhs, rhs, out], tiles.BLOCK, arguments)
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
     """`matmul` by the kernel that serves everything."""
-    _run(accumulator_kernels.any_unit, [lhs, rhs, out], accumulator_kernels.BLOCK, _any_numbers(unit))
+    _run(kernels.any_unit, [lhs, rhs, out], kernels.BLOCK, _any_numbers(unit))
 
 
 def _run(kernel: Any, tensors: list[Tensor], block: int, arguments: tuple[Any, ...]) -> None:
@@ -159,12 +159,12 @@ def _extremes(x: Tensor) -> tuple[float, int, int]:
     x = x[:1] if x.stride(0) == 0 else x
     order = sorted(range(3), key=lambda d: -x.stride()[d])
     words = x.permute(order).contiguous().view(-1).numpy().view(np.int32)
-    largest, last, bits = accumulator_tiles.extremes(words)
+    largest, last, bits = tiles.extremes(words)
     return float(np.int32(largest).view(np.float32)), last, bits
 
 
 def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> bool | None:
-    """Whether the tile of accumulator_aligned needs 64 bits; None: any_unit."""
+    """Whether the tile of aligned needs 64 bits; None: any_unit."""
     like_float32 = unit.emin == -126 and unit.emax == 127 and unit.negative_zero
     truncating = unit.toward_zero and unit.aligned_rounding == 0
     term = 2 ** (unit.fraction_bits + 2)  # a product is less than 4 times its power of two
@@ -173,7 +173,7 @@ def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has
         return products * term + term // 2 < 2**31  # the accumulator is one more, less than twice its power of two
 
     wide = not fits(unit.chunk)
-    half = accumulator_aligned.WIDE_PRODUCTS
+    half = aligned.WIDE_PRODUCTS
     if not (like_float32 and truncating and has.directed) or (wide and not (unit.chunk <= 2 * half and fits(half))):
         return None
     known = find()
@@ -183,7 +183,7 @@ def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has
 
 
 def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> tuple[int, int, int] | None:
-    """(add, into, guard) of the tile that is exact for these numbers, see accumulator_tiles; None: any_unit."""
+    """(add, into, guard) of the tile that is exact for these numbers, see tiles; None: any_unit."""
     m, chunked = unit.mantissa_bits, unit.chunk > 1
     if unit.pairwise or not unit.negative_zero:
         return None

@@ -1,7 +1,7 @@
 """Accumulator: the dot-product unit of a simulated machine, as part of a Gemm (DESIGN §5).
 
-Three machines, of which `accumulator_reference.dot` is the exact definition; the products come in ascending order of k,
-so a result depends on neither threads nor tiles. Kernels: `accumulator_cpu` (Numba), `accumulator_gpu` (Triton).
+Three machines, of which `reference.dot` is the exact definition; the products come in ascending order of k,
+so a result depends on neither threads nor tiles. Kernels: `cpu` (Numba), `gpu` (Triton).
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Accumulator:
 
     def _backend(self, device: torch.device) -> str:
         """The module that serves a device."""
-        backends = {"cpu": "lpsim.accumulator_cpu", "cuda": "lpsim.accumulator_gpu"}
+        backends = {"cpu": "lpsim.accumulators.cpu", "cuda": "lpsim.accumulators.gpu"}
         if device.type not in backends:
             raise ValueError(f"an Accumulator multiplies on a CPU or a GPU, not on {device}")
         return backends[device.type]

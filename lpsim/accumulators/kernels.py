@@ -1,8 +1,8 @@
-"""The kernels of Accumulator for CPUs: any unit on any numbers, in float64. Equal to `accumulator_reference`.
+"""The kernels of Accumulator for CPUs: any unit on any numbers, in float64. Equal to `reference`.
 
 The product of two float32 numbers is exact in float64. A sum that is not is rounded to odd there (its last bit says
 "inexact"), after which one more rounding to at most 24 bits gives what a single rounding of the exact sum gives (Boldo
-and Melquiond 2008). `accumulator_tiles` has faster kernels for numbers that are known to be harmless.
+and Melquiond 2008). `tiles` has faster kernels for numbers that are known to be harmless.
 
 A task is a block of BLOCK rows and WIDTH columns of one matrix of the batch; its columns of rhs are copied together
 first. Each element is computed by one thread, k ascending, whatever the cut.
@@ -101,7 +101,7 @@ _SIGNATURE = types.void(_A3, _A3, _A3, types.int64[::1], types.float64[::1], typ
 
 @njit(_SIGNATURE, nogil=True, cache=True)
 def any_unit(lhs, rhs, out, integers, floats, first_task, last_task):
-    """The tasks [first_task, last_task) of out = lhs · rhs; integers, floats: see accumulator_cpu.numbers."""
+    """The tasks [first_task, last_task) of out = lhs · rhs; integers, floats: see cpu.numbers."""
     rows, depth, width = lhs.shape[1], lhs.shape[2], rhs.shape[2]
     m, emin, toward_zero, chunk, pairwise, bits, cut, emin_lhs, emin_rhs, emin_out = integers
     top, beyond, infinite, zero = floats

@@ -12,7 +12,7 @@ these constants.
 from __future__ import annotations
 
 from lpsim import formats
-from lpsim.accumulator import Accumulator, Alignment
+from lpsim.accumulators.unit import Accumulator, Alignment
 from lpsim.formats import FloatFormat
 from lpsim.rounding import Rounding
 
