@@ -36,7 +36,7 @@ a { color: #0b5cad; }
 .box { overflow-x: auto; margin: .6rem 0 .3rem; max-width: 100%; }
 .long { max-height: 44rem; overflow-y: auto; border: 1px solid #d1d9e0; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums;
-overflow-wrap: normal; } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; } th
+overflow-wrap: normal; } th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; } th
 { border-bottom: 1.5px solid #1f2328; font-weight: 600; position: sticky; top: 0; background: #fff; vertical-align:
 bottom; white-space: normal; } td { border-bottom: 1px solid #e6e9ec; } tr.new > td { border-top: 1.5px solid #aab2ba; }
 .number { text-align: right; } .wrap { white-space: normal; min-width: 16rem; max-width: 44rem; overflow-wrap:
