@@ -53,11 +53,11 @@ def run(options: argparse.Namespace) -> int:
         x = tensors[size]
         table = measure(dict(arms(x)), x.numel(), options.repeats, calls)
         print(f"\n{size}\n{table.to_string(index=False)}")
-    for size, *_ in chosen:
-        x = tensors[size]
-        table = {name: arm for name, arm in arms(x) if name.endswith(NEW)}
-        added = pd.DataFrame(peaks(table, 4 * x.numel()), columns=["arm", "memory added, tensors"])
-        print(f"\n{size}: memory\n{added.to_string(index=False)}")
+    for size, rows, columns, _ in chosen:
+        if 4 * rows * columns > 1 << 25:  # smaller blocks are served from memory that is there already
+            table = {name: arm for name, arm in arms(tensors[size]) if name.endswith(NEW)}
+            added = pd.DataFrame(peaks(table, 4 * rows * columns), columns=["arm", "memory added, tensors"])
+            print(f"\n{size}: memory\n{added.to_string(index=False)}")
     if keep_memory():
         for size, _, _, calls in chosen:
             x = tensors[size]
