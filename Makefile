@@ -19,7 +19,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-full: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'full or not full' --durations 20
+	$(BIN)/python -m pytest -m 'full or not full' --numprocesses $(JOBS) --dist loadfile --durations 20
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
