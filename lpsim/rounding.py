@@ -60,7 +60,7 @@ class ScaleRule(enum.Enum):
     FLOOR = "floor"
     """2^(⌊log2 amax⌋ − emax) (OCP MX v1.0 §6.3). The block maximum may lie above max·scale and is then clipped."""
     CEIL = "ceil"
-    """2^(⌈log2 amax⌉ − emax). Clips only where max < 2^(emax+1)·(1 − eps) leaves room above it."""
+    """2^(⌈log2 amax⌉ − emax): never clips, since 2^emax is a value of the element."""
     RCEIL = "rceil"
     """2^⌈log2(amax / max)⌉, with amax / max in exact arithmetic: never clips."""
     EVEN = "even"
