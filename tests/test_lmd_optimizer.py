@@ -554,6 +554,18 @@ def test_the_other_parameterization_is_refused_with_the_reason(kind):
     assert same(other.state_dict(), before)
 
 
+def test_a_state_without_a_newer_setting_takes_the_optimizers():
+    net = make_net()
+    optimizer = LMD(net.parameters())
+    train(net, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["weight_scaling"]
+    other = LMD(net.parameters(), weight_scaling=False)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["weight_scaling"] is False
+    train(net, other, range(2, 3))
+
+
 def test_a_foreign_state_is_refused():
     net = make_net()
     with pytest.raises(ValueError, match="not a state of LMD"):
