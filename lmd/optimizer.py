@@ -304,7 +304,7 @@ class LMD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that state keeps its dtype (torch would take the parameter's) and is copied, not aliased.
-        A setting that the state was saved without, by an earlier version, is this optimizer's.
+        A setting that the state was saved without, by an earlier version, stays this optimizer's.
 
         Raises ValueError for the other parameterization's state: split has a free sqrt(m+ m-) for every weight and
         two momenta, shared has neither, so no conversion continues the same trajectory. The weights themselves carry
@@ -319,9 +319,10 @@ class LMD(Optimizer):
                     f"this state was saved with parameterization={theirs!r}, the optimizer has {ours!r}; build "
                     f"LMD(..., parameterization={theirs!r}) to continue it, or start afresh from the model's weights"
                 )
+        before = self.param_groups
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.update({name: value for name, value in self.defaults.items() if name not in group})
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: own[name] for name in self.defaults if name in own and name not in group})
         saved_ids = [i for saved in state_dict["param_groups"] for i in saved["params"]]
         ours_in_order = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, ours_in_order, strict=True):
