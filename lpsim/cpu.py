@@ -36,7 +36,6 @@ from lpsim.kernels import (
 from lpsim.plan import SPAN, Plan, geometry, plan
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
-_NO_KEY = (0, 0, 0)
 _SERIAL = 1 << 18  # below this many elements a second thread costs more than it gains
 _NONE = np.zeros(9, np.int64)  # where a record has no use for an array
 _LARGE = 1 << 25  # from so many bytes on a tensor is taken to be larger than the cache
@@ -65,7 +64,7 @@ class _Call:
         outer, rows, columns = shape
         self.tensor_scaled = False  # whether numbers depend on the tensor
         self.tile_rows = outer * -(-rows // tile[0])
-        self.serial = elements < _SERIAL
+        self.serial = elements < _SERIAL  # the kernel itself may be called for all rows
         fields: dict[Field, int | np.ndarray] = {
             Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
             Field.AHEAD: tile[0] * columns,
@@ -109,14 +108,15 @@ class _Call:
         result.arrays, result.record = [record, numbers, *self.arrays[1:]], record.ctypes.data
         return result
 
-    def __call__(self, x: int, out: int, key: tuple[int, ...] = _NO_KEY) -> None:
-        """Quantize from one address to another. key: the seed, the stream and the step, the offset; 64 bits each."""
-        if self.serial or (threads := min(torch.get_num_threads(), self.tile_rows)) == 1:
-            self.kernel(self.record, x, out, *key, 0, self.tile_rows)
-            return
+    def on_threads(self, x: int, out: int, seed: int, stream_step: int, offset: int) -> None:
+        """The kernel on torch's number of threads, each with its share of the rows of tiles."""
+        threads = min(torch.get_num_threads(), self.tile_rows)
         bounds = [self.tile_rows * t // threads for t in range(threads + 1)]
-        spans = itertools.pairwise(bounds)
-        for done in [_pool(threads).submit(self.kernel, self.record, x, out, *key, *span) for span in spans]:
+        arguments = (self.record, x, out, seed, stream_step, offset)
+        if threads == 1:
+            self.kernel(*arguments, 0, self.tile_rows)
+            return
+        for done in [_pool(threads).submit(self.kernel, *arguments, *span) for span in itertools.pairwise(bounds)]:
             done.result()
 
 
@@ -157,10 +157,13 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
     elif call.tensor_scaled:
         assert isinstance(fmt, BlockFormat)
         call = call.with_numbers(_numbers(fmt, p, _tensor_scale(x, fmt)))
-    if key is None:
-        call(source, target)
+    seed = stream_step = offset = 0
+    if key is not None:
+        seed, stream_step, offset = _signed(key.seed), _signed(key.stream | key.step << 32), key.offset
+    if call.serial:
+        call.kernel(call.record, source, target, seed, stream_step, offset, 0, call.tile_rows)
     else:
-        call(source, target, (_signed(key.seed), _signed(key.stream | key.step << 32), key.offset))
+        call.on_threads(source, target, seed, stream_step, offset)
     if p.overflow is not None:
         overflow_to_special(x.view(-1).numpy(), out.view(-1).numpy(), *p.overflow)
 
@@ -246,7 +249,7 @@ def _given_scales(amax: np.ndarray, fmt: BlockFormat, outer: float, p: Plan) -> 
         rounded = np.empty_like(wanted)
         q = _scale_plan(fmt.scale, p)
         one = np.ones(1, q.floats.dtype)
-        _same(wanted.size, q, one, one)(wanted.ctypes.data, rounded.ctypes.data)
+        _same(wanted.size, q, one, one).on_threads(wanted.ctypes.data, rounded.ctypes.data, 0, 0, 0)
         scale = np.clip(rounded, dtype(fmt.scale.min_normal), dtype(fmt.scale.max))
         inverse = (dtype(1.0) / dtype(outer)) / scale
         scale = scale * dtype(outer)

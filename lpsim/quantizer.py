@@ -17,6 +17,7 @@ from lpsim import plan
 from lpsim.formats import BlockFormat, Format
 from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
 
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,7 +112,8 @@ class Quantizer:
         Raises TypeError for another dtype, ValueError for a wrong axis, a missing key or an unfit `out`.
         """
         axis = self._check(x, axis, key)
-        x = x.detach() if x.requires_grad else x
+        if x.requires_grad:
+            x = x.detach()
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
             raise ValueError(
                 f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}"
@@ -223,12 +225,12 @@ class NumbaBackend:
     def quantize(
         self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        double = x.dtype is torch.float64
+        double = x.dtype is _FLOAT64
         p = quantizer.plans.get(double)
         if p is None:
             q = quantizer
             p = q.plans[double] = plan.plan(q.format, q.rounding, q.overflow, q.random_bits, double)
-        if (double or x.dtype is torch.float32) and x.is_contiguous() and (out is None or out.is_contiguous()):
+        if (double or x.dtype is _FLOAT32) and x.is_contiguous() and (out is None or out.is_contiguous()):
             target = torch.empty_like(x) if out is None else out
             self._kernels.quantize(x, quantizer.format, axis, p, key, target)
             return target
