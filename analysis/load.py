@@ -24,7 +24,10 @@ REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
-TELEMETRY = ("telemetry", "telemetry_cosines")  # Parquet files of a run, where telemetry was on
+TELEMETRY = {  # Parquet files of a run, where telemetry was on, and the columns that are read
+    "telemetry": ("step", "site", "role", "format", "sqnr_db", "clipped", "underflowed", "swallowed", "origin"),
+    "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
+}
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -113,7 +116,7 @@ def read(folder: str | Path) -> Results:
         run_rows.append(run)
         environment_rows.extend(sessions)
         metric_rows.extend(numbers)
-    observed = [_parquet(folder, listed, f"{name}.parquet", problem_rows) for name in TELEMETRY]
+    observed = [_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TELEMETRY.items()]
     long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
     for column in ("signature", "split", "metric"):
         long[column] = long[column].astype("str")
@@ -214,21 +217,33 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[
     return row, [{"signature": folder.name, "session": place} | each for place, each in enumerate(sessions)], numbers
 
 
-def _parquet(folder: Path, signatures: Iterable[str], name: str, problem_rows: list[dict[str, str]]) -> pd.DataFrame:
-    """The tables of that name of all runs, one below the other; one that cannot be read is added to the problems."""
+def _tables(
+    folder: Path, signatures: Iterable[str], name: str, wanted: Iterable[str], problem_rows: list[dict[str, str]]
+) -> pd.DataFrame:
+    """The Parquet files of that name of all runs, one below the other; an unreadable one is added to the problems."""
     frames = []
     for signature in signatures:
         path = folder / signature / name
         if path.exists():
             try:
-                frame = pd.read_parquet(path)
-                frame.insert(0, "signature", signature)
-                frames.append(frame)
-            except (OSError, ValueError):  # pyarrow's are ValueErrors
-                problem_rows.append(
-                    {"folder": signature, "reason": f"{name} cannot be read; the rest of the run is used"}
-                )
+                frame = _table(path, wanted)
+            except Unreadable as error:
+                problem_rows.append({"folder": signature, "reason": f"{error}; the rest of the run is used"})
+                continue
+            frame.insert(0, "signature", signature)
+            frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["signature"])
+
+
+def _table(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
+    """A Parquet file that has the wanted columns. Raises Unreadable."""
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError):  # pyarrow's are ValueErrors
+        raise Unreadable(f"{path.name} cannot be read") from None
+    if missing := [column for column in wanted if column not in frame]:
+        raise Unreadable(f"{path.name} has no column {', '.join(missing)}")
+    return frame
 
 
 def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:

@@ -118,6 +118,16 @@ def test_a_torn_file_is_a_problem_and_the_run_is_kept(folder: Path) -> None:
     assert "telemetry.parquet cannot be read" in write_report(folder).read_text()
 
 
+@pytest.mark.parametrize(("name", "missing"), [("telemetry", "origin"), ("telemetry_cosines", "cosine")])
+def test_a_table_without_a_column_that_is_read_is_a_problem(name: str, missing: str, folder: Path) -> None:
+    strange = made.signature(made.config("gpt2-micro", "adamw", "float32", 0))
+    path = folder / strange / f"{name}.parquet"
+    pd.read_parquet(path).drop(columns=missing).to_parquet(path)
+    (problem,) = load.read(folder).problems.to_dict("records")
+    assert problem["folder"] == strange and problem["reason"].startswith(f"{name}.parquet has no column {missing}; ")
+    assert f"{name}.parquet has no column {missing}" in write_report(folder).read_text()
+
+
 def test_without_telemetry_there_is_nothing_of_it(tmp_path: Path) -> None:
     made.write_runs(tmp_path, made.quickstart(seeds=1))
     assert load.telemetry(tmp_path).empty
