@@ -22,7 +22,7 @@ class SourceError(Exception):
 
 @contextmanager
 def blamed(path: Path) -> Iterator[None]:
-    """Turns an exception into a SourceError with the last line of the file that it came through."""
+    """Turns an exception into a SourceError with the last line of the file that it came through, if any."""
     try:
         yield
     except SourceError:
@@ -32,7 +32,8 @@ def blamed(path: Path) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
-        raise SourceError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from None
+        where = f"{path}:{lines[-1]}" if lines else str(path)  # what is found in a file after it ran has no line
+        raise SourceError(f"{where}: {type(error).__name__}: {error}") from None
 
 
 def execute(path: Path, name: str) -> ModuleType:

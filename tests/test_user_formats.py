@@ -122,7 +122,9 @@ def test_mistakes_are_told(file: str, tmp_path: Path, capsys: pytest.CaptureFixt
     wrong = 'x = FloatFormat("x", exponent_bits=0, mantissa_bits=99)\n'
     assert "wrong.py:3: ValueError: x: " in message("formats", "--define", written("wrong.py", wrong))
     taken = written("taken.py", 'a = FloatFormat("bfloat16", 8, 6)\n')
-    assert "a different format is already named 'bfloat16'" in message("formats", "--define", taken)
+    assert "taken.py: ValueError: a different format is already named 'bfloat16'" in message(
+        "formats", "--define", taken
+    )
     fixed = written("fixed.py", "def grid():\n    yield\n")
     assert "fixed.py: grid() takes no formats to choose; it must be: def grid(formats=(...))" in message(
         "run", fixed, "--formats", "bfloat16"
