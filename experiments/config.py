@@ -123,6 +123,7 @@ class GivenRecipe(Settings):
     recipe: Recipe
 
     def check(self) -> None:
+        self.require(self.name != "", "name must not be empty")
         recipe_data.to_dict(self.recipe)  # refuses what the config, being data, cannot hold
 
     def build(self) -> Recipe:
@@ -205,6 +206,8 @@ class Config(Settings):
             if name in parts:
                 parts[name] = from_table(table, parts[name], what)
         if "recipe" in parts:
+            if not isinstance(parts["recipe"], Mapping):
+                raise ValueError(f"recipe must be an object, is {parts['recipe']!r}")
             given = parts["recipe"].get("passes") == GIVEN
             parts["recipe"] = (GivenRecipe if given else RecipeConfig).from_dict(parts["recipe"])
         return super().from_dict(parts)

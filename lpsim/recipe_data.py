@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lpsim import formats
 from lpsim.accumulators import Accumulator, Alignment
 from lpsim.formats import Format
-from lpsim.quantizer import Quantizer
+from lpsim.quantizer import Quantizer, ScaleClipsWarning
 from lpsim.recipes import Accumulation, Gemm, Recipe
 
 
@@ -30,8 +31,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_dict` described. Raises ValueError for fields that are missing or unknown."""
-    recipe: Recipe = _read(Recipe, data)
+    """The recipe that `to_dict` described. Raises ValueError for fields that are missing, unknown or of a wrong type.
+
+    Of scales that clip was warned, or deliberately not, where the recipe was first made.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScaleClipsWarning)
+        try:
+            recipe: Recipe = _read(Recipe, data)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"this is not the data of a recipe: {error}") from None
     return recipe
 
 

@@ -128,6 +128,11 @@ def test_what_data_cannot_hold_is_refused_in_a_recipe() -> None:
     [
         (("recipe_definition", "fprop", "lhz"), None, "a Gemm has the fields lhs, rhs, accumulate, out, got"),
         (("recipe_definition", "backward_operands"), "rounded", "'rounded' is not a valid BackwardOperands"),
+        (("recipe_definition", "overrides"), [1], "not the data of a recipe: cannot unpack"),
+        (("recipe_definition", "overrides"), None, "not the data of a recipe: "),
+        (("recipe_definition", "overrides"), [["lm_head", None]], "overrides maps site patterns to recipes"),
+        (("recipe_definition", "fprop"), None, "Recipe.fprop must be a Gemm"),
+        (("format",), "", "name must not be empty"),
         (("colour",), "red", r"given whole has format, passes, recipe_definition; got \['colour', "),
     ],
 )
@@ -202,6 +207,7 @@ def with_value(data: dict[str, Any], value: Any, *path: str) -> dict[str, Any]:
         (("optimizer", "betas"), [0.9, 1.0], r"betas and momentum must lie in \[0, 1\), got 1.0"),
         (("seed",), -1, r"seed must lie in"),
         (("data",), None, r"data set must be an object, is None"),
+        (("recipe",), None, r"recipe must be an object, is None"),
     ],
 )
 def test_what_is_wrong_in_a_config_is_said(path: tuple[str, ...], value: Any, message: str) -> None:
