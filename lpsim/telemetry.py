@@ -214,9 +214,12 @@ class Telemetry:
         """Compare the gradients in .grad with those that `loss()` has in full precision, parameter by parameter.
 
         loss: computes the loss of the same batch; it runs outside the simulation, with the random state of now.
-        cosine is NaN where a gradient is zero; norm_ratio is |simulated| / |full precision|.
+        cosine is NaN where a gradient is zero; norm_ratio is |simulated| / |full precision|. Raises RuntimeError where
+        no parameter has a gradient.
         """
         named = [(name, p) for name, p in self.simulation.model.named_parameters() if p.grad is not None]
+        if not named:
+            raise RuntimeError("no parameter has a gradient to compare: call backward() first")
         with self.simulation.suspended(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             exact = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
             for (name, p), full in zip(named, exact, strict=True):
@@ -305,9 +308,10 @@ class Telemetry:
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:
-    """The elements in order, as float32 or float64."""
+    """The elements in order, as float32 or float64; of a sparse tensor those of the dense one."""
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    array: np.ndarray[Any, Any] = x.detach().to("cpu", dtype).contiguous().view(-1).numpy()
+    dense = x.detach().to_dense() if x.layout is not torch.strided else x.detach()
+    array: np.ndarray[Any, Any] = dense.to("cpu", dtype).contiguous().view(-1).numpy()
     return array
 
 

@@ -213,8 +213,24 @@ def test_gradients_are_compared_with_full_precision() -> None:
     assert telemetry.cosines()["norm_ratio"].eq(1).all()
 
 
+def test_sparse_gradients_are_compared_as_the_dense_ones_they_stand_for() -> None:
+    def cosines(sparse: bool) -> pd.DataFrame:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 32, sparse=sparse), nn.Linear(32, 1))
+        with simulate(model, THREE) as sim:
+            telemetry = Telemetry(sim)
+            model(torch.tensor([3, 1, 3])).sum().backward()
+            telemetry.compare_gradients(lambda: model(torch.tensor([3, 1, 3])).sum())
+        assert model[0].weight.grad is not None and model[0].weight.grad.is_sparse is sparse
+        return telemetry.cosines()
+
+    pd.testing.assert_frame_equal(cosines(True), cosines(False))
+
+
 def test_bad_arguments() -> None:
     sim = simulate(nn.Linear(2, 2), Recipe())
+    with sim, pytest.raises(RuntimeError, match="no parameter has a gradient to compare: call backward"):
+        Telemetry(sim).compare_gradients(lambda: torch.zeros(()))
     for every in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="every must be a number of steps"):
             Telemetry(sim, every=every)  # type: ignore[arg-type]
