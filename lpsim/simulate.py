@@ -35,6 +35,7 @@ from lpsim.audit import Audit, Auditor
 from lpsim.module_paths import BACKWARD, OUTSIDE, ROOT, Frame, ModulePaths
 from lpsim.ops import WRAPPED, Call, Composite, Kind, Observer, Op, Site, body, inplace_argument, op_name
 from lpsim.recipes import BackwardOperands, Gemm, Recipe
+from lpsim.refusals import check_module, refuse_strange, run_uncompiled
 
 __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
 
@@ -97,7 +98,8 @@ class Simulation:
     """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
 
     step: the training loop's step, set by the loop; random bits are keyed by (seed, site, step, call within the step),
-    so that a resumed run draws what it would have drawn.
+    so that a resumed run draws what it would have drawn. The calls of an evaluation count, too: after the update,
+    before `step` is set anew, they leave the training's random bits as they are without it.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True) -> None:
@@ -108,7 +110,7 @@ class Simulation:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
         for path, module in model.named_modules():
-            _check_module(path or ROOT, module)
+            check_module(path or ROOT, module)
         self.model = model
         self.recipe = recipe
         self.seed = seed
@@ -127,7 +129,7 @@ class Simulation:
         self._mode = _Mode(self)
         self._stepping = False
         self._auditor: Auditor | None = Auditor() if audit else None
-        self._auditing = False
+        self._counting: Auditor | None = None  # the same, while it counts
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Simulation:
@@ -135,7 +137,7 @@ class Simulation:
             raise RuntimeError("a simulation is already running here; its ops would be simulated twice")
         with ExitStack() as stack:
             stack.callback(self._handlers.clear)
-            _run_uncompiled(stack)
+            run_uncompiled(stack)
             self._paths.follow(stack)
             stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
             stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
@@ -143,7 +145,7 @@ class Simulation:
             if self._auditor is not None and not self._auditor.finished:
                 stack.callback(self._stop_audit)
                 self._auditor.__enter__()
-                self._auditing = True
+                self._counting = self._auditor
             stack.enter_context(self._mode)
             self._stack = stack.pop_all()
         return self
@@ -168,8 +170,8 @@ class Simulation:
     def step(self, value: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise ValueError(f"step must be an int in [0, 2**32), got {value!r}")
-        if value != self._step and self._auditing and self._auditor is not None and self._auditor.rows:
-            self._auditor.finish()
+        if value != self._step and self._counting is not None and self._counting.rows:
+            self._counting.finish()
             self._stop_audit()
         self._step = value
         if self._sampler is not None:
@@ -218,8 +220,8 @@ class Simulation:
     @contextmanager
     def _as_torch_does(self, name: str) -> Iterator[None]:
         """A module whose ops are not looked at, because the recipe leaves everything."""
-        if self._auditing and self._auditor is not None:
-            self._auditor.count(name, Kind.PRODUCT, "-", "left by the recipe, with torch's fused evaluation")
+        if self._counting is not None:
+            self._counting.count(name, Kind.PRODUCT, "-", "left by the recipe, with torch's fused evaluation")
         with torch._C.DisableTorchFunction(), self._owned("left by the recipe"):
             yield
 
@@ -231,9 +233,9 @@ class Simulation:
 
     def _stop_audit(self) -> None:
         """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
-        if self._auditing and self._auditor is not None and _get_current_dispatch_mode() is self._auditor:
-            self._auditor.__exit__(None, None, None)
-            self._auditing = False
+        if self._counting is not None and _get_current_dispatch_mode() is self._counting:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
             self._handlers.clear()
 
     # What becomes of a function
@@ -251,7 +253,7 @@ class Simulation:
             return partial(self._product, op, op.function)
         if op.kind in (Kind.VECTOR, Kind.REDUCTION) and (self._rounds_vectors or self._observer is not None):
             return partial(self._vector, op)
-        if not self._auditing:
+        if self._counting is None:
             return _run
         reason = "the recipe has no vector format" if op.kind in (Kind.VECTOR, Kind.REDUCTION) else op.reason
         return partial(self._counted, op, reason)
@@ -259,8 +261,8 @@ class Simulation:
     def _counted(
         self, op: Op, reason: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._auditing and self._auditor is not None:
-            self._auditor.count(op.name, op.kind, "-", reason)
+        if self._counting is not None:
+            self._counting.count(op.name, op.kind, "-", reason)
         return func(*args, **kwargs)
 
     def _through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,8 +296,8 @@ class Simulation:
         if quantizer is None:
             result = self._counted(op, "the recipe has no vector format", func, args, kwargs)
             return result if self._observer is None else self._rounded(site, result)
-        if self._auditing and self._auditor is not None:
-            self._auditor.count(op.name, op.kind, quantizer.format.name, op.reason)
+        if self._counting is not None:
+            self._counting.count(op.name, op.kind, quantizer.format.name, op.reason)
         target = _inplace_target(func, args, kwargs)
         if target is not None and next(_floating(target), None) is not None:
             # On a copy: what the op saves for its backward pass must not be rounded afterwards.
@@ -342,7 +344,7 @@ class Simulation:
                 for t in _floating(result):
                     self._call(place.first).out(t)
             return result
-        _refuse_strange(first)
+        refuse_strange(first)
         target = args[0] if inplace_argument(func) == -1 else None
         out = kwargs.pop("out", None) if "out" in kwargs else None
         device = first.device.type
@@ -425,50 +427,12 @@ class Simulation:
 
     def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
         """What runs inside is counted as `owner`'s, and the op by its sites."""
-        if not self._auditing or self._auditor is None:
+        if self._counting is None:
             return _UNCOUNTED
         if op is not None and place is not None:
-            self._auditor.count_product(
-                op, list(place.sites.values()), "left by the recipe" if place.left else op.reason
-            )
-        return self._auditor.owned(owner)
-
-
-def _check_module(path: str, module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(f"{path} is a scripted module: its ops cannot be seen. Simulate the model before torch.jit")
-    if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
-        raise TypeError(f"{path} is compiled: its ops cannot be seen. Simulate the model before torch.compile")
-    if isinstance(module, nn.DataParallel):
-        raise TypeError(f"{path} is DataParallel, whose threads cannot be seen; use DistributedDataParallel")
-
-
-def _run_uncompiled(stack: ExitStack) -> None:
-    """Until `stack` ends, what torch.compile compiled runs as it was written: compiled code calls no torch function."""
-    refusal = "a simulation cannot be entered inside a compiled function: enter it around the call"
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(refusal)
-    try:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-    except RuntimeError as error:
-        raise RuntimeError(refusal) from error
-
-
-def _refuse_strange(x: Tensor) -> None:
-    """Products of complex tensors, and of those that stand for others: what is quantized is not what is multiplied."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "the transforms of torch.func (vmap, grad, jvp) are not simulated: batch by a leading axis, and take "
-            "gradients by backward or torch.autograd.grad"
-        )
-    if x.is_complex():
-        raise NotImplementedError("complex products are not simulated: multiply real and imaginary parts")
-    if torch.jit.is_tracing():
-        raise NotImplementedError("a simulation cannot be traced: call torch.jit.trace outside of it")
-    if x.is_nested:
-        raise NotImplementedError("nested tensors are not simulated: pad them, and mask the padding")
-    if x.device.type == "meta":
-        raise NotImplementedError("meta tensors have no values to quantize: simulate on a device that holds them")
+            reason = "left by the recipe" if place.left else op.reason
+            self._counting.count_product(op, list(place.sites.values()), reason)
+        return self._counting.owned(owner)
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

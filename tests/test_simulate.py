@@ -196,6 +196,25 @@ def test_stochastic_rounding_is_keyed_by_seed_step_and_call() -> None:
     assert not torch.equal(first, outputs(1, 5)[0])
 
 
+def test_evaluating_after_an_update_leaves_the_random_bits_of_training() -> None:
+    model, x, y = gpt()
+    recipe = Recipe(*[Gemm(STOCHASTIC, STOCHASTIC)] * 3)
+
+    def trained(evaluate: bool) -> list[Tensor]:
+        found = []
+        with simulate(model, recipe) as sim:
+            for sim.step in range(3):
+                found += gradients(model, loss_of(model, x, y))
+                if evaluate:
+                    model.eval()
+                    with torch.no_grad():
+                        model(x)
+                    model.train()
+        return found
+
+    assert same(trained(True), trained(False))
+
+
 def test_optimizer_and_clipping_stay_in_full_precision() -> None:
     recipe = Recipe.forward(FP4.format, vector=BF16.format)
 
