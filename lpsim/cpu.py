@@ -11,6 +11,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -47,6 +48,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lpsim")
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process inherits the pool without its threads
+
+
 class _Call:
     """A plan, a shape and where its scales come from, as a kernel and the record that it reads."""
 
@@ -64,6 +69,7 @@ class _Call:
         outer, rows, columns = shape
         self.tensor_scaled = False  # whether numbers depend on the tensor
         self.tile_rows = outer * -(-rows // tile[0])
+        self.bytes = elements * (8 if p.variant.double else 4)
         self.serial = elements < _SERIAL  # the kernel itself may be called for all rows
         fields: dict[Field, int | np.ndarray] = {
             Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
@@ -133,14 +139,15 @@ def _kind(p: Plan) -> int:
 
 
 def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, out: torch.Tensor) -> None:
-    """reference.quantize of a contiguous float32 or float64 tensor x, into the contiguous `out` (x itself is allowed).
+    """reference.quantize of a contiguous float32 or float64 tensor x, into the contiguous `out`, which may overlap x.
 
     p: the plan of the format and rounding for x's width.
+
+    Raises TypeError for a tensor that has no memory.
     """
     source, target = x.data_ptr(), out.data_ptr()
-    if source == target and (p.variant.mode == STOCHASTIC or p.overflow is not None):
-        x = x.clone()
-        source = x.data_ptr()
+    if not (source and target) and x.numel() > 0:
+        raise TypeError(f"{type(x).__name__} has no memory of its own to quantize; pass the plain tensor behind it")
     place = (x.shape, axis)
     call: _Call | None = p.kept.get(place)
     if call is None:
@@ -157,6 +164,10 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
     elif call.tensor_scaled:
         assert isinstance(fmt, BlockFormat)
         call = call.with_numbers(_numbers(fmt, p, _tensor_scale(x, fmt)))
+    distance = abs(target - source)
+    if distance < call.bytes and (distance > 0 or p.variant.mode == STOCHASTIC or p.overflow is not None):
+        x = x.clone()  # results would be written over what is still to be read
+        source = x.data_ptr()
     seed = stream_step = offset = 0
     if key is not None:
         seed, stream_step, offset = _signed(key.seed), _signed(key.stream | key.step << 32), key.offset

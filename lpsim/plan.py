@@ -200,11 +200,14 @@ def _geometry(
 def exact(fmt: Format, overflow: Overflow) -> bool:
     """Whether the arithmetic of the kernels is exact for a format; where it is not, the oracle serves.
 
-    Not with exponents or significands near those of float64, integers above 24 bits, and overflow to NaN in formats
-    without a sign or a zero, where it also befalls what lies below the range.
+    Not with exponents or significands near those of float64, integers above 24 bits, elements of blocks beyond float32
+    (which a float32 tensor rounds before they are scaled), and overflow to NaN in formats without a sign or a zero,
+    where it also befalls what lies below the range.
     """
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     if isinstance(element, FixedFormat) and element.bits > 24:
+        return False
+    if isinstance(fmt, BlockFormat) and (element.emax > 127 or element.mantissa_bits > 23):
         return False
     if overflow is Overflow.SPECIAL and isinstance(element, FloatFormat) and not (element.signed and element.zero):
         return False

@@ -114,6 +114,8 @@ class Quantizer:
         axis = self._check(x, axis, key)
         if x.requires_grad:
             x = x.detach()
+        if x.is_neg():  # a view that stands for the negative of its memory
+            x = x.resolve_neg()
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
             raise ValueError(
                 f"out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype}"
@@ -230,7 +232,8 @@ class NumbaBackend:
         if p is None:
             q = quantizer
             p = q.plans[double] = plan.plan(q.format, q.rounding, q.overflow, q.random_bits, double)
-        if (double or x.dtype is _FLOAT32) and x.is_contiguous() and (out is None or out.is_contiguous()):
+        plain = out is None or (out.is_contiguous() and not out.is_neg())
+        if plain and (double or x.dtype is _FLOAT32) and x.is_contiguous():
             target = torch.empty_like(x) if out is None else out
             self._kernels.quantize(x, quantizer.format, axis, p, key, target)
             return target

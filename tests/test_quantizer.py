@@ -1,11 +1,13 @@
 """Quantizer on the CPU: equality with the oracle, layouts, dtypes, random bits, gradients, bad input."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 
 from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, cpu, formats, plan, reference
-from lpsim.formats import BlockFormat, Codebook
+from lpsim.formats import BlockFormat, Codebook, FloatFormat, Specials
 from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
 
 KEY = Key(seed=5, stream=7, step=9, offset=300)
@@ -107,6 +109,33 @@ def test_blocks_of_every_magnitude_equal_the_oracle(name: str, rounding: Roundin
     assert_same_bits(quantizer(torch.from_numpy(columns), axis=0, key=KEY).numpy(), expected, "first axis")
 
 
+@pytest.mark.parametrize("block_size", [16, 64, (2, 1)])
+def test_a_block_of_zeros_has_the_smallest_scale(block_size: int | tuple[int, int]) -> None:
+    """It shows where the element has no zero, and is so small that the scales of subnormal blocks are larger."""
+    element = Codebook("tiny", (1.5 * 2.0**-30, 1.75 * 2.0**-30))
+    fmt = BlockFormat("b", element, formats.float8_e8m0fnu, block_size)
+    x = np.zeros((4, 64), np.float32)
+    expected = reference.quantize(x, fmt)
+    assert_same_bits(Quantizer(fmt)(torch.from_numpy(x)).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        FloatFormat("e8m1_wide", 8, 1, bias=1),
+        FloatFormat("e2m24", 2, 24, bias=0, specials=Specials.EXTENDED, signed=False),
+    ],
+    ids=lambda f: f.name,
+)
+def test_elements_beyond_float32_are_rounded_to_it_before_they_are_scaled(element: FloatFormat) -> None:
+    for scale, rule in ((formats.float8_e8m0fnu, ScaleRule.FLOOR), (formats.float32, ScaleRule.ROUND)):
+        fmt = BlockFormat("b", element, scale, 4, rule)
+        x = (np.random.default_rng(0).standard_normal((16, 32)) * 2.0**100).astype(np.float32)
+        with np.errstate(over="ignore"):
+            expected = reference.quantize(x, fmt)
+        assert_same_bits(Quantizer(fmt)(torch.from_numpy(x)).numpy(), expected)
+
+
 @pytest.mark.parametrize("rounding", [Rounding.TIES_TO_EVEN, Rounding.STOCHASTIC])
 @pytest.mark.parametrize("name", ["mxfp6_e3m2", "mxint8", "nvfp4", "float8_e4m3fn"])
 def test_large_tensors_give_the_same_bits(name: str, rounding: Rounding, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +233,51 @@ def test_out_and_in_place() -> None:
                 source = out if out is not strided and torch.equal(out, x) else x
                 assert quantizer.quantize(source, key=KEY, out=out) is out
                 assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [1, 64])
+def test_out_may_overlap_the_input(distance: int, dtype: torch.dtype) -> None:
+    for fmt in (formats.mxfp6_e3m2, formats.bfloat16):
+        quantizer = Quantizer(fmt)
+        memory = torch.randn(4096 + distance, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        expected = quantizer.quantize(memory[:4096].clone())
+        quantizer.quantize(memory[:4096], out=memory[distance:])
+        assert torch.equal(memory[distance:], expected)
+
+
+def test_views_that_stand_for_the_negative_of_their_memory() -> None:
+    x = torch.randn(4, 32)
+    quantizer = Quantizer(formats.mxfp4_e2m1)
+    assert torch.equal(quantizer(torch._neg_view(x)), quantizer(-x))
+    out = torch.empty_like(x)
+    quantizer.quantize(x, out=torch._neg_view(out))
+    assert torch.equal(-out, quantizer(x))
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    with pytest.raises(TypeError, match="no memory"):
+        Quantizer(formats.mxfp4_e2m1)(torch._efficientzerotensor(4, 32))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    x = torch.randn(1024, 512)
+    out = torch.zeros_like(x).share_memory_()
+    quantizer = Quantizer(formats.mxfp6_e3m2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = quantizer(x)
+        child = multiprocessing.get_context("fork").Process(target=quantizer.quantize, args=(x, -1, None, out))
+        child.start()
+        child.join(60)
+        child.kill()
+    finally:
+        torch.set_num_threads(threads)
+    assert child.exitcode == 0
+    assert torch.equal(out, expected)
 
 
 def test_the_gradient_passes_straight_through() -> None:

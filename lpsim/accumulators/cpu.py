@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -53,6 +54,10 @@ def vectors() -> Vectors:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lpsim-accumulator")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process inherits the pool without its threads
 
 
 def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | None = None) -> None:

@@ -155,7 +155,7 @@ def _single_scales(
             lifted = (amax.as_float() * 2.0**23).bits()
             bits = small.select(lifted, amax)
             e = ((bits + number(0)) >> 23) - number(3) - small.select(amax.constant(127 + 23), amax.constant(127))
-            e = (e < number(4)).select(number(4), e)
+            e = (amax.equals(0) | (e < number(4))).select(number(4), e)
             e = (e > number(5)).select(number(5), e)
             finite, nan = amax < (255 << 23), amax.as_float().constant(float("nan"))
             arrays[2].store(place, finite.select(power(e), nan))
