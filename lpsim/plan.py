@@ -146,7 +146,7 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
 
     (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle). The exponent of
     the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales with exponents in the middle
-    bring no number of the element's format near the ends of float32, with 16 bits to spare.
+    are normal in float32 and bring no number of the element's format near its ends, with 16 bits to spare.
     """
     p, unit = (52, 1023) if double else (23, 127)
     element, ones = fmt.element, (1 << p) - 1
@@ -163,7 +163,7 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     emin, middle = 0, (1, 0)  # no exponent lies between these
     if not isinstance(element, Codebook) and element.min <= 0 <= element.max:
         emin = _smallest_binade(element)
-        middle = (-90 - emin, 90 - max(emin, element.emax))
+        middle = (max(-90 - emin, -126), 90 - max(emin, element.emax))
     return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, emin, *middle], np.int64)
 
 
@@ -201,13 +201,16 @@ def exact(fmt: Format, overflow: Overflow) -> bool:
     """Whether the arithmetic of the kernels is exact for a format; where it is not, the oracle serves.
 
     Not with exponents or significands near those of float64, integers above 24 bits, elements of blocks beyond float32
-    (which a float32 tensor rounds before they are scaled), and overflow to NaN in formats without a sign or a zero,
-    where it also befalls what lies below the range.
+    (which a float32 tensor rounds before they are scaled), overflow to NaN in formats beyond float32 (where a float32
+    tensor shows Inf for numbers within the range) and in those without a sign or a zero, where it also befalls what
+    lies below the range.
     """
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     if isinstance(element, FixedFormat) and element.bits > 24:
         return False
     if isinstance(fmt, BlockFormat) and (element.emax > 127 or element.mantissa_bits > 23):
+        return False
+    if overflow is Overflow.SPECIAL and element.emax > 127:
         return False
     if overflow is Overflow.SPECIAL and isinstance(element, FloatFormat) and not (element.signed and element.zero):
         return False

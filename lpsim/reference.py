@@ -344,8 +344,9 @@ def quantize(
         words = [random_word(key, i) for i in range(flat.size)]
     result = np.empty_like(flat)
     if not isinstance(fmt, BlockFormat):
-        for i, value in enumerate(flat.tolist()):
-            result[i] = round_value(value, fmt, rounding, overflow, words[i], random_bits)
+        with np.errstate(over="ignore"):  # a number of the format may be beyond float32
+            for i, value in enumerate(flat.tolist()):
+                result[i] = round_value(value, fmt, rounding, overflow, words[i], random_bits)
         return result.astype(x.dtype).reshape(x.shape)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         amax = float(np.max(np.abs(flat), initial=0.0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, cpu, formats, plan, reference
-from lpsim.formats import BlockFormat, Codebook, FloatFormat, Specials
+from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
 from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
 
 KEY = Key(seed=5, stream=7, step=9, offset=300)
@@ -96,16 +96,26 @@ def test_threads_do_not_change_a_bit() -> None:
 
 
 @pytest.mark.parametrize("rounding", Rounding)
-@pytest.mark.parametrize("name", ["mxfp6_e3m2", "mxint8"])
-def test_blocks_of_every_magnitude_equal_the_oracle(name: str, rounding: Rounding) -> None:
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        formats.mxfp6_e3m2,
+        formats.mxint8,
+        BlockFormat("large_integers", FixedFormat("q8_-30", 8, -30), formats.float8_e8m0fnu),
+        BlockFormat("large_floats", FloatFormat("e3m2_large", 3, 2, -40), formats.float8_e8m0fnu),
+        BlockFormat("small_floats", FloatFormat("e3m2_small", 3, 2, 50), formats.float8_e8m0fnu),
+    ],
+    ids=lambda f: f.name,
+)
+def test_blocks_of_every_magnitude_equal_the_oracle(fmt: BlockFormat, rounding: Rounding) -> None:
     """One block a power of two that float32 has: where scales are divided out, where not, and both in one row."""
     block = np.random.default_rng(0).uniform(-1.5, 1.5, 32).astype(np.float32)
     x = np.ldexp(block, np.arange(-149, 128)[:, None]).astype(np.float32)
-    quantizer = Quantizer(formats.get(name), rounding)
-    expected = reference.quantize(x, quantizer.format, 1, rounding, key=KEY)
+    quantizer = Quantizer(fmt, rounding)
+    expected = reference.quantize(x, fmt, 1, rounding, key=KEY)
     assert_same_bits(quantizer(torch.from_numpy(x), key=KEY).numpy(), expected, "last axis")
     columns = np.ascontiguousarray(x.T)
-    expected = reference.quantize(columns, quantizer.format, 0, rounding, key=KEY)
+    expected = reference.quantize(columns, fmt, 0, rounding, key=KEY)
     assert_same_bits(quantizer(torch.from_numpy(columns), axis=0, key=KEY).numpy(), expected, "first axis")
 
 
@@ -131,8 +141,7 @@ def test_elements_beyond_float32_are_rounded_to_it_before_they_are_scaled(elemen
     for scale, rule in ((formats.float8_e8m0fnu, ScaleRule.FLOOR), (formats.float32, ScaleRule.ROUND)):
         fmt = BlockFormat("b", element, scale, 4, rule)
         x = (np.random.default_rng(0).standard_normal((16, 32)) * 2.0**100).astype(np.float32)
-        with np.errstate(over="ignore"):
-            expected = reference.quantize(x, fmt)
+        expected = reference.quantize(x, fmt)
         assert_same_bits(Quantizer(fmt)(torch.from_numpy(x)).numpy(), expected)
 
 
@@ -233,6 +242,14 @@ def test_out_and_in_place() -> None:
                 source = out if out is not strided and torch.equal(out, x) else x
                 assert quantizer.quantize(source, key=KEY, out=out) is out
                 assert torch.equal(out, expected)
+
+
+def test_overflow_of_formats_beyond_float32() -> None:
+    """2^128 is a number of the format, and Inf in a float32 tensor; NaN comes later."""
+    fmt = FloatFormat("e8m2_fn", 8, 2, specials=Specials.FN)
+    x = np.array([np.finfo(np.float32).max, -np.finfo(np.float32).max, np.inf, np.nan, 1.0], np.float32)
+    expected = reference.quantize(x, fmt, overflow=Overflow.SPECIAL)
+    assert_same_bits(Quantizer(fmt, overflow=Overflow.SPECIAL)(torch.from_numpy(x)).numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
