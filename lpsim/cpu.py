@@ -185,7 +185,7 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
     if not isinstance(fmt, BlockFormat):
         return _same(elements, p, np.ones(1, p.floats.dtype), np.ones(1, p.floats.dtype))
     rows, tile = geometry(shape, fmt, axis)
-    if tile == (1, elements):
+    if tile == (1, elements) and elements > SPAN:
         return None
     if len(p.rule) > 0:
         return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO)
@@ -246,7 +246,9 @@ def _with_scales(tensor: torch.Tensor, fmt: BlockFormat, axis: int, p: Plan) -> 
 def _given_scales(amax: np.ndarray, fmt: BlockFormat, outer: float, p: Plan) -> tuple[np.ndarray, np.ndarray]:
     """The scale of every tile and its inverse, from the maxima: reference.block_scale, vectorized."""
     finite, dtype = np.isfinite(amax), amax.dtype.type
-    amax = np.where(finite, amax, dtype(0))
+    if not finite.any():
+        return np.full_like(amax, np.nan), np.full_like(amax, np.nan)
+    amax = np.where(finite, amax, amax[finite][0])  # a rule sees finite maxima alone
     distinct, where = np.unique(amax, return_inverse=True)
     if isinstance(fmt.scale_rule, ScaleRule) and fmt.scale_rule is not ScaleRule.ROUND:
         scale = np.array([reference.block_scale(float(a), fmt) for a in distinct], p.floats.dtype)[where]
