@@ -177,7 +177,8 @@ class RunRecord:
         if self._metrics is not None:
             with writing(self.folder / "metrics.jsonl"):
                 os.fsync(self._metrics.fileno())
-        write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
+        with buffer.getbuffer() as content:  # Python 3.12.1 crashes where it is left to the garbage collector
+            write_atomically(self.folder / "checkpoint.pt", content)
 
     def load_checkpoint(self, device: str) -> dict[str, Any] | None:
         """The last checkpoint, None when there is none. Raises RunFolderError when it cannot be read."""
