@@ -30,7 +30,8 @@ LEGEND = (
     (
         "worse, better, undecided",
         "The interval lies wholly on the worse side of 0, wholly on the better side, or contains 0. Undecided does "
-        "not mean equal.",
+        "not mean equal. An interval without width is undecided, too: all seeds differ by the same step of a coarse "
+        "metric.",
     ),
     (
         "loss to the format",

@@ -325,5 +325,6 @@ def test_verdicts() -> None:
     assert summary.verdict(row) == "worse"
     assert summary.verdict(row | {"metric": "validation_accuracy"}) == "better"
     assert summary.verdict(row | {"low": -0.05}) == "undecided"
+    assert summary.verdict(row | {"low": 0.1, "high": 0.1}) == "undecided"
     assert summary.verdict(row | {"n": 1}) == "n = 1"
     assert summary.verdict(row | {"n": 0}) == "no pair"
