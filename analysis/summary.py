@@ -173,7 +173,7 @@ def verdict(row: Mapping[str, Any] | pd.Series) -> str:
     """What a difference says: "worse", "better" or "undecided"; "n = 1" or "no pair" when it has no interval."""
     if row["n"] < 2:
         return "n = 1" if row["n"] else "no pair"
-    without_width = row["high"] - row["low"] <= 1e-9 * abs(row["difference"])  # the metric is coarse, not the effect sure
+    without_width = row["high"] - row["low"] <= 1e-9 * abs(row["difference"])  # a coarse metric, not a sure effect
     if row["low"] <= 0 <= row["high"] or without_width:
         return "undecided"
     return "better" if (row["difference"] > 0) == higher_is_better(row["metric"]) else "worse"
