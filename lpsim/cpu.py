@@ -97,7 +97,7 @@ class _Call:
             fields[Field.EXACT_ROW_AT] = row_at(way, True)
         if way.plain:
             fields[Field.PLAIN_ROW_AT] = plain_row_at(way, False)
-            if 4 * elements >= _LARGE:
+            if self.bytes >= _LARGE:
                 fields[Field.LARGE_ROW_AT] = plain_row_at(way, True)
         record = np.zeros(len(Field), np.int64)
         for place, value in fields.items():

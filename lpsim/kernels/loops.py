@@ -39,6 +39,7 @@ _GIVEN, _SAME, _POWER_OF_TWO, _ROUNDED = (int(s) for s in Scales)
     _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _,
 ) = (int(field) for field in Field)  # fmt: skip
 
+_FIELDS = len(Field)
 _LOW = 0xFFFFFFFF
 _PIECE = 512  # elements whose undecided stochastic roundings are settled together
 
@@ -85,7 +86,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         out = x.
         """
         _ = files
-        c = _array(call, 25, np.int64)
+        c = _array(call, _FIELDS, np.int64)
         rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
         elements, source, exact_row = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT]
         x = _array(x_at, elements, element)

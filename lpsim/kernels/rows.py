@@ -247,13 +247,13 @@ def plain_row_at(way: Way, large: bool) -> int:
     return _address(plain_row)
 
 
+_compiled: list[Any] = []  # keeps what lies at the addresses that were given out
+
+
 def _address(row: Any) -> int:
     """Of a compiled function, which is kept."""
     _compiled.append(row)
     return int(row.address)
-
-
-_compiled: list[Any] = []
 
 
 @intrinsic
