@@ -1,4 +1,4 @@
-"""Run folders -> tidy pandas frames (DESIGN §6: what a run leaves on disk).
+"""Run folders -> tidy pandas frames.
 
 Run folders are data: everything is parsed as JSON, nothing found in a folder is executed. A folder that cannot be read
 is a row of `problems`, never an exception and never a silent gap. Runs keep the order of grid.json, so that tables and

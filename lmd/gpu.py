@@ -1,7 +1,7 @@
 """The fused GPU backend: lmd/plain.py's Plan for contiguous float32 tensors, in Triton, one launch a tensor.
 
 The random words are those of the other backends, bit for bit; the rest is float32 with the device's log, exp, sin and
-cos, and differs from lmd/update.py by some units in the last place (tests/test_lmd_gpu.py states how many). The step is
+cos, and differs from lmd/update.py by some units in the last place (tests/lmd/test_gpu.py states how many). The step is
 the hyperbolic rotation that lmd/kernels.py explains.
 """
 

@@ -4,7 +4,7 @@ One call serves all tensors of a group: it takes a table of their addresses, cut
 elements and shares the tiles out to threads. Every operation is one IEEE float32 operation in a fixed order (fused
 multiply-adds are written as such, nothing is reassociated, no libm is called), so tiles, threads and vector width
 change no bit of the result. Against lmd/update.py, whose functions are torch's, it differs by some units in the last
-place: tests/test_lmd_kernels.py states how many.
+place: tests/lmd/test_kernels.py states how many.
 
 The step is update.py's without asinh and sinh. With x = mean / (2 center exp(sigma^2 / 2)) and s = sqrt(x^2 + 1),
 (x, s) = (sinh a, cosh a), exp(+-a) = s +- x, and a -> a - y is the hyperbolic rotation x cosh y - s sinh y.

@@ -3,13 +3,13 @@
 Importing it loads neither Numba nor Triton nor any other library's kernels; backends load on first use.
 """
 
-from lpsim import accumulators, codebooks, formats
+from lpsim import accumulators, formats
 from lpsim.accumulators import Accumulator, Alignment, Order
-from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials
-from lpsim.quantizer import Quantizer, available_backends
-from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
-from lpsim.simulate import Gemm, Recipe, simulate
-from lpsim.storage import Encoded, decode, encode
+from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials, codebooks
+from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.machine.simulate import Gemm, Recipe, simulate
+from lpsim.quantization.quantizer import Quantizer, available_backends
+from lpsim.quantization.storage import Encoded, decode, encode
 
 __version__ = "0.1.0"
 

@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
-from lpsim import formats, reference
-from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Specials
+from lpsim import formats
+from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Specials, reference
 
 SCALAR = [f for f in formats.ALL_FORMATS.values() if not isinstance(f, BlockFormat)]
 BLOCK = [f for f in formats.ALL_FORMATS.values() if isinstance(f, BlockFormat)]

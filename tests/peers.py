@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lpsim import BlockFormat, FloatFormat, Key, Rounding, ScaleRule, formats, reference
+from lpsim import BlockFormat, FloatFormat, Key, Rounding, ScaleRule, formats
 from lpsim.conformance.inputs import block_inputs, scalar_inputs
-from lpsim.formats import p3109
+from lpsim.formats import p3109, reference
 
 GOLDEN = Path(__file__).parent / "golden"
 Vectors = dict[str, np.ndarray]

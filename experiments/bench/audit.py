@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from experiments.models.zoo import CASES, Case
+from experiments.training.models.zoo import CASES, Case
 from lmd import LMD
 from lpsim import Gemm, Quantizer, Recipe, Rounding, ScaleRule, formats, simulate
-from lpsim.audit import Audit
-from lpsim.ops import Kind
-from lpsim.recipes import BackwardOperands
+from lpsim.machine.audit import Audit
+from lpsim.machine.ops import Kind
+from lpsim.machine.recipes import BackwardOperands
 
 _FP4 = Quantizer(formats.mxfp4_e2m1)
 _GRADIENTS = Quantizer(

@@ -1,9 +1,9 @@
 """Time and memory of a step of LMD beside torch's AdamW, and its share of a training step of gpt2-micro.
 
-A step of LMD is `sampled_params` and `step` together; a training step is that of experiments/train.py. The arms are
-interleaved, so that a slow phase of the machine is a slow phase of every arm, and step the same parameters, shaped as
-those of a GPT-2 of width 768. Wall time is the shortest of the repeats; CPU time, of all threads, their median. Bytes
-are those of the optimizer's state, counted from its tensors, beside the parameters and their gradients.
+A step of LMD is `sampled_params` and `step` together; a training step is that of experiments/training/train.py. The
+arms are interleaved, so that a slow phase of the machine is a slow phase of every arm, and step the same parameters,
+shaped as those of a GPT-2 of width 768. Wall time is the shortest of the repeats; CPU time, of all threads, their
+median. Bytes are those of the optimizer's state, counted from its tensors, beside the parameters and their gradients.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from experiments import optimizers
-from experiments.config import Config
-from experiments.data import StdlibText
-from experiments.models.gpt2 import MICRO
-from experiments.train import build, gradients
+from experiments.training import optimizers
+from experiments.training.config import Config
+from experiments.training.data import StdlibText
+from experiments.training.models.gpt2 import MICRO
+from experiments.training.train import build, gradients
 from lmd import LMD
 from lpsim import Recipe, simulate
 
@@ -131,7 +131,7 @@ class Timed:
 
 
 def measure_micro(arms: dict[str, Any], repeats: int) -> pd.DataFrame:
-    """One row an arm: its CPU time in a step of experiments/train.py's loop, and its share of that step.
+    """One row an arm: its CPU time in a step of experiments/training/train.py's loop, and its share of that step.
 
     The step is the loop's, under a simulation that leaves everything as it is: batch, forward and backward pass,
     clipping, optimizer, and clearing the gradients.

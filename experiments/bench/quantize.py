@@ -25,7 +25,7 @@ import torch
 from experiments.bench.step import keep_memory
 from lpsim import Key, Quantizer, Rounding, available_backends, formats
 from lpsim.formats import BlockFormat
-from lpsim.quantizer import ScaleClipsWarning
+from lpsim.quantization.quantizer import ScaleClipsWarning
 
 SIZES = {"256x1024": (256, 1024, 20), "4096x4096": (4096, 4096, 1)}  # rows, columns, calls a sample
 FORMATS = ("mxfp8_e4m3", "mxfp6_e3m2", "mxfp4_e2m1", "mxint8", "nvfp4", "nf4_block64", "float8_e4m3fn", "bfloat16")

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models.gpt2 import MICRO, Attention, GPT2Config
+from experiments.training.models.gpt2 import MICRO, Attention, GPT2Config
 from lpsim import Gemm, Quantizer, Recipe, Rounding, available_backends, formats, simulate
 from lpsim.adapters import microxcaling
-from lpsim.ops import exact
-from lpsim.quantizer import ScaleClipsWarning
-from lpsim.recipes import BackwardOperands
-from lpsim.telemetry import Telemetry
+from lpsim.machine.ops import exact
+from lpsim.machine.recipes import BackwardOperands
+from lpsim.machine.telemetry import Telemetry
+from lpsim.quantization.quantizer import ScaleClipsWarning
 
 BASE = GPT2Config(name="gpt2-4x256", layers=4, heads=8, d_model=256, context=128, vocab_size=256)
 MODELS = {"gpt2-micro": (MICRO, 32), "gpt2-4x256": (BASE, 8)}  # configuration, batch size

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.config import Config
-from experiments.settings import names_near
-from experiments.source_files import SourceError, blamed, execute
+from experiments.grids.source_files import SourceError, blamed, execute
+from experiments.training.config import Config
+from experiments.training.settings import names_near
 from lpsim.formats import Format
 
 HERE = Path(__file__).parent

@@ -20,9 +20,9 @@ unseen, and one batch that holds such bytes can cost 20 times a uniform guess an
 
 from collections.abc import Iterator
 
-from experiments.config import Config
 from experiments.grids.quickstart import TASKS, TUNED
-from experiments.optimizers import LMD, LMDSplit
+from experiments.training.config import Config
+from experiments.training.optimizers import LMD, LMDSplit
 
 STEPS, WARMUP_STEPS = 600, 60
 SEEDS = (0, 1, 2)

@@ -7,9 +7,9 @@ Small enough for a laptop, so the answer is a direction at most. The learning ra
 
 from collections.abc import Iterator, Sequence
 
-from experiments.config import Config, forward, model
-from experiments.data import Digits, StdlibText
-from experiments.optimizers import LMD, AdamW, OptimizerConfig
+from experiments.training.config import Config, forward, model
+from experiments.training.data import Digits, StdlibText
+from experiments.training.optimizers import LMD, AdamW, OptimizerConfig
 from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size

@@ -8,7 +8,7 @@ float32 and float64 and on no contraction of a product and a sum (launch with en
 
 from __future__ import annotations
 
-from lpsim.gpu_kernels import _bits, _copysign, _float, tl, triton
+from lpsim.quantization.gpu_kernels import _bits, _copysign, _float, tl, triton
 
 
 @triton.jit

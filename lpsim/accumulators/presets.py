@@ -14,7 +14,7 @@ from __future__ import annotations
 from lpsim import formats
 from lpsim.accumulators.unit import Accumulator, Alignment
 from lpsim.formats import FloatFormat
-from lpsim.rounding import Rounding
+from lpsim.formats.rounding import Rounding
 
 float22_e8m13 = FloatFormat("float22_e8m13", 8, 13)
 """What Hopper's FP8 instructions keep of a float32 register: the upper 22 bits."""

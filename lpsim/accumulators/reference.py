@@ -14,7 +14,7 @@ import numpy as np
 
 from lpsim import formats
 from lpsim.accumulators.unit import Accumulator, Order
-from lpsim.rounding import Rounding
+from lpsim.formats.rounding import Rounding
 
 _FLOAT32 = Accumulator(formats.float32)
 

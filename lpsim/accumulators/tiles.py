@@ -31,7 +31,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
-from lpsim.kernels.cache import fingerprint
+from lpsim.quantization.cpu_kernels.cache import fingerprint
 
 PLAIN, ODD, CUT, TWO_SUM, HALF = range(5)
 NONE, NEAR, TRUNCATE, INTEGER = range(4)

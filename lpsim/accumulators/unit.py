@@ -1,4 +1,4 @@
-"""Accumulator: the dot-product unit of a simulated machine, as part of a Gemm (DESIGN §5).
+"""Accumulator: the dot-product unit of a simulated machine, as part of a Gemm.
 
 Three machines, of which `reference.dot` is the exact definition; the products come in ascending order of k,
 so a result depends on neither threads nor tiles. Kernels: `cpu` (Numba), `gpu` (Triton).
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lpsim.formats import FloatFormat
-from lpsim.quantizer import Quantizer
-from lpsim.rounding import Overflow, Rounding
+from lpsim.formats.rounding import Overflow, Rounding
+from lpsim.quantization.quantizer import Quantizer
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ALIGNED_BITS = 40  # of fractions: then sums of 64 aligned terms are exact in float64

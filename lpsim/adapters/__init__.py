@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from lpsim.quantizer import Quantizer
+    from lpsim.quantization.quantizer import Quantizer
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 `settings` gives all 30 of its string keys, so that its own layers can be run with our format too: its defaults leave
 some roundings at "nearest" where only "round" is set. What differs from our definition is listed by `departures`;
-everything else is equal bit for bit, on the golden vectors and in tests/test_adapters.py.
+everything else is equal bit for bit, on the golden vectors and in tests/adapters/test_adapters.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from lpsim import formats
 from lpsim.formats import BlockFormat, FixedFormat, FloatFormat, Specials
-from lpsim.quantizer import Quantizer
-from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization.quantizer import Quantizer
 
 ELEMENTS: dict[formats.Element, str] = {
     formats.float8_e4m3fn: "fp8_e4m3",

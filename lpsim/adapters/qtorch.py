@@ -2,7 +2,7 @@
 
 Its stochastic rounding is left out: no key determines its bits, and on CPU not even torch.manual_seed. Importing
 qtorch compiles its extension, so that is left to the first call. What differs from our definition is listed by
-`departures`; everything else is equal bit for bit in tests/test_adapters.py.
+`departures`; everything else is equal bit for bit in tests/adapters/test_adapters.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from lpsim import formats
 from lpsim.formats import BlockFormat, FixedFormat, FloatFormat, Specials
-from lpsim.quantizer import Quantizer
-from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization.quantizer import Quantizer
 
 
 class Settings(NamedTuple):

@@ -1,4 +1,4 @@
-"""The conformance kit: a format and its backends proved, or the first counterexample (DESIGN §4, §7).
+"""The conformance kit: a format and its backends proved, or the first counterexample.
 
     print(conformance.check(formats.mxfp6_e3m2))
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lpsim.conformance import laws, walk
 from lpsim.conformance.laws import ConformanceError
 from lpsim.formats import BlockFormat, Format
-from lpsim.quantizer import ScaleClipsWarning
+from lpsim.quantization.quantizer import ScaleClipsWarning
 
 __all__ = ["Certificate", "ConformanceError", "check"]
 

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpsim import reference
 from lpsim.adapters import Adapter
 from lpsim.conformance.inputs import Array, any_bits, block_inputs, block_shape, ladder, scalar_inputs
-from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format
-from lpsim.quantizer import Quantizer, available_backends, backend
-from lpsim.rounding import Key, Overflow, Rounding, ScaleRule
-from lpsim.storage import decode, encode
+from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format, reference
+from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization.quantizer import Quantizer, available_backends, backend
+from lpsim.quantization.storage import decode, encode
 
 DETERMINISTIC: list[Rounding] = [r for r in Rounding if r is not Rounding.STOCHASTIC]
 KEY = Key(seed=0x0123456789ABCDEF, stream=3, step=5, offset=1000)

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lpsim import reference
 from lpsim.conformance.inputs import Array
 from lpsim.conformance.laws import DETERMINISTIC, demand, quantizers
-from lpsim.formats import ALL_FORMATS, BlockFormat, Element, Format
-from lpsim.quantizer import Quantizer
-from lpsim.rounding import Overflow
+from lpsim.formats import ALL_FORMATS, BlockFormat, Element, Format, reference
+from lpsim.formats.rounding import Overflow
+from lpsim.quantization.quantizer import Quantizer
 
 CHUNK = 1 << 19  # inputs at a time: few enough for the cache, many enough to outweigh a call
 INFINITY = 0x7F800000  # the bit pattern; above it lie the NaNs

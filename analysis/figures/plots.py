@@ -1,0 +1,204 @@
+"""(frame, ax) -> ax: one drawing a function, with seaborn where it has it; no reading, no saving, no global state.
+
+Colour means one thing in the whole report, the levels of one factor (`colours`), and every level keeps its colour in
+every figure. Every run is drawn, or stands in a band that spans all runs. Labels carry units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from analysis.statistics.tables import BASELINE, higher_is_better, interval
+
+LABELS = {"validation_loss": "validation loss (nats)", "validation_accuracy": "validation accuracy (share correct)"}
+DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
+INK, FAINT = "#333333", "#b0b0b0"
+LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
+FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
+MANY_RUNS = 6  # runs of one colour in one panel beyond which they are drawn as median and band
+RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
+
+STYLE: Any = {
+    "svg.hashsalt": "analysis",  # the identifiers inside an SVG are the same in every run
+    "text.parse_math": False,  # a name with dollar signs is a name
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "legend.frameon": False,
+}
+
+
+def colours(levels: Sequence[str], ordered: bool = False) -> dict[str, Any]:
+    """A colour for each level: float32 dark grey, up to 7 others from a palette that colour-blind readers can tell
+    apart; more than 7, and `ordered` levels (numbers), run through viridis without its palest end.
+    """
+    others = [level for level in levels if level != BASELINE]
+    through = ordered or len(others) > len(DISTINCT)
+    palette = sns.color_palette("viridis", len(others) + 1) if through else DISTINCT
+    chosen = dict(zip(others, palette, strict=False))
+    return {level: INK if level == BASELINE else chosen[level] for level in levels}
+
+
+def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str, smooth: int = 1) -> Axes:
+    """`value` against `step`, one line a `signature`, coloured by `hue`; × where a diverged run's last finite value is.
+
+    With more than 6 runs of a colour, the median over the runs that did not diverge and a band from the smallest to the
+    largest of them; diverged runs keep their own lines, because a median that loses runs on its way jumps. The value
+    axis is logarithmic when the values are positive and span a ratio of 8 or more. Values that are not finite are not
+    drawn.
+    """
+    frame = frame[np.isfinite(frame["value"])]
+    palette = {level: colours[level] for level in colours if (frame[hue] == level).any()}
+    diverged = frame["status"] == "diverged"
+    many = len(frame) > 0 and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS
+    alone = frame[diverged] if many else frame
+
+    def draw(part: pd.DataFrame, **how: Any) -> None:
+        if len(part):  # seaborn warns of a palette without data
+            how |= {
+                "hue": hue,
+                "hue_order": list(palette),
+                "palette": palette,
+                "rasterized": len(frame) > RASTER_POINTS,
+            }
+            sns.lineplot(part, x="step", y="value", ax=ax, legend=False, **how)
+
+    if many:
+        draw(frame[~diverged], estimator="median", errorbar=("pi", 100), linewidth=1.2)
+    if smooth > 1:
+        draw(alone, estimator=None, units="signature", linewidth=0.6, alpha=0.35)
+    running = alone.groupby("signature")["value"].rolling(smooth, min_periods=1, center=True).mean().droplevel(0)
+    draw(alone.assign(value=running), estimator=None, units="signature", linewidth=1.2, alpha=0.9)
+    ends = frame[frame["status"] == "diverged"].sort_values("step").groupby("signature", sort=False).tail(1)
+    for level, group in ends.groupby(hue, sort=False):
+        ax.plot(group["step"], group["value"], "x", color=colours[level], markersize=7, markeredgewidth=2)
+    value_axis(ax, frame["value"])
+    ax.set(xlabel="step", ylabel=label)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
+    return ax
+
+
+def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], intervals: bool) -> Axes:
+    """`primary_metric` of every run as a point over the level of `hue`; with `intervals` the mean and its 95% t
+    interval beside them.
+
+    Pass `intervals` only where the points over a level differ in seeds alone.
+    """
+    levels = [level for level in colours if (frame[hue] == level).any()]
+    at = {level: place for place, level in enumerate(levels)}
+    x = frame[hue].map(at).astype("float64")
+    sns.scatterplot(
+        x=x - 0.12 * intervals, y=frame["primary_metric"], hue=frame[hue], hue_order=levels,
+        palette={level: colours[level] for level in levels}, ax=ax, legend=False, s=34, alpha=0.75, linewidth=0,
+    )  # fmt: skip
+    for level in levels if intervals else []:
+        mean, low, high = interval(frame.loc[frame[hue] == level, "primary_metric"])
+        place = at[level] + 0.12
+        ax.plot([place], [mean], "_", color=colours[level], markersize=13, markeredgewidth=2)
+        ax.plot([place, place], [low, high], "-", color=colours[level], linewidth=1.6)
+    value_axis(ax, frame["primary_metric"])
+    ax.set_xticks(range(len(levels)), levels)
+    if sum(map(len, levels)) > 40:
+        ax.tick_params(axis="x", rotation=25)
+    ax.set(xlabel=hue, ylabel=LABELS[frame["metric"].iloc[0]], xlim=(-0.6, len(levels) - 0.4))
+    ax.grid(visible=False, axis="x")
+    return ax
+
+
+def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str) -> Axes:
+    """`difference` with `low` to `high` for each row, named by `name`, top to bottom, n at the right; the line at 0 is
+    "no difference".
+
+    A row without an interval (n < 2) is a hollow point.
+    """
+    for place, row in enumerate(frame.to_dict("records")):
+        colour = colours.get(row[hue], INK)
+        alone = row["n"] < 2
+        ax.plot([row["low"], row["high"]], [place, place], "-", color=colour, linewidth=1.8, solid_capstyle="butt")
+        ax.plot(
+            [row["difference"]], [place], "o", color=colour, markersize=6, markerfacecolor="white" if alone else colour
+        )
+        ax.annotate(f"n = {row['n']}", (1.005, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    if far_apart(frame["difference"]):
+        middle = float(f"{frame['difference'].abs().median():.1g}")
+        ax.set_xscale("symlog", linthresh=middle)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.set_yticks(range(len(frame)), list(frame["name"]))
+    ax.set(ylim=(len(frame) - 0.5, -0.5), xlabel=label)
+    ax.grid(visible=False, axis="y")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def far_apart(differences: pd.Series) -> bool:
+    """Whether the largest is so far above the median that a linear axis would show nothing of the others."""
+    sizes = differences.abs()
+    return bool(0 < FAR * sizes.median() <= sizes.max())
+
+
+def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colours: Mapping[str, Any]) -> Axes:
+    """`primary_metric` of every run against its learning rate (logarithmic), the mean at each rate joined by a line,
+    coloured by `hue`; a diverged run is an × at the edge where the metric is bad.
+    """
+    levels = [level for level in colours if (frame[hue] == level).any()]
+    palette = {level: colours[level] for level in levels}
+    ok = frame[(frame["status"] == "finished") & np.isfinite(frame["primary_metric"])]
+    shared: dict[str, Any] = {
+        "x": rate,
+        "y": "primary_metric",
+        "hue": hue,
+        "hue_order": levels,
+        "palette": palette,
+        "ax": ax,
+    }
+    if len(ok):
+        sns.lineplot(ok, estimator="mean", errorbar=None, legend=False, linewidth=1.2, **shared)
+        sns.scatterplot(ok, legend=False, s=26, alpha=0.75, linewidth=0, **shared)
+    metric = frame["metric"].iloc[0]
+    value_axis(ax, ok["primary_metric"])
+    bad = frame[frame["status"] == "diverged"]
+    edge = 0.02 if higher_is_better(metric) else 0.98
+    for level, group in bad.groupby(hue, sort=False):
+        ax.plot(
+            group[rate],
+            [edge] * len(group),
+            "x",
+            color=colours[level],
+            transform=ax.get_xaxis_transform(),
+            markersize=7,
+        )
+    ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric])
+    rates = sorted(frame[rate].dropna().unique())
+    ax.set_xticks(rates, [f"{value:g}" for value in rates])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax
+
+
+def value_axis(ax: Axes, values: pd.Series) -> None:
+    """A logarithmic y axis with plain numbers when positive values span a ratio of 8 or more."""
+    if len(values) and values.min() > 0 and values.max() / values.min() >= LOG_RATIO:
+        ax.set_yscale("log")
+        decades = np.log10(values.max() / values.min())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,140 @@
+"""HTML of a report page: escaped text, tables, figures, folded parts; one file that needs
+nothing else.
+
+Every string that comes from a run folder goes through `escape` here. The page loads nothing, runs no script, and wide
+tables scroll in their own box, so the page itself never scrolls sideways.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from analysis.figures.drawings import Drawing
+
+LONG_TABLE = 30  # rows beyond which a table scrolls in its own box on a screen (never on paper)
+
+CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1108px; background: #fff; color: #1f2328;
+  font: 16px/1.55 -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Liberation Sans", sans-serif; overflow-wrap:
+  anywhere; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 { font-size: 1.4rem; line-height: 1.25; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 2px solid #1f2328; }
+h3 { font-size: 1.08rem; margin: 2rem 0 .5rem; }
+h4 { font-size: 1rem; margin: 1.1rem 0 .3rem; }
+p, ul, dl, figcaption { max-width: 96ch; margin: .5rem 0; }
+ul { padding-left: 1.3rem; } li { margin: .3rem 0; }
+.meta, figcaption, .note { color: #59636e; font-size: .875rem; }
+.lead { font-size: 1.06rem; }
+.warn { border-left: 4px solid #d55e00; padding: .4rem .9rem; background: #fdf3ec; }
+nav { margin: 1rem 0; font-size: .92rem; } nav a { margin-right: 1.1rem; white-space: nowrap; display: inline-block; }
+a { color: #0b5cad; }
+.box { overflow-x: auto; margin: .6rem 0 .3rem; max-width: 100%; }
+.long { max-height: 44rem; overflow-y: auto; border: 1px solid #d1d9e0; }
+table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums;
+overflow-wrap: normal; } th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; } th
+{ border-bottom: 1.5px solid #1f2328; font-weight: 600; position: sticky; top: 0; background: #fff; vertical-align:
+bottom; white-space: normal; } td { border-bottom: 1px solid #e6e9ec; } tr.new > td { border-top: 1.5px solid #aab2ba; }
+.number { text-align: right; } .wrap { white-space: normal; min-width: 16rem; max-width: 44rem; overflow-wrap:
+anywhere; } .best { font-weight: 700; } figure { margin: 1rem 0 1.4rem; } figure img { display: block; height: auto;
+max-width: 100%; }
+code, pre { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size:
+.84rem; } pre { overflow-x: auto; padding: .8rem 1rem; background: #f6f8fa; border: 1px solid #e1e5e9; line-height: 1.4;
+overflow-wrap: normal; } details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; } dt { font-weight:
+600; margin-top: .7rem; } dd { margin: .1rem 0 0; } @media (max-width: 700px) {
+  body { padding: 1rem .9rem 3rem; } figure .box img { max-width: none; width: 640px; }
+}
+@media print {
+  body { max-width: none; padding: 0; font-size: 10.5pt; } nav { display: none; }
+  .box, .long { overflow: visible; max-height: none; border: 0; } th { position: static; }
+  h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, what the heading means, and one text a row."""
+
+    heading: str
+    texts: Sequence[str]
+    number: bool = False
+    wrap: bool = False
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def paragraph(text: str, style: str = "") -> str:
+    return f"<p{_style(style)}>{escape(text)}</p>"
+
+
+def bullets(texts: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+
+
+def heading(level: int, text: str, anchor: str = "") -> str:
+    identity = f' id="{escape(anchor)}"' if anchor else ""
+    return f"<h{level}{identity}>{escape(text)}</h{level}>"
+
+
+def table(columns: Sequence[Column], best: Sequence[bool] = (), new: Sequence[bool] = ()) -> str:
+    """The columns side by side in a box of their own; `best` rows are bold, `new` rows start a group."""
+    length = len(columns[0].texts)
+    head = "".join(f"<th{_classes(column)}>{escape(column.heading)}</th>" for column in columns)
+    rows = []
+    for index in range(length):
+        cells = "".join(f"<td{_classes(column)}>{escape(column.texts[index])}</td>" for column in columns)
+        marks = [name for name, flags in (("best", best), ("new", new)) if flags and flags[index]]
+        rows.append(f"<tr{_style(' '.join(marks))}>{cells}</tr>")
+    style = "box long" if length > LONG_TABLE else "box"
+    return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def figure(drawing: Drawing) -> str:
+    data = base64.b64encode(drawing.svg).decode("ascii")
+    image = f'<img alt="{escape(drawing.title)}. {escape(drawing.caption)}" src="data:image/svg+xml;base64,{data}">'
+    return (
+        f'<figure><div class="box">{image}</div>'
+        f"<figcaption><b>{escape(drawing.title)}.</b> {escape(drawing.caption)}</figcaption></figure>"
+    )
+
+
+def folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
+def definitions(entries: Iterable[tuple[str, str]]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in entries) + "</dl>"
+
+
+def contents(entries: Iterable[tuple[str, str]]) -> str:
+    return "<nav>" + "".join(f'<a href="#{escape(anchor)}">{escape(text)}</a>' for anchor, text in entries) + "</nav>"
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """The whole page. `body` is HTML made by the functions above."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _classes(column: Column) -> str:
+    return _style(" ".join(name for name, on in (("number", column.number), ("wrap", column.wrap)) if on))
+
+
+def _style(names: str) -> str:
+    return f' class="{names}"' if names else ""

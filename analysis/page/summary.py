@@ -1,0 +1,211 @@
+"""What a grid shows, in sentences computed from its tables: n and an interval with every difference, and no claim
+beyond them.
+
+The words for numbers stand here too, so that a sentence and a table write the same number the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.figures.plots import LABELS
+from analysis.load import STATUSES, Results
+from analysis.statistics.tables import ALWAYS_FACTORS, BASELINE, TASK, best_arm, factors, higher_is_better, text
+
+SENTENCES = 4  # differences that are spelled out; of more, the number and the largest
+
+
+def lead(results: Results) -> str:
+    """The shape of the grid, how many runs there are, and what became of them."""
+    runs = results.runs
+    counts = runs["status"].value_counts()
+    parts = [f"{counts[status]} {status}" for status in STATUSES if status in counts]
+    sentence = (
+        f"{count(len(runs), 'run')} ({_shape(runs)}): {', '.join(parts)}." if parts else "No run can be read yet."
+    )
+    left_out = (
+        [f"{count(len(results.problems), 'folder')} could not be used (listed below)"] if len(results.problems) else []
+    )
+    left_out += [f"{count(len(results.not_started), 'run')} not started"] if results.not_started else []
+    return sentence + (f" {'; '.join(left_out)}." if left_out else "")
+
+
+def complete(results: Results) -> bool:
+    """Whether every run of the grid has finished and every folder could be used."""
+    return bool((results.runs["status"] == "finished").all()) and results.problems.empty and not results.not_started
+
+
+def _shape(runs: pd.DataFrame) -> str:
+    """`model × 2, optimizer × 2, format × 3, seed × 2`: the factors that vary and how many levels an optimizer sees of
+    each.
+    """
+    names = [
+        name for name in [*factors(runs), "seed"] if name != "data" or runs.groupby("model")["data"].nunique().max() > 1
+    ]
+    within = {name: runs if name == "optimizer" else runs.groupby("optimizer") for name in names}
+    levels = {name: np.max(group[name].nunique(dropna=False)) for name, group in within.items()}
+    return ", ".join(f"{name} × {n}" for name, n in levels.items() if n > 1) or "one arm"
+
+
+def task_name(task: Sequence[Any]) -> str:
+    return f"{task[0]} on {task[1]}"
+
+
+def statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, list[str]]]:
+    """For each task its name, and in sentences: the best arm; what each optimizer changes by in each format; which
+    optimizer loses less to a format; what its settings change. `frames` holds the tables of the report.
+    """
+    for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False):
+        names = varying(table)
+        metric = table["metric"].iloc[0]
+        better = "higher" if higher_is_better(metric) else "lower"
+        title = f"{task_name(task)}: {LABELS[metric]}, {better} is better"
+        best = best_arm(table)
+        if best is None:
+            yield title, ["No run has finished with a finite value."]
+            continue
+        spread = f", sd {plain(best['sd'])}" if best["n"] > 1 else ""
+        among = f", the best of {len(table)} arms" if len(table) > 1 else ""
+        sentences = [f"Mean {plain(best['mean'])} with {arm_name(best, names)} (n = {best['n']}{spread}){among}."]
+        for optimizer, rows in _of_task(frames["differences"], task).groupby("optimizer", sort=False):
+            sentences += _changes(str(optimizer), rows, [name for name in names if name != "optimizer"])
+        for optimizer, rows in _of_task(frames["contrasts"], task).groupby("optimizer", sort=False):
+            sentences += _comparison(str(optimizer), rows, [name for name in names if name != "optimizer"])
+        for optimizer, rows in _of_task(frames["effects"], task).groupby("optimizer", sort=False):
+            sentences += _settings(str(optimizer), rows)
+        yield title, sentences
+
+
+def _of_task(frame: pd.DataFrame, task: Sequence[Any]) -> pd.DataFrame:
+    return frame[(frame[list(TASK)] == list(task)).all(axis=1)]
+
+
+def _changes(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[str]:
+    """What an optimizer changes by in each format, arms without a pair included."""
+    start = f"{optimizer}, against its own {BASELINE} with the same seeds: "
+    if len(rows) <= SENTENCES:
+        words = {"better": ": better", "worse": ": worse", "undecided": ": undecided"}
+        parts = [
+            f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
+        ]
+        yield f"{start}{'; '.join(parts)}."
+        return
+    harm = -rows["difference"] if higher_is_better(rows["metric"].iloc[0]) else rows["difference"]
+    furthest = ""
+    if harm.notna().any():
+        worst = rows.loc[harm.idxmax()]
+        furthest = f" Furthest to the worse side is {arm_name(worst, names)}: {change(worst)}."
+    verdicts = rows.apply(verdict, axis=1)
+    yield (
+        f"{start}of {len(rows)} arms, {(verdicts == 'worse').sum()} have an interval wholly on the worse side of 0, "
+        f"{(verdicts == 'better').sum()} wholly on the better side, {_no_interval(rows)}.{furthest}"
+    )
+
+
+def _comparison(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[str]:
+    """Whether an optimizer loses less to each format than the reference, arms without a pair included."""
+    reference = rows["reference"].iloc[0]
+    settings = rows["reference_settings"].iloc[0]
+    start = f"{optimizer}'s change from {BASELINE} minus {reference}'s{f' ({settings})' if settings else ''}: "
+    words = {"better": f": {optimizer} loses less", "worse": f": {optimizer} loses more", "undecided": ": undecided"}
+    if len(rows) <= SENTENCES:
+        parts = [
+            f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
+        ]
+        yield f"{start}{'; '.join(parts)}."
+        return
+    verdicts = rows.apply(verdict, axis=1)
+    yield (
+        f"{start}of {len(rows)} arms, {(verdicts == 'better').sum()} lose less and {(verdicts == 'worse').sum()} lose "
+        f"more with an interval that excludes 0, {_no_interval(rows)}."
+    )
+
+
+def _settings(optimizer: str, rows: pd.DataFrame) -> Iterator[str]:
+    """What each setting of an optimizer changes, all else equal: those whose interval excludes 0."""
+    verdicts = rows.apply(verdict, axis=1)
+    decided = rows[verdicts.isin(["better", "worse"])]
+    named = [f"{effect_name(row)} {change(row)}" for row in decided.head(SENTENCES).to_dict("records")]
+    more = f" and {len(decided) - SENTENCES} more" if len(decided) > SENTENCES else ""
+    yield (
+        f"{optimizer}, one setting changed and all else equal: {len(decided)} of {count(len(rows), 'change')} "
+        f"{'has' if len(decided) == 1 else 'have'} an interval that excludes "
+        f"0{': ' if named else ''}{'; '.join(named)}{more}."
+    )
+
+
+def effect_name(row: Mapping[str, Any] | pd.Series) -> str:
+    """`noise_scale 0 → 0.1`."""
+    return f"{row['factor'].removeprefix('optimizer.')} {row['reference']} → {row['level']}"
+
+
+def _no_interval(rows: pd.DataFrame) -> str:
+    return f"{(rows['n'] < 2).sum()} have no interval"
+
+
+def varying(table: pd.DataFrame) -> list[str]:
+    """The factors (columns before `metric`) that vary in a table of one task, with optimizer, and format where any
+    arm has another than float32.
+    """
+    columns = list(table.columns[: table.columns.get_loc("metric")])
+    columns = [name for name in columns if name not in (*TASK, "reference", "reference_settings")]
+    lowered = "format" in columns and (table["format"] != BASELINE).any()
+    shown = ("optimizer", "format") if lowered else ("optimizer",)
+    return [name for name in columns if name in shown or table[name].nunique(dropna=False) > 1]
+
+
+def arm_name(row: Mapping[str, Any] | pd.Series, names: Sequence[str]) -> str:
+    """`lmd, mxfp6_e3m2, noise_scale 0.05`; settings that an arm does not have are left out."""
+    parts = []
+    for name in names:
+        value = row[name]
+        if not pd.isna(value):
+            parts.append(text(value) if name in ALWAYS_FACTORS else f"{name.removeprefix('optimizer.')} {text(value)}")
+    return ", ".join(parts)
+
+
+def verdict(row: Mapping[str, Any] | pd.Series) -> str:
+    """What a difference says: "worse", "better" or "undecided"; "n = 1" or "no pair" when it has no interval."""
+    if row["n"] < 2:
+        return "n = 1" if row["n"] else "no pair"
+    without_width = row["high"] - row["low"] <= 1e-9 * abs(row["difference"])  # a coarse metric, not a sure effect
+    if row["low"] <= 0 <= row["high"] or without_width:
+        return "undecided"
+    return "better" if (row["difference"] > 0) == higher_is_better(row["metric"]) else "worse"
+
+
+def change(row: Mapping[str, Any] | pd.Series) -> str:
+    """`+0.0231 [−0.0308, +0.0770], n = 2`; no interval for n = 1; runs that are excluded are counted."""
+    excluded = f", {count(row['excluded'], 'run')} excluded" if row["excluded"] else ""
+    if not row["n"]:
+        return f"no pair{excluded}"
+    return f"{signed(row['difference'])}{' ' + bracket(row) if row['n'] > 1 else ''}, n = {row['n']}{excluded}"
+
+
+def bracket(row: Mapping[str, Any] | pd.Series) -> str:
+    return f"[{signed(row['low'])}, {signed(row['high'])}]"
+
+
+def signed(value: float) -> str:
+    """A difference to 4 decimals with its sign; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """A number to `digits` decimals, to as many significant digits where that is too long or says nothing; a dash for
+    NaN.
+    """
+    if math.isnan(value):
+        return "–"
+    if value != 0 and not 10.0**-digits <= abs(value) < 1e5:
+        return f"{value:.{digits}g}".replace("-", "−")
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,70 @@
+"""The words of a report and how its numbers are computed, for the reader of the page; the definitions stand in tables
+and stability.
+"""
+
+from analysis.statistics.stability import SPIKE_FLOOR, SPIKE_THRESHOLD, SPIKE_WINDOW
+
+LEGEND = (
+    (
+        "run, arm, seed",
+        "A run is one training with one resolved config. Runs that differ in nothing but seeds are an arm.",
+    ),
+    (
+        "n, mean, sd, excluded",
+        "n runs enter the mean and the standard deviation (denominator n − 1) of an arm: the finished ones with a "
+        "finite metric. Excluded are the others: diverged, failed, unfinished, or finished without a finite metric. "
+        "An arm whose runs diverge is not better for it: read the mean beside the number excluded.",
+    ),
+    (
+        "difference to float32",
+        "Mean over seeds of (metric in the format − metric in float32), the same seed, optimizer and every other "
+        "setting in both; seeds of which one run is excluded are left out and counted.",
+    ),
+    (
+        "95% interval",
+        "Mean ± t(0.975, n − 1) · sd / √n over the n seeds (Student). It takes seeds as independent draws and their "
+        "differences as normal; it says nothing about other models, data, step counts or learning rates. Every "
+        "interval stands for itself: among twenty, one is expected to miss. For n = 1 there is none; for n = 2 it has "
+        "one degree of freedom and is wide.",
+    ),
+    (
+        "worse, better, undecided",
+        "The interval lies wholly on the worse side of 0, wholly on the better side, or contains 0. Undecided does "
+        "not mean equal. An interval without width is undecided, too: all seeds differ by the same step of a coarse "
+        "metric.",
+    ),
+    (
+        "loss to the format",
+        "How much the metric changes from float32 to the format. Comparing optimizers: (format − float32) of one "
+        "minus (format − float32) of the other, paired by seed. A reference with several settings takes part with the "
+        "one that is best in float32.",
+    ),
+    (
+        "diverged, failed, unfinished",
+        "Diverged: the loss was no longer finite, or what else the run's cause says. Failed: an error stopped it. "
+        "Unfinished: it has no result yet. The interval of a divergence rate is Wilson's, over finished and diverged "
+        "runs.",
+    ),
+    (
+        "spikes",
+        f"Times that a logged training loss exceeds the median of the {SPIKE_WINDOW} before it by more than "
+        f"{SPIKE_THRESHOLD:g} robust standard deviations (1.4826 · median absolute deviation) and by more than "
+        f"{SPIKE_FLOOR:.0%} of that median; neighbours are one spike. Mean over the arm's finished runs; the largest "
+        "is the highest jump above that median.",
+    ),
+    (
+        "weight growth",
+        "Least-squares slope of log(norm of all weights) against the step, per 1000 steps: 0.69 is a doubling every "
+        "1000 steps. Mean over finished runs.",
+    ),
+    (
+        "gradient noise",
+        "Robust standard deviation of the logarithm of the gradient norm about a line fitted to it, over the second "
+        "half of training: 0.2 is about 20%. A proxy read off one norm a step, not the gradient noise scale. Mean "
+        "over finished runs.",
+    ),
+    (
+        "largest stable learning rate",
+        "The largest rate tried at which a run finished and none diverged, below the smallest rate at which one did.",
+    ),
+)

@@ -1,0 +1,271 @@
+"""The `lpsim` command: formats, run, report, bench.
+
+A mistake of the user gives one message and exit code 2; a grid with failed runs exits with 1, an interrupted one with
+130.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
+    from experiments.running.executors import StoppableExecutor
+    from experiments.running.grid import Row
+
+
+class UserError(Exception):
+    """A mistake in what was asked; its message is all that is printed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="lpsim", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_formats(commands)
+    add_run(commands)
+    add_report(commands)
+    add_bench(commands)
+    options = parser.parse_args(arguments)
+    options.argv = ["lpsim", *arguments]
+    try:
+        return int(options.function(options))
+    except UserError as error:
+        print(f"lpsim: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `lpsim formats | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- formats ---
+
+
+def add_formats(commands: Any) -> None:
+    parser = commands.add_parser(
+        "formats",
+        help="the number formats that exist, as a table; drawn; proved",
+        usage="lpsim formats [--plot FILE] [--define FILE] [NAME ...]\n"
+        "       lpsim formats check NAME [--define FILE] [--exhaustive]",
+    )
+    parser.add_argument("words", nargs="*", metavar="NAME", help="formats (default: all of them, some to draw)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw value lines and relative errors (.png, .svg, .pdf)"
+    )
+    parser.add_argument("--exhaustive", action="store_true", help="check: walk all 2^32 float32 inputs, in minutes")
+    add_define(parser)
+    parser.set_defaults(function=run_formats)
+
+
+def add_define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--define",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file whose top-level number formats become known by name; repeatable",
+    )
+
+
+def define(files: Sequence[Path]) -> None:
+    """Make the formats of the files known. Raises UserError."""
+    from experiments.grids.source_files import SourceError, define_formats
+
+    try:
+        for file in files:
+            define_formats(file)
+    except SourceError as error:
+        raise UserError(str(error)) from error
+
+
+def run_formats(options: argparse.Namespace) -> int:
+    from experiments.command import formats as formats_cli
+    from lpsim.conformance import ConformanceError
+
+    define(options.define)
+    checked = options.words[:1] == ["check"]
+    if checked and len(options.words) != 2:
+        raise UserError("check takes the name of one format: lpsim formats check NAME")
+    if options.exhaustive and not checked:
+        raise UserError("--exhaustive goes with check: lpsim formats check NAME --exhaustive")
+    try:
+        if checked:
+            result = formats_cli.check(options.words[1], options.exhaustive)
+        elif options.plot:
+            from experiments.command.formats_plot import plot
+
+            plot(options.words, options.plot)
+            result = str(options.plot)
+        else:
+            result = formats_cli.text(formats_cli.table(options.words))
+    except ConformanceError as error:
+        print(f"lpsim: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(result)
+    return 0
+
+
+# --- run ---
+
+
+def add_run(commands: Any) -> None:
+    parser = commands.add_parser("run", help="run a grid; the same command again resumes it")
+    parser.add_argument(
+        "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        metavar="NAME",
+        help="the number formats of a grid that takes formats, as quickstart does",
+    )
+    add_define(parser)
+    parser.add_argument(
+        "--telemetry-every", type=int, metavar="N", help="record what rounding did at every site, every N steps"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=getattr(os, "process_cpu_count", os.cpu_count)() or 1,
+        help="processes (default: the usable cores)",
+    )
+    parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the grid's folder lies (default: runs)"
+    )
+    parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
+    )
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
+    )
+    parser.set_defaults(function=run_run)
+
+
+def run_run(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return _run_grid(options)
+    except KeyboardInterrupt:
+        print(f"lpsim: interrupted; continue with: {shlex.join(options.argv)}", file=sys.stderr)
+        return 130
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_grid(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from experiments.grids import load_grid
+    from experiments.grids.source_files import SourceError
+    from experiments.running.grid import run_grid
+    from experiments.training.record import RunFolderError
+    from lpsim import formats
+
+    define(options.define)
+    try:
+        chosen = None if options.formats is None else [formats.get(name) for name in options.formats]
+        source, configs = load_grid(options.grid, chosen)
+        if options.telemetry_every is not None:
+            configs = [replace(config, telemetry_every=options.telemetry_every) for config in configs]
+        folder = options.runs / source.stem
+        with make_executor(options, folder) as executor:
+            rows = run_grid(configs, folder, executor, source, options.argv)
+    except (SourceError, RunFolderError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(f"{folder}: {summary(rows)}")
+    if options.report:
+        write_report(folder, None)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecutor":
+    from experiments.running.executors import DaskExecutor, LocalExecutor, SlurmExecutor
+
+    if options.executor == "slurm":
+        return SlurmExecutor(folder / "slurm", options.sbatch)
+    if options.executor == "dask":
+        try:
+            return DaskExecutor(options.scheduler, options.jobs)
+        except (ImportError, OSError) as error:
+            raise UserError(str(error)) from error
+    return LocalExecutor(options.jobs)
+
+
+def summary(rows: Sequence["Row"]) -> str:
+    """One line a kind of outcome, one a failed run."""
+    ran = sum(not row.skipped for row in rows)
+    counts = {status: sum(row.status == status for row in rows) for status in ("finished", "diverged", "failed")}
+    outcomes = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    lines = [f"{len(rows)} runs: {outcomes} ({ran} of them run now)"]
+    lines += [f"  failed: {row.label} ({row.signature}): {row.cause}" for row in rows if row.status == "failed"]
+    return "\n".join(lines)
+
+
+# --- report ---
+
+
+def add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one self-contained HTML file from a grid's runs")
+    parser.add_argument("folder", type=Path, metavar="RUNS/GRID")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder")
+    parser.set_defaults(function=lambda options: write_report(options.folder, options.output))
+
+
+def write_report(folder: Path, output: Path | None) -> int:
+    if not (folder / "grid.json").exists():
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/grid.json")) if folder.parent.is_dir() else []
+        raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none beside it'}")
+    from analysis.page.report import write_report as write
+
+    try:
+        print(write(folder, output))
+    except (ValueError, OSError) as error:
+        raise UserError(f"no report of {folder}: {error}") from error
+    return 0
+
+
+# --- bench ---
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="a benchmark of experiments/bench; without a name, all of them", add_help=False
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(function=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    from experiments import bench
+    from experiments.training.settings import names_near
+
+    names = [
+        module.name for module in pkgutil.iter_modules([str(Path(bench.__file__).parent)]) if module.name[0] != "_"
+    ]
+    if options.name is not None and options.name not in names:
+        raise UserError(f"no benchmark {options.name!r}; there are: {names_near(options.name, names)}")
+    failed = 0
+    for name in names if options.name is None else [options.name]:
+        module = importlib.import_module(f"experiments.bench.{name}")
+        parser = argparse.ArgumentParser(prog=f"lpsim bench {name}", description=module.__doc__)
+        module.add_arguments(parser)
+        failed |= int(module.run(parser.parse_args(options.rest)) or 0)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

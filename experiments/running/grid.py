@@ -1,0 +1,289 @@
+"""Grids of runs: skip what is done, resume what was interrupted, go on when one fails (a failure is a row).
+
+The grid's folder is runs/<grid>/: `grid.json` (the source of the grid and its signatures) and one folder a run. Every
+decision is read from there, so the same command after a crash, a Ctrl-C or a kill -9 continues, and after success does
+nothing.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.grids import GridError
+from experiments.running.executors import StoppableExecutor, stop_requested
+from experiments.training import record, train
+from experiments.training.config import Config
+from experiments.training.record import RunFolderError, RunRecord
+
+VERSION = 1
+DONE = ("finished", "diverged")  # outcomes that are not tried again
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one run stands: status "finished", "diverged", "failed" or "interrupted"; `skipped` when it was so before."""
+
+    signature: str
+    label: str
+    status: str
+    step: int = 0
+    cause: str | None = None
+    final: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
+
+
+def label(config: Config) -> str:
+    optimizer = f"{config.optimizer.name} lr {config.optimizer.lr:g}"
+    return f"{optimizer}, {config.recipe.name}, {config.model.name}, seed {config.seed}"
+
+
+def run_grid(
+    configs: Iterable[Config],
+    folder: Path,
+    executor: StoppableExecutor,
+    source: Path | None = None,
+    argv: Sequence[str] = (),
+) -> list[Row]:
+    """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
+
+    Raises: GridError for no or equal configs; RunFolderError, before anything is run, when the folder is in use, torn,
+    of another version or was filled from other data; KeyboardInterrupt, after all running runs have written a
+    checkpoint, on Ctrl-C.
+    """
+    configs = [dataclasses.replace(config, grid=folder.name) for config in configs]
+    if not configs:
+        raise GridError(f"the grid {folder.name} has no runs")
+    by_signature: dict[str, Config] = {}
+    for config in configs:
+        if by_signature.setdefault(config.signature(), config) is not config:
+            raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
+    with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
+        fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
+        rows = {
+            signature: _recorded(folder / signature, config, fingerprint) for signature, config in by_signature.items()
+        }
+        record.write_json(
+            folder / "grid.json",
+            {
+                "version": VERSION,
+                "grid": folder.name,
+                "source": None if source is None else str(source),
+                "source_text": None if source is None else source.read_text(),
+                "signatures": list(by_signature),
+                "argv": list(argv),
+            },
+        )
+        if None in rows.values():
+            _run_missing(by_signature, rows, folder, executor)
+    return [row for row in rows.values() if row is not None]
+
+
+def _recorded(folder: Path, config: Config, fingerprint: Callable[[Any], str]) -> Row | None:
+    """The row of a run that is done, None for one to be run or resumed.
+
+    Raises: RunFolderError for a folder that is not to be touched.
+    """
+    written = record.read_json(folder / "config.json")
+    result = record.read_json(folder / "result.json")
+    made_in = record.read_json(folder / "env.json")
+    for name, content in (("result.json", result), ("env.json", made_in)):
+        if content is not None and content.get("version") != record.VERSION:
+            raise RunFolderError(
+                f"{folder / name} is of version {content.get('version')!r}, this is version {record.VERSION}; "
+                f"use another --runs folder, or delete {folder} to run it again"
+            )
+    if written is not None and written != config.to_dict():
+        raise RunFolderError(
+            f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
+        )
+    if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
+        raise RunFolderError(
+            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between Python "
+            f"versions: that run had {made_in.get('versions', {}).get('python')}); use another --runs folder, or "
+            f"delete {folder.parent}"
+        )
+    if result is None or result.get("status") not in DONE:
+        return None
+    return _row(config, result, skipped=True)
+
+
+def _row(config: Config, result: dict[str, Any], skipped: bool = False) -> Row:
+    cause, final = result.get("cause"), result.get("final") or {}
+    return Row(config.signature(), label(config), result["status"], result.get("step", 0), cause, final, skipped)
+
+
+def _run_missing(
+    configs: dict[str, Config], rows: dict[str, Row | None], folder: Path, executor: StoppableExecutor
+) -> None:
+    """Run every config that has no row yet and fill in its row."""
+    futures: dict[Future[Any], str] = {}
+    with Progress(configs, rows, folder) as progress:
+        try:
+            for signature, config in configs.items():
+                if rows[signature] is None:
+                    futures[executor.submit(run_one, config.to_dict(), str(folder / signature))] = signature
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    signature = futures[future]
+                    rows[signature] = _outcome(configs[signature], future)
+                    progress.ended(rows[signature])
+                progress.refresh()
+        except KeyboardInterrupt:
+            progress.say("Stopping: the running runs write their checkpoints. Ctrl-C again leaves without waiting.")
+            _stop(futures, executor, progress)
+            raise
+
+
+def _stop(futures: dict[Future[Any], str], executor: StoppableExecutor, progress: "Progress") -> None:
+    try:
+        for future in futures:
+            future.cancel()
+        executor.stop()
+        wait(futures)
+    except KeyboardInterrupt:
+        progress.say("Left; what is still running stops at its next step.")
+        os._exit(130)
+    stopped = sum(
+        not future.cancelled() and future.exception() is None and future.result() is None for future in futures
+    )
+    progress.say(f"Stopped: {stopped} runs were under way and have written a checkpoint.")
+
+
+def _outcome(config: Config, future: Future[Any]) -> Row:
+    try:
+        result = future.result()
+    except CancelledError:
+        result = None
+    except Exception as error:  # the worker died, or could not even write its folder: the run is a failed row
+        return Row(config.signature(), label(config), "failed", cause=str(error) or type(error).__name__)
+    return Row(config.signature(), label(config), "interrupted") if result is None else _row(config, result)
+
+
+def run_one(config_json: dict[str, Any], folder: str) -> dict[str, Any] | None:
+    """In a worker: train one run and write its result.json. Returns what that holds, None when asked to stop.
+
+    An exception of the training is a result ("failed", with its traceback).
+    Raises: RunFolderError when the folder is at fault.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # as train does; so that env.json says so
+    config = Config.from_dict(config_json)
+    run = RunRecord(Path(folder))
+    if stop_requested():
+        return None
+    try:
+        with run.exclusive():
+            return _train(config, run)
+    finally:
+        run.close()
+
+
+def _train(config: Config, run: RunRecord) -> dict[str, Any] | None:
+    try:
+        run.begin(config.to_dict(), {**record.environment(), "data_sha256": config.data.fingerprint()})
+        result = train.train(config, run, stop_requested)
+    except RunFolderError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        trace = traceback.format_exc()
+        result = {
+            "status": "failed",
+            "step": run.last_step,
+            "cause": cause,
+            "traceback": trace,
+            "final": {},
+            "time_s": 0.0,
+        }
+    if result is not None:
+        run.finish(result)
+    return record.strict_json(result)
+
+
+class Progress:
+    """A bar over the steps of all runs, with the time left and the last losses, read from the runs' metrics.jsonl."""
+
+    def __init__(self, configs: dict[str, Config], rows: dict[str, Row | None], folder: Path) -> None:
+        self._configs, self._folder = configs, folder
+        self._steps = {s: configs[s].steps if row is not None else 0 for s, row in rows.items()}
+        self._losses: dict[str, float] = {}
+        self._offsets: dict[str, int] = {s: 0 for s, row in rows.items() if row is None}  # of the runs not ended
+        self._done, self._count = sum(row is not None for row in rows.values()), len(rows)
+        self._read()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=sum(config.steps for config in configs.values()),
+            initial=sum(self._steps.values()),
+            unit="step",
+            desc=f"{self._done}/{self._count} runs",
+            mininterval=0.5 if terminal else 15,
+            dynamic_ncols=terminal,
+            smoothing=0,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+    def ended(self, row: Row | None) -> None:
+        assert row is not None
+        self._offsets.pop(row.signature)
+        self._losses.pop(row.signature, None)
+        if row.status in DONE:
+            self._steps[row.signature] = self._configs[row.signature].steps
+            self._done += 1
+            final = "  ".join(f"{name} {value:.4g}" for name, value in row.final.items() if isinstance(value, float))
+            self.say(f"{row.label}: {row.status}  {final if row.cause is None else row.cause}")
+        else:
+            self.say(f"{row.label}: {row.status}  {row.cause or ''}".rstrip())
+
+    def refresh(self) -> None:
+        active = self._read()
+        self._bar.set_description(f"{self._done}/{self._count} runs", refresh=False)
+        losses = (f"{label(self._configs[s])} {self._losses[s]:.3f}" for s in active[:2] if s in self._losses)
+        self._bar.set_postfix_str(", ".join(losses), refresh=False)
+        self._bar.update(max(0, sum(self._steps.values()) - self._bar.n))
+
+    def _read(self) -> list[str]:
+        """Take in what the runs have logged since; those that logged something."""
+        active = []
+        for signature, offset in self._offsets.items():
+            try:
+                with (self._folder / signature / "metrics.jsonl").open("rb") as file:
+                    if file.seek(0, os.SEEK_END) < offset:  # a resumed run has cut its tail off
+                        offset = 0
+                    file.seek(offset)
+                    new = file.read()
+            except OSError:
+                continue
+            complete = new[: new.rfind(b"\n") + 1]
+            self._offsets[signature] = offset + len(complete)
+            for line in complete.splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._steps[signature] = entry["step"]
+                    if entry["split"] == "train" and isinstance(entry["loss"], float):
+                        self._losses[signature] = entry["loss"]
+                except (ValueError, KeyError, TypeError):  # read while a resumed run cuts its tail off
+                    continue
+            if complete:
+                active.append(signature)
+        return active

@@ -1,0 +1,334 @@
+"""Data sets: seeded batches that depend on (seed, step) alone, and a fixed held-out split.
+
+A batch is drawn from a generator made for its step, so a resumed run draws what it would have drawn and all arms of an
+ablation with one seed see the same batches (common random numbers).
+
+The embedded defaults need no download: Python's own standard library as bytes, and scikit-learn's handwritten digits.
+**The text differs between Python versions**: every data set has a fingerprint, which a run records (env.json) and a
+grid compares.
+"""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.training.models.gpt2 import GPT2Config
+from experiments.training.models.vit import ViTConfig
+from experiments.training.settings import Settings
+
+ModelConfig = GPT2Config | ViTConfig
+Batch = tuple[Tensor, Tensor]  # inputs, targets
+
+# Modules of every Python from 3.11 to 3.14, 5.4 MB together; none that distributions package apart.
+TRAINING_MODULES = """
+    _collections_abc.py _pydecimal.py _pyio.py _strptime.py argparse.py ast.py base64.py bdb.py calendar.py
+    cmd.py codecs.py compileall.py contextlib.py copy.py csv.py dataclasses.py difflib.py dis.py doctest.py
+    enum.py filecmp.py fileinput.py fractions.py ftplib.py functools.py getopt.py gettext.py gzip.py heapq.py
+    hmac.py imaplib.py inspect.py ipaddress.py mailbox.py mimetypes.py modulefinder.py ntpath.py optparse.py
+    os.py pdb.py pickle.py pickletools.py pkgutil.py platform.py plistlib.py poplib.py posixpath.py pprint.py
+    pstats.py pyclbr.py pydoc.py queue.py random.py reprlib.py sched.py selectors.py shelve.py shlex.py
+    shutil.py smtplib.py socketserver.py ssl.py statistics.py subprocess.py tarfile.py textwrap.py threading.py
+    timeit.py tokenize.py trace.py traceback.py typing.py uuid.py wave.py weakref.py zipapp.py
+    asyncio/base_events.py asyncio/events.py asyncio/futures.py asyncio/locks.py asyncio/queues.py
+    asyncio/selector_events.py asyncio/sslproto.py asyncio/streams.py asyncio/tasks.py asyncio/unix_events.py
+    concurrent/futures/_base.py concurrent/futures/process.py email/_header_value_parser.py email/feedparser.py
+    email/generator.py email/header.py email/message.py http/client.py http/cookies.py http/server.py
+    json/decoder.py json/encoder.py logging/__init__.py logging/config.py multiprocessing/connection.py
+    multiprocessing/context.py multiprocessing/managers.py multiprocessing/pool.py multiprocessing/queues.py
+    unittest/case.py unittest/loader.py unittest/mock.py urllib/request.py xml/dom/minidom.py
+    xml/etree/ElementTree.py xml/sax/expatreader.py
+"""
+HELD_OUT_MODULES = """
+    configparser.py contextvars.py datetime.py glob.py graphlib.py locale.py profile.py py_compile.py socket.py
+    symtable.py tempfile.py types.py webbrowser.py zipimport.py asyncio/subprocess.py
+    concurrent/futures/thread.py email/charset.py http/cookiejar.py json/scanner.py logging/handlers.py
+    multiprocessing/process.py unittest/result.py urllib/parse.py xml/dom/expatbuilder.py
+"""
+
+
+class Data(Protocol):
+    """What the training loop needs of a data set."""
+
+    classes: int  # size of the output distribution: a uniform guess has loss ln(classes)
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch: ...
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]: ...
+
+
+def generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of one step's batch; no two (seed, step) pairs share one."""
+    return np.random.default_rng([seed, step])
+
+
+class Tokens:
+    """Windows of two token streams (uint8 or uint16): inputs (B, T) and targets, one token on, both int64."""
+
+    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: GPT2Config, validation_windows: int) -> None:
+        self.train, self.held_out = train, held_out
+        self.context, self.classes = model.context, model.vocab_size
+        for name, stream in (("training", train), ("validation", held_out)):
+            if len(stream) <= self.context:
+                raise ValueError(f"the {name} stream has {len(stream)} tokens; a context of {self.context} needs more")
+        self.starts = np.linspace(0, len(held_out) - self.context - 1, validation_windows).astype(np.int64)
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        starts = generator(seed, step).integers(0, len(self.train) - self.context, size=batch_size)
+        return self._windows(self.train, starts)
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for i in range(0, len(self.starts), batch_size):
+            yield self._windows(self.held_out, self.starts[i : i + batch_size])
+
+    def _windows(self, stream: np.ndarray, starts: np.ndarray) -> Batch:
+        windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
+
+
+class ImageArrays:
+    """Images in memory (N, C, H, W) float32 and their labels (N,) int64; a batch is drawn without replacement."""
+
+    def __init__(self, train: Batch, held_out: Batch, classes: int) -> None:
+        self.train, self.held_out, self.classes = train, held_out, classes
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        count = len(self.train[0])
+        if batch_size > count:
+            raise ValueError(f"batch_size {batch_size} is more than the {count} training images")
+        chosen = torch.from_numpy(generator(seed, step).choice(count, batch_size, replace=False))
+        return self.train[0][chosen], self.train[1][chosen]
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        images, labels = self.held_out
+        for i in range(0, len(images), batch_size):
+            yield images[i : i + batch_size], labels[i : i + batch_size]
+
+
+@dataclass(frozen=True)
+class StdlibText(Settings):
+    """Python's standard library as a stream of bytes, held out by file. The text is that of the running Python."""
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str] = "stdlib-text"
+    model_family: ClassVar[str] = "gpt2"
+
+    validation_windows: int = 256
+
+    def check(self) -> None:
+        self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
+
+    def check_model(self, model: Any) -> None:
+        self.require(
+            model.vocab_size >= 256, f"bytes need a vocab_size of at least 256, {model.name} has {model.vocab_size}"
+        )
+
+    def load(self, model: Any) -> Tokens:
+        train, held_out = (
+            np.frombuffer(_stdlib_bytes(m), dtype=np.uint8) for m in (TRAINING_MODULES, HELD_OUT_MODULES)
+        )
+        return Tokens(train, held_out, model, self.validation_windows)
+
+    def fingerprint(self) -> str:
+        content = hashlib.sha256(_stdlib_bytes(TRAINING_MODULES))
+        content.update(_stdlib_bytes(HELD_OUT_MODULES))
+        return content.hexdigest()
+
+
+@lru_cache
+def _stdlib_bytes(modules: str) -> bytes:
+    """The named sources of the running Python, one after the other."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    try:
+        return b"".join((folder / module).read_bytes() for module in modules.split())
+    except OSError as error:
+        raise ValueError(
+            f"stdlib-text reads the sources of the standard library, and this Python lacks one: {error}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Digits(Settings):
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, standardized; 360 of a fixed shuffle are held out."""
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str] = "digits"
+    model_family: ClassVar[str] = "vit"
+
+    def check_model(self, model: Any) -> None:
+        wanted = (8, 1, 10)
+        got = (model.image_size, model.channels, model.classes)
+        self.require(got == wanted, f"digits need image_size, channels, classes {wanted}, {model.name} has {got}")
+
+    def load(self, model: Any) -> ImageArrays:
+        pixels, labels = _digits()
+        held_out = np.zeros(len(labels), dtype=bool)
+        held_out[np.random.default_rng(0).permutation(len(labels))[::5]] = True
+        scaled = (pixels - pixels[~held_out].mean()) / pixels[~held_out].std()
+        images = torch.from_numpy(scaled.astype(np.float32)).unsqueeze(1)  # (N, 1, 8, 8)
+        targets = torch.from_numpy(labels.astype(np.int64))
+        keep = torch.from_numpy(~held_out)
+        return ImageArrays((images[keep], targets[keep]), (images[~keep], targets[~keep]), model.classes)
+
+    def fingerprint(self) -> str:
+        pixels, labels = _digits()
+        return hashlib.sha256(pixels.astype("<f8").tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits  # a second to import: only for runs that use it
+
+    digits = load_digits()
+    return digits.images, digits.target  # (N, 8, 8), (N,)
+
+
+@dataclass(frozen=True)
+class TokenFiles(Settings):
+    """train.bin and val.bin of uint16 tokens in `folder`, memory-mapped: the usual layout of prepared OpenWebText."""
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str] = "token-files"
+    model_family: ClassVar[str] = "gpt2"
+
+    folder: str
+    validation_windows: int = 256
+
+    def check(self) -> None:
+        self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
+
+    def check_model(self, model: Any) -> None:
+        self.require(
+            model.vocab_size <= 2**16, f"uint16 tokens reach 65535, {model.name} has vocab_size {model.vocab_size}"
+        )
+
+    def load(self, model: Any) -> Tokens:
+        return Tokens(self._stream("train.bin"), self._stream("val.bin"), model, self.validation_windows)
+
+    def fingerprint(self) -> str:
+        """Of the sizes and of the first and last MiB of both files: they are too large to read before every run."""
+        content = hashlib.sha256()
+        for name in ("train.bin", "val.bin"):
+            stream = self._stream(name)
+            content.update(str(len(stream)).encode() + stream[: 2**19].tobytes() + stream[-(2**19) :].tobytes())
+        return content.hexdigest()
+
+    def _stream(self, name: str) -> np.ndarray:
+        path = Path(self.folder) / name
+        try:
+            return np.memmap(path, dtype="<u2", mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"token-files: cannot map {path} ({error}); the folder must hold train.bin and val.bin"
+            ) from None
+
+
+@dataclass(frozen=True)
+class ImageFolders(Settings):
+    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet.
+
+    Files are decoded when a batch needs them (Pillow). Training images: a random crop of 8-100% of the area and of
+    aspect 3/4 to 4/3, a mirror image half of the time. Validation: the shorter side scaled to image_size / 0.875, the
+    centre cut out.
+    """
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str] = "image-folders"
+    model_family: ClassVar[str] = "vit"
+
+    folder: str
+
+    def check_model(self, model: Any) -> None:
+        self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
+
+    def load(self, model: Any) -> "ImageFiles":
+        return ImageFiles(Path(self.folder), model)
+
+    def fingerprint(self) -> str:
+        """Of the names and sizes of all files, not of their contents."""
+        listing = [[str(path.relative_to(self.folder)), path.stat().st_size] for path in _images(Path(self.folder))]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _images(folder: Path) -> list[Path]:
+    paths = sorted(p for split in ("train", "val") for p in (folder / split).glob("*/*") if p.is_file())
+    if not paths:
+        raise ValueError(f"image-folders: {folder} has no train/CLASS/* and val/CLASS/* files")
+    return paths
+
+
+class ImageFiles:
+    """The images of ImageFolders: float32 (B, 3, H, W), standardized by channel; labels in order of class name."""
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, folder: Path, model: ViTConfig) -> None:
+        self.size, self.classes = model.image_size, model.classes
+        paths = _images(folder)
+        names = sorted({path.parent.name for path in paths if path.parent.parent.name == "train"})
+        if len(names) != self.classes:
+            raise ValueError(f"image-folders: {folder}/train has {len(names)} classes, {model.name} has {self.classes}")
+        label = {name: i for i, name in enumerate(names)}
+        if unknown := {path.parent.name for path in paths} - label.keys():
+            raise ValueError(
+                f"image-folders: {folder}/val has classes that train has not: {', '.join(sorted(unknown))}"
+            )
+        split = {"train": [], "val": []}  # type: dict[str, list[tuple[Path, int]]]
+        for path in paths:
+            split[path.parent.parent.name].append((path, label[path.parent.name]))
+        self.train, self.held_out = split["train"], split["val"]
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(os.cpu_count())
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        rng = generator(seed, step)
+        chosen = [self.train[i] for i in rng.integers(0, len(self.train), size=batch_size)]
+        crops = rng.random((batch_size, 5))
+        return self._batch([(path, label, crop) for (path, label), crop in zip(chosen, crops, strict=True)])
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for i in range(0, len(self.held_out), batch_size):
+            yield self._batch([(path, label, None) for path, label in self.held_out[i : i + batch_size]])
+
+    def _batch(self, items: list[tuple[Path, int, np.ndarray | None]]) -> Batch:
+        images = list(self._threads.map(lambda item: self._decode(item[0], item[2]), items))
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.MEAN, self.STD))
+        return (pixels - mean) / std, torch.tensor([item[1] for item in items])
+
+    def _decode(self, path: Path, crop: np.ndarray | None) -> np.ndarray:
+        """(H, W, 3) uint8. `crop`: five uniform numbers for area, aspect, left, top and mirror; None for the centre."""
+        from PIL import Image  # only for runs that read image files
+
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        width, height = image.size
+        if crop is None:
+            side = 0.875 * min(width, height)
+            box_width, box_height, left, top, mirror = side, side, 0.5, 0.5, False
+        else:
+            area = width * height * (0.08 + 0.92 * crop[0])
+            aspect = (3 / 4) * (16 / 9) ** crop[1]  # log-uniform from 3/4 to 4/3
+            box_width, box_height = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+            left, top, mirror = crop[2], crop[3], crop[4] < 0.5
+        x, y = left * (width - box_width), top * (height - box_height)
+        box = (x, y, x + box_width, y + box_height)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image)
+
+
+DATA: dict[str, type[Settings]] = {data.name: data for data in (StdlibText, Digits, TokenFiles, ImageFolders)}
+DataConfig = StdlibText | Digits | TokenFiles | ImageFolders

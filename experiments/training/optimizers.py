@@ -1,0 +1,188 @@
+"""The optimizers of an ablation: one table, name -> settings that build the optimizer. A new one is a class here and an
+entry.
+
+Every optimizer gets the same two parameter groups: tensors of two and more dimensions with its weight decay, and biases
+and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+
+from experiments.training import baselines
+from experiments.training.settings import Settings
+from lmd import LMD as LMDOptimizer
+from lmd import Combined
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """`lr` is the peak of the schedule."""
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str]
+
+    lr: float
+    weight_decay: float = 0.1
+
+    def check(self) -> None:
+        self.require(self.lr > 0, f"lr must be positive, is {self.lr}")
+        self.require(self.weight_decay >= 0, f"weight_decay must not be negative, is {self.weight_decay}")
+        for beta in (*getattr(self, "betas", ()), getattr(self, "momentum", 0.0), getattr(self, "beta", 0.0)):
+            self.require(0 <= beta < 1, f"betas and momentum must lie in [0, 1), got {beta}")
+
+    def build(self, model: nn.Module, seed: int) -> Optimizer:
+        """The optimizer of all parameters of `model`; `seed` keys its noise, where it has any."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return self.make([group for group in groups if group["params"]], seed)
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamW(OptimizerSettings):
+    """Loshchilov and Hutter 2019, arXiv:1711.05101; torch's fused implementation."""
+
+    name: ClassVar[str] = "adamw"
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+@dataclass(frozen=True)
+class LMD(OptimizerSettings):
+    """Log-Normal Multiplicative Dynamics with one state vector a parameter (package lmd)."""
+
+    name: ClassVar[str] = "lmd"
+    parameterization: ClassVar[str] = "shared"
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    noise_scale: float = 0.05
+    prior: str = "log-normal"
+    entropy: bool = True
+    weight_scaling: bool = True
+    kappa: float = 1.0
+    mc_samples: int = 1
+
+    def check(self) -> None:
+        super().check()
+        self.make([{"params": [torch.zeros(1, 1, requires_grad=True)], "weight_decay": self.weight_decay}], seed=0)
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return LMDOptimizer(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            noise_scale=self.noise_scale,
+            prior=self.prior,
+            entropy=self.entropy,
+            weight_scaling=self.weight_scaling,
+            kappa=self.kappa,
+            parameterization=self.parameterization,
+            mc_samples=self.mc_samples,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class LMDSplit(LMD):
+    """LMD in the EG± form: both medians and both momenta are stored."""
+
+    name: ClassVar[str] = "lmd-split"
+    parameterization: ClassVar[str] = "split"
+
+
+@dataclass(frozen=True)
+class LMDWithAdamW(LMD):
+    """LMD for the tensors of two and more dimensions, AdamW (lr `adamw_lr`, no decay) for biases and gains."""
+
+    name: ClassVar[str] = "lmd-adamw"
+
+    adamw_lr: float = 0.003
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.adamw_lr > 0, f"adamw_lr must be positive, is {self.adamw_lr}")
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        matrices = [{**group, "params": [p for p in group["params"] if p.ndim >= 2]} for group in groups]
+        vectors = [p for group in groups for p in group["params"] if p.ndim < 2]
+        lmd = super().make([group for group in matrices if group["params"]], seed)
+        assert isinstance(lmd, LMDOptimizer)
+        adamw = AdamW(self.adamw_lr, weight_decay=0.0, betas=self.betas)
+        return Combined(lmd, *([adamw.make([{"params": vectors, "weight_decay": 0.0}], seed)] if vectors else []))
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerSettings):
+    """Stochastic gradient descent with momentum; the decay is torch's, added to the gradient."""
+
+    name: ClassVar[str] = "sgd"
+
+    momentum: float = 0.9
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+
+
+@dataclass(frozen=True)
+class Lion(OptimizerSettings):
+    name: ClassVar[str] = "lion"
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return baselines.Lion(groups, lr=self.lr, betas=self.betas)
+
+
+@dataclass(frozen=True)
+class Signum(OptimizerSettings):
+    name: ClassVar[str] = "signum"
+
+    momentum: float = 0.9
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return baselines.Signum(groups, lr=self.lr, momentum=self.momentum)
+
+
+@dataclass(frozen=True)
+class Madam(OptimizerSettings):
+    """Weight decay does not apply (its place is taken by the clamp): it must be 0."""
+
+    name: ClassVar[str] = "madam"
+    clamp: ClassVar[float | None] = 3.0
+
+    weight_decay: float = 0.0
+    beta: float = 0.999
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.weight_decay == 0, "Madam has no weight decay; it bounds weights by its clamp")
+
+    def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        return baselines.Madam(groups, lr=self.lr, beta=self.beta, clamp=self.clamp)
+
+
+@dataclass(frozen=True)
+class MadamUnclamped(Madam):
+    """Madam without the bound on its weights, to see them grow."""
+
+    name: ClassVar[str] = "madam-unclamped"
+    clamp: ClassVar[float | None] = None
+
+
+OptimizerConfig = AdamW | LMD | LMDSplit | LMDWithAdamW | SGD | Lion | Signum | Madam | MadamUnclamped
+OPTIMIZERS: dict[str, type[Settings]] = {
+    entry.name: entry for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, SGD, Lion, Signum, Madam, MadamUnclamped)
+}

@@ -1,0 +1,79 @@
+"""Every named format as a constant, and the table in which a name is looked up.
+
+Sources: OCP 8-bit Floating Point (OFP8) v1.0; OCP Microscaling Formats (MX) v1.0; IEEE 754-2019; names as in ml_dtypes.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from lpsim.formats.definitions import BlockFormat, FixedFormat, FloatFormat, Format, Specials, p3109
+from lpsim.formats.rounding import ScaleRule
+
+# OCP OFP8 v1.0 table 1; OCP MX v1.0 tables 3 to 5 and 7
+float8_e4m3fn = FloatFormat("float8_e4m3fn", 4, 3, specials=Specials.FN)
+float8_e5m2 = FloatFormat("float8_e5m2", 5, 2)
+float6_e3m2fn = FloatFormat("float6_e3m2fn", 3, 2, specials=Specials.NONE)
+float6_e2m3fn = FloatFormat("float6_e2m3fn", 2, 3, specials=Specials.NONE)
+float4_e2m1fn = FloatFormat("float4_e2m1fn", 2, 1, specials=Specials.NONE)
+float4_e3m0fn = FloatFormat("float4_e3m0fn", 3, 0, specials=Specials.NONE)  # powers of two and zero; not in OCP MX
+float8_e8m0fnu = FloatFormat(
+    "float8_e8m0fnu", 8, 0, bias=127, specials=Specials.FN, signed=False, subnormals=False, zero=False
+)
+int8_q6 = FixedFormat("int8_q6", bits=8, frac_bits=6, symmetric=True)  # the element of MXINT8, MX v1.0 §5.3.4
+int4_q2 = FixedFormat("int4_q2", bits=4, frac_bits=2, symmetric=True)
+
+# IEEE 754-2019 table 3.5 and the formats of accelerators
+float16 = FloatFormat("float16", 5, 10)
+bfloat16 = FloatFormat("bfloat16", 8, 7)
+tensorfloat32 = FloatFormat("tensorfloat32", 8, 10)
+float32 = FloatFormat("float32", 8, 23)
+
+# further 8-bit types of ml_dtypes
+float8_e4m3 = FloatFormat("float8_e4m3", 4, 3)
+float8_e3m4 = FloatFormat("float8_e3m4", 3, 4)
+float8_e4m3fnuz = FloatFormat("float8_e4m3fnuz", 4, 3, bias=8, specials=Specials.FNUZ)
+float8_e5m2fnuz = FloatFormat("float8_e5m2fnuz", 5, 2, bias=16, specials=Specials.FNUZ)
+float8_e4m3b11fnuz = FloatFormat("float8_e4m3b11fnuz", 4, 3, bias=11, specials=Specials.FNUZ)
+
+# IEEE P3109: the formats of 8 bits whose range and precision are those of E4M3 and E5M2
+binary8p3se = p3109(8, 3)
+binary8p4se = p3109(8, 4)
+
+# OCP MX v1.0 table 1
+mxfp8_e4m3 = BlockFormat("mxfp8_e4m3", float8_e4m3fn, float8_e8m0fnu)
+mxfp8_e5m2 = BlockFormat("mxfp8_e5m2", float8_e5m2, float8_e8m0fnu)
+mxfp6_e3m2 = BlockFormat("mxfp6_e3m2", float6_e3m2fn, float8_e8m0fnu)
+mxfp6_e2m3 = BlockFormat("mxfp6_e2m3", float6_e2m3fn, float8_e8m0fnu)
+mxfp4_e2m1 = BlockFormat("mxfp4_e2m1", float4_e2m1fn, float8_e8m0fnu)
+mxint8 = BlockFormat("mxint8", int8_q6, float8_e8m0fnu)
+mxint4 = BlockFormat("mxint4", int4_q2, float8_e8m0fnu)
+
+# NVIDIA: E2M1 elements, blocks of 16, E4M3 scales, one float32 scale a tensor
+nvfp4 = BlockFormat(
+    "nvfp4", float4_e2m1fn, float8_e4m3fn, block_size=16, scale_rule=ScaleRule.ROUND, tensor_scale=float32
+)
+
+ALL_FORMATS: dict[str, Format] = {f.name: f for f in list(globals().values()) if isinstance(f, Format)}
+
+
+def register(fmt: Format) -> Format:
+    """Make a format known by its name (in grids, on the command line) and return it.
+
+    Raises ValueError when another format has the name; registering an equal one again changes nothing.
+    """
+    if not isinstance(fmt, Format):
+        raise TypeError(f"register takes a format, got {type(fmt).__name__}")
+    if ALL_FORMATS.setdefault(fmt.name, fmt) != fmt:
+        raise ValueError(f"a different format is already named {fmt.name!r}; choose another name")
+    return fmt
+
+
+def get(name: str) -> Format:
+    """The format of that name. Raises ValueError naming the closest ones."""
+    try:
+        return ALL_FORMATS[name]
+    except (KeyError, TypeError):
+        close = difflib.get_close_matches(str(name), ALL_FORMATS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(ALL_FORMATS)}"
+        raise ValueError(f"unknown format {name!r}; {hint}") from None

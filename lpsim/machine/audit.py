@@ -1,0 +1,168 @@
+"""What really ran: every function the simulation saw, and every matrix product in the aten ops underneath.
+
+Two counts that check each other. The rows come from the simulation's own decisions; the products are seen one level
+lower, by a TorchDispatchMode, in forward and backward, and each must belong to one of these decisions. One that does
+not has escaped: it ran in full precision without anybody deciding so.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lpsim.machine.ops import Kind, Op, Product, Site
+
+_PRODUCTS = """
+    mm addmm bmm baddbmm addbmm mv addmv dot vdot linear matmul _trilinear _cdist_forward _cdist_backward
+    _euclidean_dist _scaled_mm _scaled_grouped_mm _grouped_mm _int_mm _sparse_mm _sparse_addmm mkldnn_rnn_layer
+    mkldnn_rnn_layer_backward _cudnn_rnn _cudnn_rnn_backward miopen_rnn miopen_rnn_backward
+    _transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention
+"""
+_PRODUCT_FAMILIES = ("conv", "_scaled_dot_product_", "_flash_attention", "_efficient_attention", "_cudnn_attention")
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One op as the simulation treated it: how often, in which formats, and why."""
+
+    op: str
+    kind: Kind
+    count: int
+    formats: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """rows: the functions called. products: {(aten op, forward or backward, whose): count}. escaped: see the module."""
+
+    rows: tuple[AuditRow, ...]
+    products: dict[tuple[str, str, str], int]
+    escaped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = _aligned(
+            [("op", "class", "count", "formats", "reason")]
+            + [(r.op, r.kind.value, str(r.count), r.formats, r.reason) for r in self.rows]
+        )
+        lines += ["", "matrix products underneath:"]
+        lines += _aligned([(op, where, str(n), whose) for (op, where, whose), n in sorted(self.products.items())])
+        lines.append(f"escaped products: {', '.join(self.escaped) or 'none'}")
+        return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return ["  none"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+class Auditor(TorchDispatchMode):
+    """Counts aten matrix products while it is active, and asks to whom each belongs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names = frozenset(_PRODUCTS.split())
+        self.rows: Counter[tuple[Kind, str, str, str]] = Counter()
+        self.products: Counter[tuple[str, str, str]] = Counter()
+        self.escaped: list[str] = []
+        self.finished = False
+        self._result: Audit | None = None
+        self._owner: str | None = None
+        self._starts: list[int] = []  # sequence numbers of autograd nodes made by products left as they are
+        self._ends: list[int] = []
+        self._owners: list[str] = []
+
+    def count(self, op: str, kind: Kind, formats: str, reason: str) -> None:
+        """One call of an op, for the table."""
+        self.rows[kind, op, formats, reason] += 1
+
+    def count_product(self, op: Op, sites: list[Site], reason: str) -> None:
+        """One call of a product, or of a composite by its parts."""
+        vectors = [f"{op.name}.{part}" for part in op.vector_parts]
+        for site in sites:
+            if site.op in vectors:
+                vector = site.recipe.vector
+                formats = "-" if vector is None else vector.format.name
+                self.count(site.op, Kind.VECTOR, formats, f"between the products of {op.name}")
+            else:
+                self.count(site.op, Kind.PRODUCT, formats_of(site), reason)
+
+    @contextmanager
+    def owned(self, owner: str) -> Iterator[None]:
+        """Products run inside belong to `owner`, and so do those of the autograd nodes made inside."""
+        before, self._owner = self._owner, owner
+        start = torch._C._autograd._get_sequence_nr()
+        try:
+            yield
+        finally:
+            self._owner = before
+            end = torch._C._autograd._get_sequence_nr()
+            if before is None and end > start:
+                self._starts.append(start)
+                self._ends.append(end)
+                self._owners.append(owner)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        is_product = name in self._names or any(family in name for family in _PRODUCT_FAMILIES)
+        if is_product and any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in args):
+            self._attribute(name)
+        with torch._C.DisableTorchFunction():  # an OpOverload called from here would reach the simulation's mode
+            return func(*args, **(kwargs or {}))
+
+    def _attribute(self, name: str) -> None:
+        node = torch._C._current_autograd_node()
+        owner: str | None
+        if self._owner is not None or node is None:
+            where, owner = "forward", self._owner
+        elif isinstance(node, Product._backward_cls):
+            where, owner = "backward", "the recipe"
+        else:
+            where, owner = "backward", self._owner_of(node._sequence_nr())
+        if owner is None:
+            shown = f"aten.{name}, {where}" + (f" of {node.name()}" if node is not None else "")
+            if shown not in self.escaped:
+                self.escaped.append(shown)
+        self.products[f"aten.{name}", where, owner or "escaped"] += 1
+
+    def _owner_of(self, sequence_number: int) -> str | None:
+        i = bisect.bisect_right(self._starts, sequence_number) - 1
+        return self._owners[i] if i >= 0 and sequence_number < self._ends[i] else None
+
+    def finish(self) -> None:
+        """No more is to be counted."""
+        self._result = self.result()
+        self.finished = True
+
+    def result(self) -> Audit:
+        """The table so far: products first, then by op."""
+        if self._result is not None:
+            return self._result
+        order = list(Kind)
+        rows = sorted(self.rows.items(), key=lambda item: (order.index(item[0][0]), item[0][1:]))
+        return Audit(
+            tuple(AuditRow(op, kind, n, formats, reason) for (kind, op, formats, reason), n in rows),
+            dict(self.products),
+            tuple(self.escaped),
+        )
+
+
+def formats_of(site: Site) -> str:
+    """The formats of a product's operands and results, of those of its three Gemms that have any: "fprop lhs · rhs"."""
+    shown = []
+    for name in ("fprop", "dgrad", "wgrad"):
+        gemm = getattr(site.recipe, name)
+        if not gemm.plain:
+            lhs, rhs, out = (q.format.name if q is not None else "-" for q in (gemm.lhs, gemm.rhs, gemm.out))
+            shown.append(f"{name} {lhs} · {rhs}" + (f" -> {out}" if gemm.out is not None else ""))
+    return ", ".join(shown) or "-"

@@ -1,0 +1,25 @@
+"""The ops of the simulated machine: the table WRAPPED, and the functions that stand in for matrix products.
+
+`table` says what becomes of each op, `contraction`, `convolution`, `attention` and `recurrent`
+bring products to one form, `product` computes it with its three named GEMMs, `site` knows where it runs.
+"""
+
+from lpsim.machine.ops.product import Product, Role, StraightThrough
+from lpsim.machine.ops.site import Call, Composite, Observer, Site
+from lpsim.machine.ops.table import WRAPPED, Kind, Op, body, inplace_argument, op_name
+
+__all__ = [
+    "WRAPPED",
+    "Call",
+    "Composite",
+    "Kind",
+    "Observer",
+    "Op",
+    "Product",
+    "Role",
+    "Site",
+    "StraightThrough",
+    "body",
+    "inplace_argument",
+    "op_name",
+]

@@ -1,0 +1,168 @@
+"""Where an op runs and what the recipe says there: sites, roles, random streams, and one call's quantizations.
+
+A site is "module path/op", with "#k" when the op occurs again in the same call of the module. With a role it names one
+tensor of one op: an override, a telemetry row, a random stream.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lpsim.formats.rounding import Key, Rounding
+from lpsim.machine.ops import exact
+from lpsim.machine.ops.product import Product, Role, StraightThrough
+from lpsim.machine.recipes import BackwardOperands, Recipe
+from lpsim.quantization.quantizer import Quantizer
+
+_RESULTS = (Role.FPROP_OUT, Role.DGRAD_OUT, Role.WGRAD_OUT, Role.VECTOR)
+ELEMENT_BITS, ROLE_BITS, OCCURRENCE_BITS = 38, 4, 20  # of Key.offset, which has 62
+
+
+class Site:
+    """One op at one place of the model, with the recipe that holds there.
+
+    `stream` is the CRC-32 of the name: stable across runs, processes and recipes, so that two arms of an ablation
+    with the same seed draw the same bits at the same site.
+    """
+
+    __slots__ = (
+        "_count",
+        "_step",
+        "dgrad_bits",
+        "fprop_bits",
+        "name",
+        "op",
+        "path",
+        "recipe",
+        "stochastic",
+        "stream",
+        "wgrad_bits",
+    )
+
+    def __init__(self, path: str, op: str, repetition: int, recipe: Recipe) -> None:
+        self.path = path
+        self.op = op
+        self.name = f"{path}/{op}#{repetition}" if repetition else f"{path}/{op}"
+        self.recipe = recipe
+        self.stream = zlib.crc32(self.name.encode())
+        gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
+        quantizers = [recipe.vector, *(q for gemm in gemms for q in (gemm.lhs, gemm.rhs, gemm.out))]
+        self.stochastic = any(q is not None and q.rounding is Rounding.STOCHASTIC for q in quantizers)
+        quantized = recipe.backward_operands is BackwardOperands.QUANTIZED
+        kept = (recipe.fprop.lhs, recipe.fprop.rhs) if quantized else (None, None)
+        self.fprop_bits = _product_bits(recipe.fprop.lhs, recipe.fprop.rhs)
+        self.dgrad_bits = _product_bits(recipe.dgrad.lhs, recipe.dgrad.rhs or kept[1])
+        self.wgrad_bits = _product_bits(recipe.wgrad.lhs or kept[0], recipe.wgrad.rhs)
+        self._step = -1
+        self._count = 0
+
+    def reserve(self, step: int, calls: int = 1) -> int:
+        """How many calls this site saw before in this step; `calls` consecutive numbers are taken from there."""
+        if step != self._step:
+            self._step, self._count = step, 0
+        self._count += calls
+        if self._count > 1 << OCCURRENCE_BITS:
+            raise ValueError(
+                f"{self.name} ran {self._count} times in step {step}: set sim.step in the training loop, "
+                "so that random bits are keyed by the step"
+            )
+        return self._count - calls
+
+
+def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
+    """For exact.matmul; None where an operand is not rounded to a format that fits bfloat16."""
+    if lhs is None or rhs is None:
+        return None
+    return exact.bits_of_product(lhs.format, rhs.format)
+
+
+class Observer(Protocol):
+    """Called with every tensor that is rounded, and with every result that is not (quantizer None, result is x)."""
+
+    def __call__(
+        self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
+    ) -> None: ...
+
+
+class Call:
+    """One execution of an op at a site: quantizes its tensors by role, with this call's random bits."""
+
+    __slots__ = ("observer", "occurrence", "recipe", "seed", "site", "step")
+
+    def __init__(self, site: Site, seed: int, step: int, occurrence: int, observer: Observer | None) -> None:
+        self.site = site
+        self.recipe = site.recipe
+        self.seed = seed
+        self.step = step
+        self.occurrence = occurrence
+        self.observer = observer
+
+    def at(self, n: int) -> Call:
+        """The n-th of the calls that were reserved together with this one."""
+        return Call(self.site, self.seed, self.step, self.occurrence + n, self.observer)
+
+    def key(self, role: Role) -> Key:
+        """The random bits of one role: stream and step, and an offset that no other role or call of the step shares."""
+        offset = (self.occurrence << ROLE_BITS | role) << ELEMENT_BITS
+        return Key(self.seed, self.site.stream, self.step, offset)
+
+    def quantize(self, role: Role, quantizer: Quantizer | None, x: Tensor, axis: int = -1) -> Tensor:
+        """x rounded by the role's quantizer, blocks along `axis`; x itself where there is none. Not differentiable."""
+        if quantizer is None:
+            if self.observer is not None and role in _RESULTS:
+                self.observer(self, role, None, axis, x, x)
+            return x
+        key = self.key(role) if quantizer.rounding is Rounding.STOCHASTIC else None
+        result = quantizer.quantize(x, axis, key)
+        if self.observer is not None:
+            self.observer(self, role, quantizer, axis, x, result)
+        return result
+
+    def product(
+        self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
+    ) -> Tensor:
+        """lhs · rhs + bias by the recipe's three products, before fprop.out rounds it; see Product for the shapes."""
+        return Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis)
+
+    def gemm(
+        self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
+    ) -> Tensor:
+        """`product`, rounded by fprop.out."""
+        return self.out(Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis))
+
+    def out(self, x: Tensor) -> Tensor:
+        """A product's result rounded by fprop.out, straight-through gradient."""
+        return self._rounded(Role.FPROP_OUT, self.recipe.fprop.out, x)
+
+    def vector(self, x: Tensor) -> Tensor:
+        """A vector op's result rounded to the vector format, straight-through gradient; other dtypes are left."""
+        return self._rounded(Role.VECTOR, self.recipe.vector, x)
+
+    def _rounded(self, role: Role, quantizer: Quantizer | None, x: Tensor) -> Tensor:
+        if not (x.is_floating_point() or x.is_complex()):
+            return x
+        if quantizer is None:
+            return self.quantize(role, None, x)
+        if x.is_complex():
+            return torch.view_as_complex(self._rounded(role, quantizer, torch.view_as_real(x)))
+        if x.requires_grad and torch.is_grad_enabled():
+            return StraightThrough.apply(x, self, role, quantizer)
+        return self.quantize(role, quantizer, x)
+
+
+class Composite:
+    """One execution of an op that hides products: hands out the calls of its parts, each part a site of its own."""
+
+    __slots__ = ("_part",)
+
+    def __init__(self, part: Callable[[str, int], Call]) -> None:
+        self._part = part
+
+    def part(self, name: str, calls: int = 1) -> Call:
+        """The call at the site "path/op.name"; with `calls`, the first of so many, see Call.at."""
+        return self._part(name, calls)

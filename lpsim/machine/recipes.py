@@ -1,0 +1,124 @@
+"""What a simulated machine computes in: the quantizers of the three matrix products, and of the vector unit.
+
+A recipe is data; how an op is simulated is said in `ops`, and which ops in `simulate`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from lpsim.formats import BlockFormat, Format
+from lpsim.formats.rounding import Rounding
+from lpsim.quantization.quantizer import Quantizer
+
+
+class Accumulation(Protocol):
+    """How the sum of a dot product is formed, such as an Accumulator; None in a Gemm: as the compute dtype's matmul."""
+
+    def matmul(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """lhs [..., M, K] times rhs [..., K, N], batch dimensions broadcast: [..., M, N] in their dtype."""
+        ...
+
+
+class BackwardOperands(enum.Enum):
+    """Which copy of an fprop operand the backward products start from; dgrad's and wgrad's quantizers come on top."""
+
+    QUANTIZED = "quantized"
+    """The one fprop multiplied: the gradient of the product that was computed (straight-through quantizers)."""
+    UNQUANTIZED = "unquantized"
+    """The tensor before fprop's quantizer, as where hardware casts one wide tensor twice, once along each axis."""
+
+
+def _check_quantizer(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Quantizer):
+        raise TypeError(f"{name} must be a Quantizer or None, got {value!r}; wrap a format as Quantizer(format)")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One matrix product lhs · rhs -> out: each operand's quantizer, the accumulator, and the result's quantizer.
+
+    None leaves the operand, the accumulation or the result in the compute dtype. Operands are blocked along the axis
+    this product sums over. A bias is added to the accumulated sum, before `out` rounds it.
+
+    Roles: fprop is lhs (activations) · rhs (weights); dgrad, the gradient of lhs, is lhs (the output's gradient) ·
+    rhs (weights); wgrad, the gradient of rhs, is lhs (activations) · rhs (the output's gradient).
+    """
+
+    lhs: Quantizer | None = None
+    rhs: Quantizer | None = None
+    accumulate: Accumulation | None = None
+    out: Quantizer | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lhs", "rhs", "out"):
+            _check_quantizer(f"Gemm.{name}", getattr(self, name))
+        if self.accumulate is not None and not callable(getattr(self.accumulate, "matmul", None)):
+            raise TypeError(f"Gemm.accumulate must have a method matmul(lhs, rhs), got {self.accumulate!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this product is left as the compute dtype does it."""
+        return self == Gemm()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The three products of every linear op, the vector unit, and the exceptions by site.
+
+    fprop, dgrad, wgrad: see Gemm. backward_operands: what dgrad and wgrad start from.
+    vector: rounds the result of every vector and reduction op, with a straight-through gradient; None leaves them.
+    overrides: {site pattern: Recipe}, the first match wins and replaces this recipe whole. A pattern without "/" is
+    matched against the module's path ("lm_head", "h.*.attn"), one with "/" against "path/op" or "path/op#k", k >= 1
+    counting repetitions of the op in one call of the module ("h.*/scaled_dot_product_attention.*", "*/conv2d").
+    Shell wildcards (fnmatch); "*" also crosses dots. Ops outside every module have the path "<outside>", those of the
+    model's own forward "<model>". A pattern that matches no site draws a warning, unless it begins with "*/".
+    """
+
+    fprop: Gemm = Gemm()
+    dgrad: Gemm = Gemm()
+    wgrad: Gemm = Gemm()
+    vector: Quantizer | None = None
+    overrides: Mapping[str, Recipe] = field(default_factory=dict, hash=False)
+    backward_operands: BackwardOperands = BackwardOperands.QUANTIZED
+
+    def __post_init__(self) -> None:
+        for name in ("fprop", "dgrad", "wgrad"):
+            if not isinstance(getattr(self, name), Gemm):
+                raise TypeError(f"Recipe.{name} must be a Gemm, got {getattr(self, name)!r}")
+        _check_quantizer("Recipe.vector", self.vector)
+        if self.vector is not None and isinstance(self.vector.format, BlockFormat):
+            raise ValueError(
+                f"Recipe.vector rounds every element by itself, so it cannot be the block format "
+                f"{self.vector.format.name}; use an elementwise format such as bfloat16"
+            )
+        if not isinstance(self.backward_operands, BackwardOperands):
+            raise TypeError(f"Recipe.backward_operands must be a BackwardOperands, got {self.backward_operands!r}")
+        for pattern, recipe in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(recipe, Recipe):
+                raise TypeError(f"Recipe.overrides maps site patterns to recipes, got {pattern!r}: {recipe!r}")
+            if recipe.overrides:
+                raise ValueError(f"the recipe for {pattern!r} has overrides of its own; list them in the outer recipe")
+
+    @classmethod
+    def forward(
+        cls, format: Format, vector: Format | None = None, rounding: Rounding = Rounding.TIES_TO_EVEN
+    ) -> Recipe:
+        """Both operands of every forward product in `format`; the backward pass in the compute dtype.
+
+        Gradients are those of the products computed: dgrad and wgrad use the quantized operands. With `vector`, the
+        results of vector and reduction ops, and of the products, are rounded to it, ties to even.
+        """
+        operand = Quantizer(format, rounding=rounding)
+        unit = None if vector is None else Quantizer(vector)
+        return cls(fprop=Gemm(lhs=operand, rhs=operand, out=unit), vector=unit)
+
+    @property
+    def products_plain(self) -> bool:
+        """Whether all three products are left as the compute dtype does them."""
+        return self.fprop.plain and self.dgrad.plain and self.wgrad.plain

@@ -1,0 +1,480 @@
+"""`with simulate(model, recipe)`: every floating-point function called inside runs as the recipe's machine runs it.
+
+A TorchFunctionMode sees each call of a torch function, method or operator; `ops.WRAPPED` says
+what becomes of it. Nothing in torch is patched and no module is replaced: hooks, which live as long as the context,
+tell which module is running. Another thread's calls are not seen; what torch.compile compiled runs uncompiled.
+
+What is not the model's arithmetic is exempt by rule:
+- a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
+  attributes;
+- everything in Optimizer.step under no_grad;
+- outside every module, what is no part of a graph: clipping, weight averages, metrics, the preparation of data.
+  Matrix products there still follow the recipe;
+- vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
+
+torch evaluates nn.TransformerEncoder and nn.MultiheadAttention by fused kernels, unless it is watched as here. Where a
+recipe and its overrides leave everything, these modules run unwatched in evaluation, to give torch's very result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lpsim.machine.audit import Audit, Auditor
+from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
+from lpsim.machine.module_paths import ModulePaths
+from lpsim.machine.ops import WRAPPED, Call, Composite, Kind, Observer, Op, Site, body, inplace_argument, op_name
+from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
+from lpsim.machine.refusals import check_module, refuse_strange, run_uncompiled
+
+__all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
+
+Sampler = Callable[[int], Observer | None]
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_ATTRIBUTE = ("__get__", "__set__", "__delete__")
+_NOWHERE = Frame(None, BACKWARD)
+_UNCOUNTED: AbstractContextManager[None] = nullcontext()
+_FUSED_IN_EVALUATION = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class UnknownOpError(NotImplementedError):
+    """A floating-point function that the table does not know: it would have run in full precision."""
+
+
+def simulate(model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = True) -> Simulation:
+    """A context in which `model` runs on the machine that `recipe` describes.
+
+    seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit), which costs some
+    microseconds an aten op until `step` is first changed.
+
+    Raises TypeError for a model that cannot be simulated (compiled, scripted, DataParallel), ValueError for an override
+    whose module path matches no module.
+    """
+    return Simulation(model, recipe, seed, audit)
+
+
+class _Place:
+    """The sites of one product: {part: site}, or {op: site}; and whether the recipe leaves all of them alone."""
+
+    __slots__ = ("first", "left", "sites")
+
+    def __init__(self, op: Op, site: Callable[[str], Site]) -> None:
+        if op.parts:
+            self.sites = {part: site(f"{op.name}.{part}") for part in op.parts + op.vector_parts}
+        else:
+            self.sites = {op.name: site(op.name)}
+        self.first = next(iter(self.sites.values()))
+        self.left = all(
+            s.recipe.vector is None if part in op.vector_parts else s.recipe.products_plain
+            for part, s in self.sites.items()
+        )
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__()
+        self.simulation = simulation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handlers = self.simulation._handlers
+        handler = handlers.get(func)
+        if handler is None:
+            handler = handlers[func] = self.simulation._handler(func)
+        return handler(func, args, kwargs or {})
+
+
+class Simulation:
+    """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
+
+    step: the training loop's step, set by the loop; random bits are keyed by (seed, site, step, call within the step),
+    so that a resumed run draws what it would have drawn. The calls of an evaluation count, too: after the update,
+    before `step` is set anew, they leave the training's random bits as they are without it.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
+            )
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
+        for path, module in model.named_modules():
+            check_module(path or ROOT, module)
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self._observer: Observer | None = None
+        self._sampler: Sampler | None = None
+        self._step = 0
+        changes_nothing = all(r.products_plain and r.vector is None for r in (recipe, *recipe.overrides.values()))
+        self._paths = ModulePaths(model, self._fused if changes_nothing else None)
+        self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
+        self._check_overrides()
+        self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
+        self._sites: dict[tuple[str, str, int], Site] = {}
+        self._places: dict[tuple[str, str, int], _Place] = {}
+        self._streams: dict[int, str] = {}
+        self._handlers: dict[Any, Handler] = {}
+        self._mode = _Mode(self)
+        self._stepping = False
+        self._auditor: Auditor | None = Auditor() if audit else None
+        self._counting: Auditor | None = None  # the same, while it counts
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Simulation:
+        if any(isinstance(mode, _Mode) for mode in torch.overrides._get_current_function_mode_stack()):
+            raise RuntimeError("a simulation is already running here; its ops would be simulated twice")
+        with ExitStack() as stack:
+            stack.callback(self._handlers.clear)
+            run_uncompiled(stack)
+            self._paths.follow(stack)
+            stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
+            stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
+            self._stepping = False
+            if self._auditor is not None and not self._auditor.finished:
+                stack.callback(self._stop_audit)
+                self._auditor.__enter__()
+                self._counting = self._auditor
+            stack.enter_context(self._mode)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        stack, self._stack = self._stack, None
+        assert stack is not None
+        stack.__exit__(exc_type, exc, traceback)
+        if exc_type is None and self._sites and self._unmatched:
+            warnings.warn(
+                f"overrides matched no site that ran: {', '.join(sorted(self._unmatched))}; "
+                f"sites are named like {next(iter(self._sites.values())).name}",
+                stacklevel=2,
+            )
+
+    @property
+    def step(self) -> int:
+        """The training step that random bits are keyed by."""
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise ValueError(f"step must be an int in [0, 2**32), got {value!r}")
+        if value != self._step and self._counting is not None and self._counting.rows:
+            self._counting.finish()
+            self._stop_audit()
+        self._step = value
+        if self._sampler is not None:
+            self.observer = self._sampler(value)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Sees every tensor rounded and every result; None costs nothing."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, value: Observer | None) -> None:
+        if (value is None) != (self._observer is None):
+            self._handlers.clear()
+        self._observer = value
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Chooses the observer of each step: called with the step now, and with every one that `step` is set to."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, value: Sampler | None) -> None:
+        self._sampler = value
+        self.observer = None if value is None else value(self._step)
+
+    def advance(self) -> None:
+        """The next step."""
+        self.step += 1
+
+    def audit(self) -> Audit:
+        """What ran in the first step: op, class, count, formats and reason, and the matrix products that escaped.
+
+        Raises RuntimeError where the simulation was made with audit=False.
+        """
+        if self._auditor is None:
+            raise RuntimeError("this simulation counts nothing: it was made with audit=False")
+        return self._auditor.result()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Plain torch inside; the audit counts its products as run outside the simulation."""
+        with torch._C.DisableTorchFunction(), self._owned("outside the simulation"):
+            yield
+
+    @contextmanager
+    def _as_torch_does(self, name: str) -> Iterator[None]:
+        """A module whose ops are not looked at, because the recipe leaves everything."""
+        if self._counting is not None:
+            self._counting.count(name, Kind.PRODUCT, "-", "left by the recipe, with torch's fused evaluation")
+        with torch._C.DisableTorchFunction(), self._owned("left by the recipe"):
+            yield
+
+    def _fused(self, module: nn.Module, path: str) -> AbstractContextManager[None] | None:
+        """For modules that evaluate by a fused kernel of their own, which they leave out where functions are seen."""
+        if module.training or not isinstance(module, _FUSED_IN_EVALUATION):
+            return None
+        return self._as_torch_does(type(module).__name__)
+
+    def _stop_audit(self) -> None:
+        """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
+        if self._counting is not None and _get_current_dispatch_mode() is self._counting:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
+            self._handlers.clear()
+
+    # What becomes of a function
+
+    def _handler(self, func: Callable[..., Any]) -> Handler:
+        name = op_name(func)
+        if name in _ATTRIBUTE:
+            return _run
+        op = WRAPPED.get(name)
+        if op is None:
+            return partial(self._unlisted, name)
+        if op.transparent:
+            return self._through
+        if op.function is not None:
+            return partial(self._product, op, op.function)
+        if op.kind in (Kind.VECTOR, Kind.REDUCTION) and (self._rounds_vectors or self._observer is not None):
+            return partial(self._vector, op)
+        if self._counting is None:
+            return _run
+        reason = "the recipe has no vector format" if op.kind in (Kind.VECTOR, Kind.REDUCTION) else op.reason
+        return partial(self._counted, op, reason)
+
+    def _counted(
+        self, op: Op, reason: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._counting is not None:
+            self._counting.count(op.name, op.kind, "-", reason)
+        return func(*args, **kwargs)
+
+    def _through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._mode:
+            return body(func)(*args, **kwargs)
+
+    def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function that is not in the table, if a rule exempts it."""
+        if self._optimizing():
+            with self._owned("the optimizer"):
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if next(_floating(result), None) is None or next(_floating((args, kwargs)), None) is None:
+            return result
+        frame = self._paths.current()
+        if self._bookkeeping(frame, args, kwargs):
+            return result
+        path = BACKWARD if frame is None else frame.path
+        raise UnknownOpError(
+            f"{path}/{name}: the simulated machine does not know the op {name!r}, so its operands would stay in full "
+            "precision unnoticed. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
+            "lpsim/machine/ops/table.py, and one function if it hides matrix products"
+        )
+
+    def _vector(self, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame = self._paths.current()
+        if frame is None or self._bookkeeping(frame, args, kwargs):
+            return self._counted(op, "outside the model, and no part of a graph", func, args, kwargs)
+        site = self._site(frame.path, op.name, frame.repetition(op.name))
+        quantizer = site.recipe.vector
+        if quantizer is None:
+            result = self._counted(op, "the recipe has no vector format", func, args, kwargs)
+            return result if self._observer is None else self._rounded(site, result)
+        if self._counting is not None:
+            self._counting.count(op.name, op.kind, quantizer.format.name, op.reason)
+        target = _inplace_target(func, args, kwargs)
+        if target is not None and next(_floating(target), None) is not None:
+            # On a copy: what the op saves for its backward pass must not be rounded afterwards.
+            copy = target.clone()
+            result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
+            return target.copy_(self._call(site).vector(result))
+        result = func(*args, **kwargs)
+        if kwargs.get("out") is not None:
+            for t in (result,) if isinstance(result, Tensor) else result:
+                t.copy_(self._call(site).vector(t))
+            return result
+        return self._rounded(site, result)
+
+    def _rounded(self, site: Site, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return self._call(site).vector(result)
+        if isinstance(result, list | tuple):
+            call = self._call(site, len(result))
+            parts = [call.at(i).vector(x) if isinstance(x, Tensor) else x for i, x in enumerate(result)]
+            if isinstance(result, list):
+                return parts
+            return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+        return result
+
+    def _product(
+        self,
+        op: Op,
+        function: Callable[..., Any],
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        first = next(_floating((args, kwargs)), None)
+        if first is None:
+            return func(*args, **kwargs)
+        if self._optimizing():
+            with self._owned("the optimizer"):
+                return func(*args, **kwargs)
+        place = self._place(op)
+        if place.left:
+            with self._owned("left by the recipe", op, place):
+                result = func(*args, **kwargs)
+            if self._observer is not None:
+                for t in _floating(result):
+                    self._call(place.first).out(t)
+            return result
+        refuse_strange(first)
+        target = args[0] if inplace_argument(func) == -1 else None
+        out = kwargs.pop("out", None) if "out" in kwargs else None
+        device = first.device.type
+        with self._owned("the recipe", op, place):
+            if op.autocasts and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
+                with torch.autocast(device, enabled=False):
+                    result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
+            else:
+                result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
+        if target is not None:
+            return target.copy_(result)
+        return result if out is None else _written(out, result)
+
+    def _execution(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | Composite:
+        if op.parts:
+            return Composite(lambda part, calls: self._call(place.sites[part], calls))
+        return self._call(place.sites[op.name], 1 if op.calls is None else op.calls(*args, **kwargs))
+
+    # Where, and under which rule
+
+    def _place(self, op: Op) -> _Place:
+        """Where a product is about to run: its site, or those of its parts."""
+        frame = self._paths.current() or _NOWHERE
+        key = (frame.path, op.name, frame.repetition(op.name))
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _Place(op, partial(self._site, frame.path, repetition=key[2]))
+        return place
+
+    def _site(self, path: str, op: str, repetition: int) -> Site:
+        key = (path, op, repetition)
+        site = self._sites.get(key)
+        if site is None:
+            site = self._sites[key] = Site(path, op, repetition, self._resolve(path, op, repetition))
+            if site.stochastic and self._streams.setdefault(site.stream, site.name) != site.name:
+                raise ValueError(
+                    f"the sites {site.name} and {self._streams[site.stream]} would draw the same random bits "
+                    "(equal CRC-32): rename one of the modules"
+                )
+        return site
+
+    def _resolve(self, path: str, op: str, repetition: int) -> Recipe:
+        names = (f"{path}/{op}", f"{path}/{op}#{repetition}")
+        for pattern, recipe in self.recipe.overrides.items():
+            if any(fnmatchcase(name, pattern) for name in (names if "/" in pattern else (path,))):
+                self._unmatched.discard(pattern)
+                return recipe
+        return self.recipe
+
+    def _check_overrides(self) -> None:
+        paths = [path for path, _ in self.model.named_modules(remove_duplicate=False) if path]
+        for pattern in self.recipe.overrides:
+            prefix = pattern.rpartition("/")[0] if "/" in pattern else pattern
+            if not any(fnmatchcase(path, prefix) for path in (*paths, ROOT, OUTSIDE, BACKWARD)):
+                raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
+
+    def _call(self, site: Site, calls: int = 1) -> Call:
+        step, occurrence = self._paths.regions.draw(site, self._step, calls) if site.stochastic else (self._step, 0)
+        return Call(site, self.seed, step, occurrence, self._observer)
+
+    def _bookkeeping(self, frame: Frame | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an op is not the model's: of the backward pass itself, or outside every module and of no graph."""
+        if frame is None:
+            return True
+        if frame.path != OUTSIDE:
+            return False
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in _floating((args, kwargs))))
+
+    def _optimizing(self) -> bool:
+        """In Optimizer.step, but not in a closure that it calls."""
+        return self._stepping and not self._paths.inside() and not torch.is_grad_enabled()
+
+    def _enter_step(self, *_: Any) -> None:
+        self._stepping = True
+
+    def _leave_step(self, *_: Any) -> None:
+        self._stepping = False
+
+    def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
+        """What runs inside is counted as `owner`'s, and the op by its sites."""
+        if self._counting is None:
+            return _UNCOUNTED
+        if op is not None and place is not None:
+            reason = "left by the recipe" if place.left else op.reason
+            self._counting.count_product(op, list(place.sites.values()), reason)
+        return self._counting.owned(owner)
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _inplace_target(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    position = inplace_argument(func)
+    if position is None:
+        return None
+    if position >= 0 and not kwargs.get("inplace", len(args) > position and args[position]):
+        return None
+    return args[0] if args else kwargs["input"]
+
+
+def _written(out: Tensor, result: Tensor) -> Tensor:
+    if result.requires_grad:
+        raise RuntimeError("functions with out=... do not support automatic differentiation")
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    """The floating-point and complex tensors in a value."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield value
+    elif isinstance(value, dict):
+        yield from _floating(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _floating(v)
+
+
+def _autocast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in `value`, float64 excepted, in the dtype autocast gives to products."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
+    if isinstance(value, dict):
+        return {key: _autocast(v, dtype) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_autocast(v, dtype) for v in value)
+    return value

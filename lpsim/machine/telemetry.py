@@ -1,0 +1,334 @@
+"""What rounding did to every tensor of every site: sampled steps, one row a step, site and role.
+
+    with simulate(model, recipe) as sim:
+        telemetry = Telemetry(sim, every=100)
+        for step in range(steps):
+            sim.step = step
+            ...
+    telemetry.write("telemetry.parquet")
+
+Between sampled steps nothing is observed and nothing is paid. A run that diverges is looked into by repeating its last
+step, bit for bit, with every=1, as the training loop does. Sums are float64 and computed by one thread, so that they do
+not depend on the number of threads. Only a model in training mode is observed.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpsim.formats import BlockFormat
+from lpsim.machine.ops import Call, Role
+from lpsim.quantization import storage
+from lpsim.quantization.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    import pandas
+
+    from lpsim.machine.simulate import Simulation
+
+__all__ = ["COSINES", "NonFinite", "Row", "Telemetry"]
+
+
+@dataclass
+class Row:
+    """One role of one site in one step, all its calls together. Fractions are of `elements`, NaN and Inf included.
+
+    format: of the quantizer, "" for a result that nothing rounds. sqnr_db: 10·log10(Σx² / Σ(q − x)²), over the finite
+    elements. bias: Σ(q − x) / Σ|x|. clipped: |x| above the largest magnitude of its block or format. underflowed: q is
+    0 and x is not. nan, inf: counts in x. scale_log2_*: of the block scales, NaN without blocks; those with the
+    smallest scale, which blocks of zeros have, are left out.
+    swallowed: of the weights that changed until the next step, the fraction whose rounded value did not; with an
+    optimizer that samples, of the samples. Of several calls in a step, the first counts.
+    origin: "nan" or "inf" in the one row where the first of all was seen (see NonFinite), "" in every other.
+    """
+
+    step: int
+    site: str
+    role: str
+    format: str
+    calls: int = 0
+    elements: int = 0
+    sqnr_db: float = math.nan
+    bias: float = math.nan
+    clipped: float = 0.0
+    underflowed: float = 0.0
+    nan: int = 0
+    inf: int = 0
+    amax: float = 0.0
+    scale_log2_mean: float = math.nan
+    scale_log2_std: float = math.nan
+    scale_log2_min: float = math.nan
+    scale_log2_max: float = math.nan
+    swallowed: float = math.nan
+    origin: str = ""
+
+
+COSINES = {"step": "int", "parameter": "str", "cosine": "float", "norm_ratio": "float"}  # columns and their types
+
+
+@dataclass
+class _Sums:
+    """What a Row is computed from."""
+
+    row: Row
+    signal: float = 0.0
+    noise: float = 0.0
+    error: float = 0.0
+    magnitude: float = 0.0
+    clipped: int = 0
+    underflowed: int = 0
+    scales: list[Tensor] = field(default_factory=list)
+
+    def finished(self) -> Row:
+        row, n = self.row, max(self.row.elements, 1)
+        if row.format:
+            row.sqnr_db = 10 * math.log10(self.signal / self.noise) if self.signal and self.noise else math.inf
+            row.bias = self.error / self.magnitude if self.magnitude else 0.0
+        row.clipped, row.underflowed = self.clipped / n, self.underflowed / n
+        if self.scales:
+            exponents = np.log2(torch.cat(self.scales).cpu().numpy().astype(np.float64))  # numpy sums on one thread
+            if exponents.size:
+                row.scale_log2_mean, row.scale_log2_std = float(exponents.mean()), float(exponents.std())
+                row.scale_log2_min, row.scale_log2_max = float(exponents.min()), float(exponents.max())
+        return row
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first NaN or Inf that was seen: in an operand before it was rounded, or in a result.
+
+    -Inf in the result of a vector op does not count: attention masks are made of it.
+    """
+
+    step: int
+    site: str
+    role: str
+    kind: str  # "nan" or "inf"
+
+
+class Telemetry:
+    """Observes a simulation every `every` steps, and keeps the rows.
+
+    first_nonfinite: where and when the first NaN or Inf appeared among what was observed; None while there is none.
+    """
+
+    def __init__(self, simulation: Simulation, every: int = 100) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a number of steps, at least 1, got {every!r}")
+        self.simulation = simulation
+        self.every = every
+        self.first_nonfinite: NonFinite | None = None
+        self._rows: list[Row] = []
+        self._cosines: list[tuple[Any, ...]] = []
+        self._sums: dict[tuple[str, str], _Sums] = {}
+        self._weights: dict[tuple[str, str], tuple[Row, Tensor, Tensor]] = {}  # of the last sampled step
+        self._parameters = list(simulation.model.parameters())
+        simulation.sampler = self._observer_at
+
+    def rows(self) -> list[Row]:
+        """One a sampled step, site and role, in the order of their first call."""
+        with self.simulation.suspended():
+            return [*self._rows, *(sums.finished() for sums in self._sums.values())]
+
+    def table(self) -> pandas.DataFrame:
+        """The rows as a frame."""
+        return self._tables()["telemetry"].to_pandas()
+
+    def cosines(self) -> pandas.DataFrame:
+        """What compare_gradients measured: step, parameter, cosine, norm_ratio."""
+        return self._tables()["telemetry_cosines"].to_pandas()
+
+    def _tables(self) -> dict[str, Any]:
+        """The two as Arrow tables."""
+        import pyarrow
+
+        rows = self.rows()
+        observed = {field.name: (str(field.type), [getattr(row, field.name) for row in rows]) for field in fields(Row)}
+        columns = list(zip(*self._cosines, strict=True)) or [()] * len(COSINES)
+        cosines = {name: (kind, values) for (name, kind), values in zip(COSINES.items(), columns, strict=True)}
+        types = {"int": pyarrow.int64(), "float": pyarrow.float64(), "str": pyarrow.string()}
+        return {
+            name: pyarrow.table({column: pyarrow.array(v, types[kind]) for column, (kind, v) in table.items()})
+            for name, table in (("telemetry", observed), ("telemetry_cosines", cosines))
+        }
+
+    def parquet(self) -> dict[str, bytes]:
+        """Both tables as Parquet files, by name: telemetry, and telemetry_cosines where gradients were compared."""
+        from pyarrow.parquet import write_table
+
+        files = {}
+        for name, table in self._tables().items():
+            if name == "telemetry" or len(table):
+                write_table(table, file := io.BytesIO())
+                files[name] = file.getvalue()
+        return files
+
+    def write(self, path: str | Path) -> None:
+        """The table as Parquet, written to another name first; cosines, if any, beside it as NAME_cosines.parquet."""
+        path = Path(path)
+        for name, content in self.parquet().items():
+            target = path.with_name(name.replace("telemetry", path.stem, 1) + ".parquet")
+            partial = target.with_name(f".{target.name}.partial")
+            partial.write_bytes(content)
+            partial.replace(target)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can hold it.
+
+        tables: the Parquet files' bytes. weights: right after a sampled step, each one before and after rounding.
+        """
+        tables = {name: torch.frombuffer(bytearray(file), dtype=torch.uint8) for name, file in self.parquet().items()}
+        due = [(*key, x, q) for key, (row, x, q) in self._weights.items() if row.step == self.simulation.step]
+        return {"tables": tables, "weights": due}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave; what was observed so far is dropped."""
+        from pyarrow.parquet import read_table
+
+        tables = {
+            name: read_table(io.BytesIO(file.cpu().numpy())).to_pylist() for name, file in state["tables"].items()
+        }
+        self._sums.clear()
+        self._rows = [Row(**values) for values in tables["telemetry"]]
+        self._cosines = [tuple(values.values()) for values in tables.get("telemetry_cosines", [])]
+        origins = [NonFinite(row.step, row.site, row.role, row.origin) for row in self._rows if row.origin]
+        self.first_nonfinite = origins[0] if origins else None
+        rows = {(row.step, row.site, row.role): row for row in self._rows}
+        last = max((row.step for row in self._rows), default=0)
+        self._weights = {(site, role): (rows[last, site, role], x, q) for site, role, x, q in state["weights"]}
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the current step is observed."""
+        return self.simulation.step % self.every == 0
+
+    def compare_gradients(self, loss: Callable[[], Tensor]) -> None:
+        """Compare the gradients in .grad with those that `loss()` has in full precision, parameter by parameter.
+
+        loss: computes the loss of the same batch; it runs outside the simulation, with the random state of now.
+        cosine is NaN where a gradient is zero; norm_ratio is |simulated| / |full precision|. Raises RuntimeError where
+        no parameter has a gradient.
+        """
+        named = [(name, p) for name, p in self.simulation.model.named_parameters() if p.grad is not None]
+        if not named:
+            raise RuntimeError("no parameter has a gradient to compare: call backward() first")
+        with self.simulation.suspended(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            exact = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
+            for (name, p), full in zip(named, exact, strict=True):
+                if full is None or p.grad is None:
+                    continue
+                own, theirs, product = _kernels().products(*(_array(t) for t in (p.grad, full)))
+                norms = math.sqrt(own), math.sqrt(theirs)
+                cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
+                ratio = norms[0] / norms[1] if norms[1] else math.nan
+                self._cosines.append((self.simulation.step, name, cosine, ratio))
+
+    def _observer_at(self, step: int) -> Callable[..., None] | None:
+        """What observes the step that begins: everything, the weights after a sampled step, or nothing."""
+        self._rows = self.rows()
+        self._sums.clear()
+        if step % self.every == 0:
+            return self._observe
+        if self._weights and step == next(iter(self._weights.values()))[0].step + 1:
+            return self._observe_weight
+        self._weights.clear()
+        return None
+
+    def _observe(
+        self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
+    ) -> None:
+        if not self.simulation.model.training:
+            return
+        self._observe_weight(call, role, quantizer, axis, x, result)
+        key = (call.site.name, role.label)
+        sums = self._sums.get(key)
+        if sums is None:
+            name = "" if quantizer is None else quantizer.format.name
+            sums = self._sums[key] = _Sums(Row(call.step, *key, name))
+        x, result = x.detach(), result.detach()
+        row = sums.row
+        row.calls += 1
+        row.elements += x.numel()
+        nan, inf, minus, amax = _census(x)
+        row.nan += nan
+        row.inf += inf + minus
+        row.amax = max(row.amax, amax)
+        if quantizer is not None:
+            self._note_rounding(sums, quantizer, axis, x, result)
+            if role is Role.FPROP_RHS and row.calls == 1 and self._is_weight(x):
+                self._weights[key] = (row, x.clone(), result)
+        if self.first_nonfinite is None and (nan or inf or (minus and role is not Role.VECTOR)):
+            row.origin = "nan" if nan else "inf"
+            self.first_nonfinite = NonFinite(call.step, *key, row.origin)
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether x lies in the memory of a parameter, as it is now: optimizers that sample put others in its place."""
+        place = x.untyped_storage().data_ptr()
+        return any(p.untyped_storage().data_ptr() == place for p in self._parameters)
+
+    def _note_rounding(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor, result: Tensor) -> None:
+        arrays = _array(x), _array(result)
+        signal, noise, error, magnitude, underflowed = _kernels().rounding(*arrays)
+        sums.signal += signal
+        sums.noise += noise
+        sums.error += error
+        sums.magnitude += magnitude
+        sums.underflowed += underflowed
+        fmt = quantizer.format
+        if isinstance(fmt, BlockFormat):
+            wide = x if x.dtype is torch.float64 else x.float()
+            axis %= max(x.dim(), 1)
+            scale, outer = storage.block_scales(wide, fmt, axis)
+            limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
+            used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
+            sums.scales.append((scale * outer)[used].flatten())
+            sums.clipped += _kernels().above(arrays[0], _array(limit))
+        else:
+            sums.clipped += _kernels().above(arrays[0], np.broadcast_to(arrays[0].dtype.type(fmt.max), arrays[0].shape))
+
+    def _observe_weight(
+        self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
+    ) -> None:
+        """A weight a step after it was sampled: did rounding swallow its update?"""
+        key = (call.site.name, role.label)
+        if key not in self._weights or self._weights[key][0].step + 1 != call.step:
+            return
+        row, before, rounded = self._weights.pop(key)
+        changed = x.detach() != before
+        n = int(changed.sum())
+        row.swallowed = int((changed & (result.detach() == rounded)).sum()) / n if n else math.nan
+
+
+def _array(x: Tensor) -> np.ndarray[Any, Any]:
+    """The elements in order, as float32 or float64; of a sparse tensor those of the dense one."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    dense = x.detach().to_dense() if x.layout is not torch.strided else x.detach()
+    array: np.ndarray[Any, Any] = dense.to("cpu", dtype).contiguous().view(-1).numpy()
+    return array
+
+
+def _census(x: Tensor) -> tuple[int, int, int, float]:
+    """How many NaN, +Inf and −Inf, and the largest finite magnitude."""
+    if not x.numel():
+        return 0, 0, 0, 0.0
+    low, high = (bound.item() for bound in torch.aminmax(x.view(-1) if x.is_contiguous() else x.flatten()))
+    if math.isfinite(low) and math.isfinite(high):
+        return 0, 0, 0, max(abs(low), abs(high))
+    return _kernels().census(_array(x))
+
+
+@functools.cache
+def _kernels() -> Any:
+    from lpsim.machine import telemetry_kernels
+
+    return telemetry_kernels

@@ -1,0 +1,26 @@
+"""The compiled kernels of the CPU backend, equal to `reference` bit for bit.
+
+simd: vectors of LLVM IR with Python's operators; random: random bits; elements: how one element is rounded; scales:
+maxima and scales; rows: a stretch of a row; loops: the kernels themselves; cache: the key of
+what stays on disk.
+"""
+
+from lpsim.quantization.cpu_kernels.elements import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC
+from lpsim.quantization.cpu_kernels.loops import Scales, kernel_for, overflow_to_special, tile_maxima
+from lpsim.quantization.cpu_kernels.rows import Field, Way, plain_row_at, row_at
+
+__all__ = [
+    "FEW",
+    "GRID",
+    "MANY",
+    "STOCHASTIC",
+    "SYMMETRIC",
+    "Field",
+    "Scales",
+    "Way",
+    "kernel_for",
+    "overflow_to_special",
+    "plain_row_at",
+    "row_at",
+    "tile_maxima",
+]

@@ -1,0 +1,252 @@
+"""The largest magnitude of every block, and from it the block's scale."""
+
+# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from lpsim.quantization.cpu_kernels.elements import EVEN, Element
+from lpsim.quantization.cpu_kernels.simd import F64, I32, I64, Lanes, Maximum, Memory, over, splat
+
+# ---------------------------------------------------------------------------------------------- maxima
+
+
+@intrinsic
+def _largest(typingctx: Any, x: Any, begin: Any, count: Any) -> Any:
+    """The largest magnitude in x[begin : begin + count], as a bit pattern; NaN is the largest."""
+    pattern = types.int64 if x.dtype == types.float64 else types.int32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        memory, integer = Memory.of(context, builder, x, args[0]), I64 if x.dtype == types.float64 else I32
+        width = 8 if x.dtype == types.float64 else 16
+        best = Maximum(builder, integer, width)
+
+        def body(place: Any, lanes: int) -> None:
+            best.include(memory.load(builder.add(args[1], place), lanes).magnitude().bits())
+
+        over(builder, args[2], width, body)
+        return best.value()
+
+    return pattern(x, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _largest_each(typingctx: Any, x: Any, begin: Any, count: Any, m: Any) -> Any:
+    """m[j] becomes at least the magnitude of x[begin + j], as a bit pattern, for j < count."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = Memory.of(context, builder, x, args[0]), Memory.of(context, builder, m, args[3])
+
+        def body(place: Any, lanes: int) -> None:
+            bits = source.load(builder.add(args[1], place), lanes).magnitude().bits()
+            target.store(place, bits.larger(target.load(place, lanes)))
+
+        over(builder, args[2], 8 if x.dtype == types.float64 else 16, body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, m), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _largest_in_groups(typingctx: Any, vectors: Any, x: Any, begin: Any, groups: Any, m: Any) -> Any:
+    """m[b]: the largest magnitude in the b-th group of x from `begin`; a group is so many vectors of 64 bytes.
+
+    As many groups as a vector has lanes are reduced together: two vectors to one, of which each half (quarter, ...)
+    of the lanes holds one of them, until every lane holds a group.
+    """
+    size = vectors.literal_value
+    width = 8 if x.dtype == types.float64 else 16
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = Memory.of(context, builder, x, args[1]), Memory.of(context, builder, m, args[4])
+
+        def elementwise(start: Any, group: int) -> Lanes:
+            places = (ir.Constant(I64, width * (group * size + part)) for part in range(size))
+            parts = [source.load(builder.add(start, place), width).magnitude().bits() for place in places]
+            return functools.reduce(Lanes.larger, parts)
+
+        def together(start: Any, group: int, stride: int) -> Lanes:
+            """Lane L: the maximum over lanes = L modulo `stride` of the group `group` + L // stride * stride."""
+            if stride == width:
+                return elementwise(start, group)
+            a, b = together(start, group, 2 * stride), together(start, group + stride, 2 * stride)
+            second = [lane & stride != 0 for lane in range(width)]  # these lanes are b's
+            own = a.shuffled(b, [lane + width * second[lane] for lane in range(width)])
+            other = a.shuffled(b, [(lane ^ stride) + width * second[lane] for lane in range(width)])
+            return own.larger(other)
+
+        def start(group: Any) -> Any:
+            return builder.add(args[2], builder.mul(group, ir.Constant(I64, size * width)))
+
+        zero, one, step = (ir.Constant(I64, n) for n in (0, 1, width))
+        rest = builder.and_(args[3], ir.Constant(I64, -width))
+        with cgutils.for_range_slice(builder, zero, rest, step, I64, inc=True) as (group, _):
+            target.store(group, together(start(group), 0, 1))
+        with cgutils.for_range_slice(builder, rest, args[3], one, I64, inc=True) as (group, _):
+            target.put(group, elementwise(start(group), 0).largest())
+        return context.get_dummy_value()
+
+    return types.void(vectors, x, types.int64, types.int64, m), codegen
+
+
+@njit(nogil=True)
+def fill_maxima(x, m, top, bottom, columns, tile_columns):
+    """m[b]: the largest magnitude of tile b in the rows [top, bottom), as a bit pattern; NaN is the largest."""
+    whole = 0
+    vector = 64 // x.itemsize
+    if bottom - top == 1 and tile_columns in (vector, 2 * vector, 4 * vector):
+        whole = columns // tile_columns
+        if tile_columns == vector:
+            _largest_in_groups(1, x, top * columns, whole, m)
+        elif tile_columns == 2 * vector:
+            _largest_in_groups(2, x, top * columns, whole, m)
+        else:
+            _largest_in_groups(4, x, top * columns, whole, m)
+    for b in range(whole, len(m)):
+        m[b] = 0
+    if whole == len(m):
+        return
+    for row in range(top, bottom):
+        begin = row * columns
+        if tile_columns == 1:
+            _largest_each(x, begin, columns, m)
+        else:
+            for b in range(whole, len(m)):
+                low = b * tile_columns
+                m[b] = max(m[b], _largest(x, begin + low, min(tile_columns, columns - low)))
+
+
+# ---------------------------------------------------------------------------------------------- powers of two
+
+
+@intrinsic
+def _single_scales(
+    typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any, ends: Any, emin: Any, lowest: Any, highest: Any
+) -> Any:
+    """power_of_two_scales in lanes. 2, and nothing done, unless all is float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if types.float64 in (s.dtype, ends.dtype) or m.dtype != types.int32:
+            return ir.Constant(I32, 2)
+        arrays = {place: Memory.of(context, builder, kind, args[place]) for place, kind in memory.items()}
+        numbers, floats = (Memory.of(context, builder, kind, args[place]) for place, kind in ((4, rule), (5, ends)))
+        odd = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
+
+        def body(place: Any, lanes: int) -> None:
+            def number(at: int) -> Lanes:
+                return splat(builder, builder.trunc(numbers.scalar(at), I32), lanes)
+
+            def end(at: int) -> Lanes:
+                return splat(builder, floats.scalar(at), lanes)
+
+            def power(e: Lanes) -> Lanes:  # 2^-127 is subnormal
+                return (e < -126).select(e.constant(1 << 22), (e + 127) << 23).as_float()
+
+            amax = arrays[0].load(place, lanes)
+            small = amax < (1 << 23)  # subnormal: bring its leading one to the hidden bit
+            lifted = (amax.as_float() * 2.0**23).bits()
+            bits = small.select(lifted, amax)
+            e = ((bits + number(0)) >> 23) - number(3) - small.select(amax.constant(127 + 23), amax.constant(127))
+            e = (amax.equals(0) | (e < number(4))).select(number(4), e)
+            e = (e > number(5)).select(number(5), e)
+            finite, nan = amax < (255 << 23), amax.as_float().constant(float("nan"))
+            arrays[2].store(place, finite.select(power(e), nan))
+            arrays[3].store(place, finite.select(power(amax.constant(0) - e), nan))
+            near = amax.equals(0).select(amax.constant(0), e)  # zeros become zero with any scale
+            plain = finite & (near >= number(7)) & (near <= number(8))
+            seen = builder.zext(builder.not_(plain.all()), I32)
+            builder.store(builder.or_(builder.load(odd), seen), odd)
+            one = (near + 127) << 23
+            arrays[6].store(place, one + (number(6) << 23))
+            arrays[7].store(place, end(0) * one.as_float())
+            arrays[8].store(place, end(1) * one.as_float())
+
+        over(builder, args[1], 16, body)
+        return builder.xor(builder.load(odd), ir.Constant(I32, 1))
+
+    memory = {0: m, 2: s, 3: n, 6: emin, 7: lowest, 8: highest}
+    return types.int32(m, types.int64, s, n, rule, ends, emin, lowest, highest), codegen
+
+
+@intrinsic
+def _power_of_two(typingctx: Any, e: Any) -> Any:
+    """2^e as a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        field = builder.add(args[0], ir.Constant(I64, 1023))
+        return builder.bitcast(builder.shl(field, ir.Constant(I64, 52)), F64)
+
+    return types.float64(types.int64), codegen
+
+
+@njit(nogil=True)
+def power_of_two_scales(m, s, n, rule, ends, emin, lowest, highest):
+    """The scales s and their inverses n from the maxima m; rule: see plan._rule; ends: lowest and highest element.
+
+    True: every block's grid lies in the middle of float32's range, and emin (bits), lowest and highest are those of
+    its numbers times its scale. Then nothing in these blocks is NaN or infinite.
+    """
+    done = _single_scales(m, len(m), s, n, rule, ends, emin, lowest, highest)
+    if done != 2:
+        return done == 1
+    add, field, unit, emax, least, most = rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]
+    infinite = (unit + unit + 1) << field
+    for b in range(len(m)):
+        amax, lift = np.int64(m[b]), np.int64(0)
+        while 0 < amax < (1 << field):  # subnormal: bring its leading one to the hidden bit
+            amax, lift = amax << 1, lift + 1
+        e = ((amax + add) >> field) - unit - emax - lift
+        e = min(max(e, least), most) if amax > 0 else least
+        finite = m[b] < infinite
+        s[b] = _power_of_two(e) if finite else np.nan
+        n[b] = _power_of_two(-e) if finite else np.nan
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- rounded scales
+
+
+@intrinsic
+def rounded_scales(typingctx: Any, m: Any, count: Any, s: Any, n: Any, numbers: Any, f: Any, i: Any) -> Any:
+    """ScaleRule.ROUND: the scales s and their inverses n from the maxima m, in the tensor's own arithmetic.
+
+    numbers: the element's largest magnitude, the tensor's scale and its inverse, the smallest normal and the largest
+    number of the scale's format; f, i: that format's plan. NaN where a maximum is not finite.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        arrays = [Memory.of(context, builder, kind, args[place]) for place, kind in enumerate((m, None, s, n)) if kind]
+        double, compute = m.dtype == types.int64, f.dtype
+        given = Memory.of(context, builder, numbers, args[4])
+        width = 8 if double or compute == types.float64 else 16
+        floats, integers = (Memory.of(context, builder, kind, args[place]) for place, kind in ((5, f), (6, i)))
+        formats = {lanes: Element(builder, floats, integers, lanes, False) for lanes in (width, 1)}
+
+        def body(place: Any, lanes: int) -> None:
+            def number(at: int) -> Lanes:
+                return splat(builder, given.scalar(at), lanes)
+
+            bits = arrays[0].load(place, lanes)
+            finite = bits < ((2047 << 52) if double else (255 << 23))
+            amax = finite.select(bits, bits.constant(0)).as_float()
+            wanted = amax / number(0) / number(1)
+            g = formats[lanes]
+            scale = g.round(wanted.widen(g.highest.element), EVEN, False, False).narrow(wanted.element)
+            scale = (scale < number(3)).select(number(3), scale)
+            scale = (scale > number(4)).select(number(4), scale)
+            nan = scale.constant(float("nan"))
+            arrays[1].store(place, finite.select(scale * number(1), nan))
+            arrays[2].store(place, finite.select(number(2) / scale, nan))
+
+        over(builder, args[1], width, body)
+        return context.get_dummy_value()
+
+    return types.void(m, types.int64, s, n, numbers, f, i), codegen

@@ -1,0 +1,150 @@
+"""Data sets: batches are functions of (seed, step), held-out data are held out, loaders read the real layouts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.training import data
+from experiments.training.data import Digits, ImageFolders, StdlibText, TokenFiles
+from experiments.training.models import gpt2, vit
+from experiments.training.models.gpt2 import GPT2Config
+from experiments.training.models.vit import ViTConfig
+
+TEXT_MODEL = GPT2Config(name="g", layers=1, heads=1, d_model=8, context=16, vocab_size=256)
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    for loaded in (StdlibText().load(gpt2.MICRO), Digits().load(vit.MICRO)):
+        first = loaded.train_batch(3, 5, 8)
+        loaded.train_batch(0, 0, 8)
+        torch.manual_seed(9)
+        again = loaded.train_batch(3, 5, 8)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for other in (loaded.train_batch(3, 6, 8), loaded.train_batch(4, 5, 8)):
+            assert not torch.equal(first[0], other[0])
+
+
+def test_text_targets_are_the_inputs_one_token_on() -> None:
+    loaded = StdlibText(validation_windows=5).load(TEXT_MODEL)
+    for inputs, targets in (loaded.train_batch(0, 0, 4), *loaded.validation_batches(4)):
+        assert inputs.shape[1:] == targets.shape[1:] == (16,)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert sum(len(inputs) for inputs, _ in loaded.validation_batches(4)) == 5
+
+
+def test_text_is_the_standard_library_and_held_out_by_file() -> None:
+    train, held_out = data.TRAINING_MODULES.split(), data.HELD_OUT_MODULES.split()
+    assert len({*train, *held_out}) == len(train) + len(held_out)
+    loaded = StdlibText().load(gpt2.MICRO)
+    assert len(loaded.train) > 4_000_000 and len(loaded.held_out) > 400_000
+    assert b"class Thread" in loaded.train.tobytes() and b"class Thread:" not in loaded.held_out.tobytes()
+
+
+def test_a_missing_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "HELD_OUT_MODULES", "no_such_module.py")
+    with pytest.raises(ValueError, match=r"this Python lacks one: .*no_such_module\.py"):
+        StdlibText().fingerprint()
+
+
+def test_digits_split() -> None:
+    loaded = Digits().load(vit.MICRO)
+    assert len(loaded.train[0]) == 1437 and len(loaded.held_out[0]) == 360
+    assert loaded.train[0].shape[1:] == (1, 8, 8)
+    assert loaded.train[0].mean().abs() < 1e-5 and (loaded.train[0].std() - 1).abs() < 1e-3
+    images = {image.numpy().tobytes() for image in loaded.train[0]}
+    assert sum(image.numpy().tobytes() in images for image in loaded.held_out[0]) == 0
+    assert set(loaded.held_out[1].tolist()) == set(range(10))
+    batch = loaded.train_batch(0, 0, 1437)[0]
+    assert len({image.numpy().tobytes() for image in batch}) == len(images)  # without replacement
+    with pytest.raises(ValueError, match="more than the 1437 training images"):
+        loaded.train_batch(0, 0, 1438)
+
+
+def test_fingerprints_are_stable_and_tell_contents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Digits().fingerprint() == "f6d9e39f37dc45d327f6db33428ee58970ccceabb2535a5c179de35886b70443"
+    here = StdlibText().fingerprint()
+    assert here == StdlibText(validation_windows=3).fingerprint()
+    monkeypatch.setattr(data, "HELD_OUT_MODULES", "glob.py")
+    assert StdlibText().fingerprint() != here
+
+
+def token_files(folder: Path, train: list[int], val: list[int]) -> TokenFiles:
+    np.array(train, dtype="<u2").tofile(folder / "train.bin")
+    np.array(val, dtype="<u2").tofile(folder / "val.bin")
+    return TokenFiles(folder=str(folder), validation_windows=3)
+
+
+def test_token_files(tmp_path: Path) -> None:
+    config = token_files(tmp_path, list(range(100, 300)), list(range(500, 540)))
+    loaded = config.load(GPT2Config(name="g", layers=1, heads=1, d_model=8, context=16, vocab_size=50257))
+    inputs, targets = loaded.train_batch(0, 0, 64)
+    assert inputs.shape == (64, 16) and torch.equal(inputs + 1, targets)
+    assert inputs.min() >= 100 and targets.max() <= 299
+    held_out = torch.cat([inputs for inputs, _ in loaded.validation_batches(2)])
+    assert held_out[:, 0].tolist() == [500, 511, 523]
+    assert isinstance(loaded.train, np.memmap)
+    before = config.fingerprint()
+    assert token_files(tmp_path, list(range(100, 300)), list(range(501, 541))).fingerprint() != before
+
+
+def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold train\.bin and val\.bin"):
+        TokenFiles(folder=str(tmp_path)).load(TEXT_MODEL)
+    with pytest.raises(ValueError, match="validation stream has 16 tokens; a context of 16 needs more"):
+        token_files(tmp_path, list(range(17)), list(range(16))).load(TEXT_MODEL)
+
+
+def image_folders(folder: Path) -> ImageFolders:
+    """Two classes told apart by colour, images of several sizes and modes."""
+    for split, count in (("train", 6), ("val", 3)):
+        for name, colour in (("n01", (250, 10, 10)), ("n02", (10, 10, 250))):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (40 + 7 * i, 30 + 11 * i), colour)
+                image.save(folder / split / name / f"{i}.{'png' if i % 2 else 'jpeg'}")
+    return ImageFolders(folder=str(folder))
+
+
+def test_image_folders(tmp_path: Path) -> None:
+    config = image_folders(tmp_path)
+    loaded = config.load(
+        ViTConfig(name="v", layers=1, heads=1, d_model=8, image_size=24, patch_size=8, channels=3, classes=2)
+    )
+    images, labels = loaded.train_batch(0, 3, 10)
+    assert images.shape == (10, 3, 24, 24) and images.dtype == torch.float32
+    assert torch.equal(labels == 0, images[:, 0].mean((1, 2)) > images[:, 2].mean((1, 2)))  # red is class n01
+    assert torch.equal(images, loaded.train_batch(0, 3, 10)[0])
+    held_out = list(loaded.validation_batches(4))
+    assert [len(labels) for _, labels in held_out] == [4, 2]
+    assert torch.cat([labels for _, labels in held_out]).tolist() == [0, 0, 0, 1, 1, 1]
+    red = (torch.tensor([250, 10, 10]) / 255 - torch.tensor(loaded.MEAN)) / torch.tensor(loaded.STD)
+    assert torch.allclose(held_out[0][0][0], red.view(3, 1, 1).expand(3, 24, 24), atol=0.03)  # JPEG's error
+    before = config.fingerprint()
+    (tmp_path / "train" / "n01" / "0.jpeg").unlink()
+    assert config.fingerprint() != before
+
+
+def test_a_random_crop_keeps_left_and_right_apart(tmp_path: Path) -> None:
+    """A crop is a part of the image, mirrored or not: a horizontal ramp stays one."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (48, 64, 3))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / split / "a" / "0.png")
+    loaded = ImageFolders(folder=str(tmp_path)).load(
+        ViTConfig(name="v", layers=1, heads=1, d_model=8, image_size=16, patch_size=8, channels=3, classes=1)
+    )
+    slopes = [image[0].mean(0).diff() for image in loaded.train_batch(0, 0, 16)[0]]
+    assert all((slope >= -1e-6).all() or (slope <= 1e-6).all() for slope in slopes)
+    assert len({bool(slope.sum() > 0) for slope in slopes}) == 2  # some mirrored, some not
+
+
+def test_image_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = image_folders(tmp_path)
+    with pytest.raises(ValueError, match="train has 2 classes, vit-b/16 has 1000"):
+        config.load(vit.BASE)
+    with pytest.raises(ValueError, match="has no train/CLASS/"):
+        ImageFolders(folder=str(tmp_path / "nowhere")).fingerprint()
