@@ -1,5 +1,4 @@
-"""Training runs and grids of runs: config, models, data, the one training loop, run folders, executors, the `lpsim`
-command.
+"""Training runs and grids of runs, in rooms: training, grids, running, bench, command.
 
 Importing the package loads nothing: a worker process sets its thread counts before torch is imported.
 """

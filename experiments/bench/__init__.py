@@ -1,1 +1,4 @@
-"""Benchmarks: one module each, run by `lpsim bench NAME`."""
+"""Benchmarks: one module each, run by `lpsim bench NAME`; every figure is a ratio within one run.
+
+In: options. Out: a printed table. It imports training, lpsim and lmd; the command imports it.
+"""

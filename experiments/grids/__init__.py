@@ -1,6 +1,8 @@
 """One file a research question, each with `def grid() -> Iterator[Config]`; `load_grid` reads such a file.
 
-A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`.
+A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`. In: a
+file that a user names. Out: configs, or one message that tells the file and line of a mistake. It imports training;
+running and command import it.
 """
 
 import inspect

@@ -116,9 +116,8 @@ class LocalExecutor(StoppableExecutor):
 def _start_worker(ear: Connection) -> None:
     os.environ.update(ONE_THREAD)
     os.environ.update(CUDA_REPEATABLE)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the grid decides, and tells by the pipe
+    # Ctrl-C reaches the whole group; the grid decides, and tells by the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_listen, args=(ear,), daemon=True).start()
 
 
@@ -199,9 +198,8 @@ class SlurmExecutor(StoppableExecutor):
             self._watcher.join()
 
     def _watch(self) -> None:
-        absent: set[str] = (
-            set()
-        )  # left the queue at the last look; the answer may still be on its way through the file system
+        # jobs that had left the queue at the last look; their answer may still be on its way through the file system
+        absent: set[str] = set()
         while self._jobs or not self._closing.wait(self.poll_s):
             with self._lock:
                 jobs = dict(self._jobs)

@@ -162,12 +162,10 @@ class Config(Settings):
     log_every: int = 1
     validate_every: int = 100
     checkpoint_every: int = 100
-    divergence_factor: float = (
-        3.0  # diverged: a training loss above this times ln(classes), the loss of a uniform guess
-    )
-    telemetry_every: int | None = (
-        None  # what rounding did, at every site, in every so many steps (lpsim.machine.telemetry)
-    )
+    # diverged: a training loss above this times ln(classes), the loss of a uniform guess
+    divergence_factor: float = 3.0
+    # what rounding did, at every site, in every so many steps (lpsim.telemetry)
+    telemetry_every: int | None = None
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
 

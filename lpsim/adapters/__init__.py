@@ -1,7 +1,8 @@
-"""Adapters: other libraries as backends, each with a statement of where it departs from our definition.
+"""Other libraries as backends, each with a statement of where it departs from our definition.
 
 An adapter translates a Quantizer into the library's own settings and calls it; it corrects nothing. It is never chosen
-unless a Quantizer names it.
+unless a Quantizer names it. In: a tensor and a Quantizer. Out: what the library makes of them. It imports formats and
+quantization; conformance uses it.
 """
 
 from __future__ import annotations

@@ -149,9 +149,7 @@ def block_scales(x: Tensor, fmt: BlockFormat, axis: int) -> tuple[Tensor, Tensor
     outer = torch.ones((), dtype=x.dtype, device=x.device)
     if fmt.tensor_scale is not None:
         largest = amax.max() if amax.numel() else outer * 0
-        wanted = largest / (
-            outer * (fmt.element.max * fmt.scale.max)
-        )  # by a tensor: CUDA divides by a number inexactly
+        wanted = largest / (outer * (fmt.element.max * fmt.scale.max))  # a tensor: CUDA divides by a number inexactly
         outer = Quantizer(fmt.tensor_scale).quantize(wanted)
         least = max(fmt.tensor_scale.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
         outer = outer.clamp(least, fmt.tensor_scale.max)

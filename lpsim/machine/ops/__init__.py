@@ -1,7 +1,8 @@
 """The ops of the simulated machine: the table WRAPPED, and the functions that stand in for matrix products.
 
-`table` says what becomes of each op, `contraction`, `convolution`, `attention` and `recurrent`
-bring products to one form, `product` computes it with its three named GEMMs, `site` knows where it runs.
+`table` says what becomes of each op; `contraction`, `convolution`, `attention` and `recurrent` bring products to one
+form; `product` computes it with its three named GEMMs; `site` knows where it runs. In: a torch function's arguments.
+Out: its result, rounded as the recipe says. It imports recipes; simulate, audit and telemetry import it.
 """
 
 from lpsim.machine.ops.product import Product, Role, StraightThrough

@@ -1,8 +1,9 @@
 """The compiled kernels of the CPU backend, equal to `reference` bit for bit.
 
-simd: vectors of LLVM IR with Python's operators; random: random bits; elements: how one element is rounded; scales:
-maxima and scales; rows: a stretch of a row; loops: the kernels themselves; cache: the key of
-what stays on disk.
+`simd`: vectors of LLVM IR with Python's operators; `random`: random bits; `elements`: how one element is rounded;
+`scales`: maxima and scales; `rows`: a stretch of a row; `loops`: the kernels; `cache`: the key of what stays on disk.
+In: addresses and numbers. Out: a quantized tensor in memory. `quantization.cpu` alone calls them; accumulators borrow
+`cache`.
 """
 
 from lpsim.quantization.cpu_kernels.elements import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC
