@@ -21,25 +21,25 @@ from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
 from lpsim.accumulators.tiles import (
-    _F32,
-    _I32,
-    _I64,
-    _LANES,
-    _TOWARD_ZERO,
-    _V,
-    _VI,
     BARE,
     BLOCK,
+    F32,
     FINGERPRINT,
+    I32,
+    I64,
+    LANES,
     NONE,
     PLAIN,
-    _aligned,
-    _Emitter,
-    _integer,
-    _pack,
+    TOWARD_ZERO,
+    VI,
+    Emitter,
+    V,
+    aligned_array,
+    integer,
+    pack,
 )
 
-_ROWS, _VECTORS = 2, WIDTH // _LANES
+_ROWS, _VECTORS = 2, WIDTH // LANES
 WIDE_PRODUCTS = 8  # in each register
 
 
@@ -55,7 +55,7 @@ def _step(
     is_wide = wide.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(builder, PLAIN, NONE, BARE)
+        emit = Emitter(builder, PLAIN, NONE, BARE)
         each = emit.each
         a, ae, p, pe, n, r = (
             context.make_array(signature.args[i])(context, builder, args[i]) for i in (1, 2, 7, 9, 10, 11)
@@ -65,7 +65,7 @@ def _step(
         byte = ir.IntType(8)
 
         def i64(value: int) -> ir.Constant:
-            return ir.Constant(_I64, value)
+            return ir.Constant(I64, value)
 
         def pointer(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
             """`offset` bytes behind `base`."""
@@ -76,12 +76,12 @@ def _step(
             return builder.load(pointer(base, offset, kind), align=4, typ=kind)
 
         def signed(name: str, x: ir.Value, y: ir.Value) -> ir.Value:
-            return emit.call(f"llvm.{name}.v16i32", x, y, result=_VI)
+            return emit.call(f"llvm.{name}.v16i32", x, y, result=VI)
 
         def power(e: ir.Value) -> ir.Value:
-            return emit.float(builder.shl(builder.add(e, _integer(127)), _integer(23)))
+            return emit.float(builder.shl(builder.add(e, integer(127)), integer(23)))
 
-        bits, mask = (emit.splat(load(n.data, i64(4 * i), _I32), _VI) for i in range(2))
+        bits, mask = (emit.splat(load(n.data, i64(4 * i), I32), VI) for i in range(2))
         last = builder.sub(cgutils.unpack_tuple(builder, a.shape)[1], i64(1))
         starts: dict[Any, list[ir.Value]] = {}
         along = {}
@@ -96,11 +96,11 @@ def _step(
         cells = [(i, v) for i in range(_ROWS) for v in range(_VECTORS)]
 
         def cell_at(i: int, v: int) -> ir.Value:
-            return pointer(r.data, builder.mul(builder.add(sums_at, i64(i * WIDTH + v * _LANES)), i64(4)), _V)
+            return pointer(r.data, builder.mul(builder.add(sums_at, i64(i * WIDTH + v * LANES)), i64(4)), V)
 
         def columns(base: ir.Value, k: ir.Value, shift: ir.Value, kind: Any) -> list[ir.Value]:
             first = builder.mul(builder.add(builder.mul(k, i64(WIDTH)), shift), i64(4))
-            return [load(base, builder.add(first, i64(4 * _LANES * v)), kind) for v in range(_VECTORS)]
+            return [load(base, builder.add(first, i64(4 * LANES * v)), kind) for v in range(_VECTORS)]
 
         def rows(array: Any, k: ir.Value, element: Any, vector: Any) -> list[ir.Value]:
             offset = builder.mul(k, along[array])
@@ -108,57 +108,57 @@ def _step(
                 emit.splat(load(array.data, builder.add(start, offset), element), vector) for start in starts[array]
             ]
 
-        before = {cell: builder.load(cell_at(*cell), align=4, typ=_V) for cell in cells}
-        least = builder.sub(bits, _integer(126))  # then 2^(bits − e) and its inverse are normal
+        before = {cell: builder.load(cell_at(*cell), align=4, typ=V) for cell in cells}
+        least = builder.sub(bits, integer(126))  # then 2^(bits − e) and its inverse are normal
         largest = {}
         for cell in cells:
-            field = builder.lshr(builder.and_(emit.bits(before[cell]), _integer(0x7FFFFFFF)), _integer(23))
-            e = signed("smax", builder.sub(field, _integer(127)), least)
+            field = builder.lshr(builder.and_(emit.bits(before[cell]), integer(0x7FFFFFFF)), integer(23))
+            e = signed("smax", builder.sub(field, integer(127)), least)
             largest[cell] = cgutils.alloca_once_value(builder, e)
-        with cgutils.for_range_slice(builder, low, high, i64(1), _I64, inc=True) as (k, _):
-            theirs = columns(pe.data, k, i64(0), _VI)
-            for i, own in enumerate(rows(ae, k, _I32, _VI)):
+        with cgutils.for_range_slice(builder, low, high, i64(1), I64, inc=True) as (k, _):
+            theirs = columns(pe.data, k, i64(0), VI)
+            for i, own in enumerate(rows(ae, k, I32, VI)):
                 found = each(builder.add, own, theirs)
                 for v in range(_VECTORS):
-                    e = signed("smax", builder.load(largest[i, v], typ=_VI), found[v])
+                    e = signed("smax", builder.load(largest[i, v], typ=VI), found[v])
                     builder.store(e, largest[i, v])
-        exponent = {cell: builder.load(largest[cell], typ=_VI) for cell in cells}
+        exponent = {cell: builder.load(largest[cell], typ=VI) for cell in cells}
         scale = {cell: power(builder.sub(bits, exponent[cell])) for cell in cells}
-        own_terms = {cell: builder.fptosi(builder.fmul(before[cell], scale[cell]), _VI) for cell in cells}
+        own_terms = {cell: builder.fptosi(builder.fmul(before[cell], scale[cell]), VI) for cell in cells}
         halves = [{cell: cgutils.alloca_once_value(builder, own_terms[cell]) for cell in cells}]
         bounds = [low, high]
         if is_wide:
             middle = builder.add(low, i64(WIDE_PRODUCTS))
             bounds = [low, builder.select(builder.icmp_signed("<", middle, high), middle, high), high]
-            halves.append({cell: cgutils.alloca_once_value(builder, _integer(0)) for cell in cells})
+            halves.append({cell: cgutils.alloca_once_value(builder, integer(0)) for cell in cells})
         for part, kept in enumerate(halves):
-            with cgutils.for_range_slice(builder, bounds[part], bounds[part + 1], i64(1), _I64, inc=True) as (k, _):
-                theirs = columns(p.data, k, panel_at, _V)
-                for i, own in enumerate(rows(a, k, _F32, _V)):
+            with cgutils.for_range_slice(builder, bounds[part], bounds[part + 1], i64(1), I64, inc=True) as (k, _):
+                theirs = columns(p.data, k, panel_at, V)
+                for i, own in enumerate(rows(a, k, F32, V)):
                     products = each(builder.fmul, own, theirs)
                     scaled = each(builder.fmul, products, [scale[i, v] for v in range(_VECTORS)])
-                    terms = each(lambda x: builder.fptosi(x, _VI), scaled)
+                    terms = each(lambda x: builder.fptosi(x, VI), scaled)
                     for v in range(_VECTORS):
-                        builder.store(builder.add(builder.load(kept[i, v], typ=_VI), terms[v]), kept[i, v])
+                        builder.store(builder.add(builder.load(kept[i, v], typ=VI), terms[v]), kept[i, v])
 
         def toward_zero(x: ir.Value, lanes: int) -> ir.Value:
-            vector = ir.VectorType(_F32, lanes)
+            vector = ir.VectorType(F32, lanes)
             name = f"llvm.x86.avx512.sitofp.round.v{lanes}f32.v{lanes}i{x.type.element.width}"
-            return emit.call(name, x, ir.Constant(_I32, _TOWARD_ZERO), result=vector)
+            return emit.call(name, x, ir.Constant(I32, TOWARD_ZERO), result=vector)
 
         for cell in cells:
-            parts = [builder.load(kept[cell], typ=_VI) for kept in halves]
+            parts = [builder.load(kept[cell], typ=VI) for kept in halves]
             if is_wide:
-                long = ir.VectorType(_I64, 8)
+                long = ir.VectorType(I64, 8)
                 ends = []
                 for first in (0, 8):
-                    lanes = ir.Constant(ir.VectorType(_I32, 8), list(range(first, first + 8)))
+                    lanes = ir.Constant(ir.VectorType(I32, 8), list(range(first, first + 8)))
                     x, y = (builder.sext(builder.shuffle_vector(part, part, lanes), long) for part in parts)
                     ends.append(toward_zero(builder.add(x, y), 8))
-                every = ir.Constant(ir.VectorType(_I32, 16), list(range(16)))
+                every = ir.Constant(ir.VectorType(I32, 16), list(range(16)))
                 result = builder.shuffle_vector(*ends, every)
             else:
-                result = toward_zero(parts[0], _LANES)
+                result = toward_zero(parts[0], LANES)
             result = emit.float(builder.and_(emit.bits(result), mask))
             result = builder.fmul(result, power(builder.sub(exponent[cell], bits)))
             builder.store(result, cell_at(*cell), align=4)
@@ -200,16 +200,16 @@ def tiles(wide: bool) -> Any:
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
         row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
-        panel, start = _aligned(depth * WIDTH, rhs)
+        panel, start = aligned_array(depth * WIDTH, rhs)
         panel_exponents = np.empty(depth * WIDTH, np.int32)
-        sums, place = _aligned(BLOCK * WIDTH, rhs)
+        sums, place = aligned_array(BLOCK * WIDTH, rhs)
         packed = -1
         for task in range(first_task, last_task):
             batch, rest = task // (panels * row_blocks), task % (panels * row_blocks)
             low, top = (rest // row_blocks) * WIDTH, (rest % row_blocks) * BLOCK
             columns, bottom = min(WIDTH, across - low), min(top + BLOCK, height)
             if task // row_blocks != packed:
-                _pack(rhs, batch, low, columns, WIDTH, panel, start)
+                pack(rhs, batch, low, columns, WIDTH, panel, start)
                 for i in range(depth * WIDTH):
                     panel_exponents[i] = _exponent(panel[start + i], emin_rhs)
                 packed = task // row_blocks

@@ -8,13 +8,13 @@ float32 and float64 and on no contraction of a product and a sum (launch with en
 
 from __future__ import annotations
 
-from lpsim.quantization.gpu_kernels import _bits, _copysign, _float, tl, triton
+from lpsim.quantization.gpu_kernels import bits_of, copysign, float_of, tl, triton
 
 
 @triton.jit
 def _power(e):
     """2^e as a float64, e an int64."""
-    return _float((e + 1023) << 52)
+    return float_of((e + 1023) << 52)
 
 
 @triton.jit
@@ -23,32 +23,32 @@ def _add_to_odd(c, t):
     u = c + t
     w = u - c
     rest = (c - (u - w)) + (t - w)
-    bits = _bits(u)
+    bits = bits_of(u)
     toward = tl.where((rest > 0) == (u > 0), 1, -1)
     inexact = ((rest < 0) | (rest > 0)) & ((bits & 1) == 0)
-    return _float(bits + tl.where(inexact, toward, 0).to(tl.int64))
+    return float_of(bits + tl.where(inexact, toward, 0).to(tl.int64))
 
 
 @triton.jit
 def _round(u, emin, floats, MANTISSA: tl.constexpr, TOWARD_ZERO: tl.constexpr):
     """u rounded to the format; floats: max, what lies beyond it, infinity, and the zero that is added."""
     a = tl.abs(u)
-    e = tl.maximum(_bits(a) & 0x7FF0000000000000, (emin + 1023) << 52)
+    e = tl.maximum(bits_of(a) & 0x7FF0000000000000, (emin + 1023) << 52)
     finite = e < 0x7FF0000000000000
     e = tl.where(finite, e, 1023 << 52)
-    magic = _float(e + ((52 - MANTISSA) << 52))
+    magic = float_of(e + ((52 - MANTISSA) << 52))
     r = (a + magic) - magic
     if TOWARD_ZERO:
-        r = tl.where(r > a, r - _float(e - (MANTISSA << 52)), r)
+        r = tl.where(r > a, r - float_of(e - (MANTISSA << 52)), r)
     r = tl.where(r > tl.load(floats), tl.load(floats + 1), r)
     r = tl.where(finite, r, tl.where(a == a, tl.load(floats + 2), a))
-    return _copysign(r, u) + tl.load(floats + 3)
+    return copysign(r, u) + tl.load(floats + 3)
 
 
 @triton.jit
 def _exponent(x, emin):
     """The exponent of a float64 in a format whose smallest is emin; -126 for zero. int64."""
-    e = tl.maximum((_bits(tl.abs(x)) >> 52) - 1023, emin)
+    e = tl.maximum((bits_of(tl.abs(x)) >> 52) - 1023, emin)
     return tl.where(x == 0, -126, e)
 
 

@@ -40,48 +40,48 @@ BARE, GUARDED, SATURATED = range(3)
 BLOCK = 48  # rows of a task
 _DEPTH = 128  # of the columns that stay in the nearest cache while all rows of a task pass by
 FINGERPRINT = fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_LANES = 16
-_V, _VI = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
-_DOWN, _UP, _TOWARD_ZERO = 9, 10, 11  # embedded rounding, exceptions suppressed
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+LANES = 16
+V, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_DOWN, _UP, TOWARD_ZERO = 9, 10, 11  # embedded rounding, exceptions suppressed
 
 
 def _constant(number: float) -> ir.Constant:
-    return ir.Constant(_V, [number] * _LANES)
+    return ir.Constant(V, [number] * LANES)
 
 
-def _integer(number: int) -> ir.Constant:
-    return ir.Constant(_VI, [number] * _LANES)
+def integer(number: int) -> ir.Constant:
+    return ir.Constant(VI, [number] * LANES)
 
 
-class _Emitter:
+class Emitter:
     """Emits the steps of a tile; vectors are <16 x float>."""
 
     def __init__(self, builder: ir.IRBuilder, add: int, into: int, guard: int) -> None:
         self.b, self.add, self.into, self.guard = builder, add, into, guard
         self.numbers: list[ir.Value] = []
 
-    def call(self, name: str, *args: ir.Value, result: Any = _V) -> ir.Value:
+    def call(self, name: str, *args: ir.Value, result: Any = V) -> ir.Value:
         kind = ir.FunctionType(result, [a.type for a in args])
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), args)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        name = f"llvm.fma.v{a.type.count}f{'32' if a.type.element == _F32 else '16'}"
+        name = f"llvm.fma.v{a.type.count}f{'32' if a.type.element == F32 else '16'}"
         return self.call(name, a, b, c, result=a.type)
 
     def directed(self, a: ir.Value, b: ir.Value, c: ir.Value, mode: int) -> ir.Value:
-        return self.call("llvm.x86.avx512.vfmadd.ps.512", a, b, c, ir.Constant(_I32, mode))
+        return self.call("llvm.x86.avx512.vfmadd.ps.512", a, b, c, ir.Constant(I32, mode))
 
     def bits(self, x: ir.Value) -> ir.Value:
-        return self.b.bitcast(x, _VI)
+        return self.b.bitcast(x, VI)
 
     def float(self, x: ir.Value) -> ir.Value:
-        return self.b.bitcast(x, _V)
+        return self.b.bitcast(x, V)
 
-    def splat(self, x: ir.Value, kind: Any = _V) -> ir.Value:
+    def splat(self, x: ir.Value, kind: Any = V) -> ir.Value:
         nothing = ir.Constant(kind, ir.Undefined)
-        first = self.b.insert_element(nothing, x, ir.Constant(_I32, 0))
-        everywhere = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
+        first = self.b.insert_element(nothing, x, ir.Constant(I32, 0))
+        everywhere = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
         return self.b.shuffle_vector(first, nothing, everywhere)
 
     def each(self, function: Any, *operands: Any) -> list[ir.Value]:
@@ -95,7 +95,7 @@ class _Emitter:
         if self.add in (PLAIN, HALF):
             return each(self.fma, a, b, c)
         if self.add == CUT:
-            return each(self.directed, a, b, c, _TOWARD_ZERO)
+            return each(self.directed, a, b, c, TOWARD_ZERO)
         if self.add == ODD:
             low, high = each(self.directed, a, b, c, _DOWN), each(self.directed, a, b, c, _UP)
             return each(build.select, each(self.even, each(self.bits, low)), high, low)
@@ -105,13 +105,13 @@ class _Emitter:
         rest = each(build.fadd, each(build.fsub, c, each(build.fsub, u, w)), each(build.fsub, t, w))
         bits = each(self.bits, u)
         # away from zero where the rest has the sign of u
-        differ = each(build.ashr, each(build.xor, each(self.bits, rest), bits), _integer(31))
-        moved = each(build.add, bits, each(build.or_, differ, _integer(1)))
+        differ = each(build.ashr, each(build.xor, each(self.bits, rest), bits), integer(31))
+        moved = each(build.add, bits, each(build.or_, differ, integer(1)))
         inexact = each(partial(build.fcmp_ordered, "!="), rest, _constant(0))
         return each(self.float, each(build.select, each(build.and_, each(self.even, bits), inexact), moved, bits))
 
     def even(self, bits: ir.Value) -> ir.Value:
-        return self.b.icmp_signed("==", self.b.and_(bits, _integer(1)), _integer(0))
+        return self.b.icmp_signed("==", self.b.and_(bits, integer(1)), integer(0))
 
     def rounded(self, x: list[ir.Value]) -> list[ir.Value]:
         """numbers: 2^(23 − m), 1.5 times that, max, what a larger one is multiplied by; bits: emin, mask, 23 − m."""
@@ -123,16 +123,16 @@ class _Emitter:
             return each(self.float, each(build.and_, bits, self.numbers[5]))
         if self.into == INTEGER:
             mask, unused = self.numbers[5], self.numbers[6]
-            half = build.lshr(build.xor(mask, _integer(-1)), _integer(1))
-            odd = each(build.and_, each(build.lshr, bits, unused), _integer(1))
+            half = build.lshr(build.xor(mask, integer(-1)), integer(1))
+            odd = each(build.and_, each(build.lshr, bits, unused), integer(1))
             r = each(build.and_, each(build.add, each(build.add, bits, half), odd), mask)
             nan = each(partial(build.fcmp_unordered, "uno"), x, x)
             return each(build.select, nan, x, each(self.float, r))
         if self.guard == BARE:
-            e = each(self.float, each(build.and_, bits, _integer(0xFF800000 - (1 << 32))))
+            e = each(self.float, each(build.and_, bits, integer(0xFF800000 - (1 << 32))))
             return each(self.fma, e, build.fneg(self.numbers[0]), each(self.fma, e, self.numbers[0], x))
-        e = each(build.and_, bits, _integer(0x7F800000))
-        e = each(self.float, each(lambda y: self.call("llvm.umax.v16i32", y, self.numbers[4], result=_VI), e))
+        e = each(build.and_, bits, integer(0x7F800000))
+        e = each(self.float, each(lambda y: self.call("llvm.umax.v16i32", y, self.numbers[4], result=VI), e))
         r = each(self.fma, e, build.fneg(self.numbers[1]), each(self.fma, e, self.numbers[1], x))
         magnitude = each(partial(self.call, "llvm.fabs.v16f32"), r)
         if self.guard == SATURATED:
@@ -153,15 +153,15 @@ def _tile(
     """Go on with the sums of `rows` rows and 16·vectors columns, over `count` products from k = begin on.
 
     lhs[batch, row : row + rows], its last row again where it ends. panel[at :]: the columns of rhs, 16·vectors for each
-    k. sums[place :]: the accumulators, WIDTH to a row. numbers: see _Emitter.rounded.
+    k. sums[place :]: the accumulators, WIDTH to a row. numbers: see Emitter.rounded.
     """
     literals = [t.literal_value for t in (add, into, guard, chunked, rows, vectors)]
     add_kind, into_kind, guard_kind, by_chunks, height, width = literals
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(builder, add_kind, into_kind, guard_kind)
+        emit = Emitter(builder, add_kind, into_kind, guard_kind)
         half = add_kind == HALF
-        element, lanes, size = (ir.HalfType(), 32, 2) if half else (_F32, _LANES, 4)
+        element, lanes, size = (ir.HalfType(), 32, 2) if half else (F32, LANES, 4)
         vector = ir.VectorType(element, lanes)
         zero = ir.Constant(vector, [0.0] * lanes)
         a, p, n, r = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (6, 11, 14, 15))
@@ -171,7 +171,7 @@ def _tile(
         byte = ir.IntType(8)
 
         def i64(value: int) -> ir.Constant:
-            return ir.Constant(_I64, value)
+            return ir.Constant(I64, value)
 
         def at(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
             """`offset` bytes behind `base`."""
@@ -182,7 +182,7 @@ def _tile(
             return builder.load(at(base, offset, kind), align=size, typ=kind)
 
         for i in range(0 if half else 7):
-            value = emit.splat(load(n.data, i64(4 * i), _F32))
+            value = emit.splat(load(n.data, i64(4 * i), F32))
             emit.numbers.append(value if i < 4 else emit.bits(value))
         last = builder.sub(shape[1], i64(1))
         starts = []
@@ -212,18 +212,18 @@ def _tile(
                     builder.store(after, parts[i, v])
 
         if by_chunks:
-            with cgutils.for_range_slice(builder, i64(0), deep, step, _I64, inc=True) as (low, _):
+            with cgutils.for_range_slice(builder, i64(0), deep, step, I64, inc=True) as (low, _):
                 end = builder.add(low, step)
                 end = builder.select(builder.icmp_signed("<", end, deep), end, deep)
                 for cell in cells:
                     builder.store(_constant(0), parts[cell])
-                with cgutils.for_range_slice(builder, low, end, i64(1), _I64, inc=True) as (k, _):
+                with cgutils.for_range_slice(builder, low, end, i64(1), I64, inc=True) as (k, _):
                     multiply(k, lambda x, ys, cs: emit.each(emit.fma, x, ys, cs))
                 for cell in cells:
-                    part, total = (builder.load(kept[cell], typ=_V) for kept in (parts, totals))
+                    part, total = (builder.load(kept[cell], typ=V) for kept in (parts, totals))
                     builder.store(emit.rounded(emit.multiply_add(_constant(1), [part], [total]))[0], totals[cell])
         else:
-            with cgutils.for_range_slice(builder, i64(0), deep, i64(1), _I64, inc=True) as (k, _):
+            with cgutils.for_range_slice(builder, i64(0), deep, i64(1), I64, inc=True) as (k, _):
                 multiply(k, lambda x, y, c: emit.rounded(emit.multiply_add(x, y, c)))
         for cell in cells:
             builder.store(builder.load(totals[cell], typ=vector), cell_at(*cell), align=size)
@@ -235,14 +235,14 @@ def _tile(
 
 
 @njit(nogil=True, cache=True)
-def _aligned(numbers, like):
+def aligned_array(numbers, like):
     """An array with that many numbers from the first multiple of 64 bytes on, and where that is."""
     array = np.empty(numbers + 64, like.dtype)
     return array, (-array.ctypes.data % 64) // like.itemsize
 
 
 @njit(nogil=True, cache=True)
-def _pack(rhs, batch, first, columns, width, panel, at):
+def pack(rhs, batch, first, columns, width, panel, at):
     """rhs[batch, :, first : first + columns] into panel[at :], [WIDTH / width, K, width], zeros beyond."""
     depth = rhs.shape[1]
     for begin in range(0, columns, width):
@@ -259,7 +259,7 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
     half, by_chunks, files = add == HALF, int(chunked), FINGERPRINT
     rows, vectors = (8, 2) if half else (6, 4) if chunked or into == NONE else (4, 4)
-    width = vectors * (32 if half else _LANES)
+    width = vectors * (32 if half else LANES)
     array = types.Array(types.int16 if half else types.float32, 3, "A")
     signature = types.void(array, array, array, types.int64, types.float32[::1], types.int64, types.int64)
 
@@ -268,8 +268,8 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
         row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
-        panel, start = _aligned(depth * WIDTH, rhs)
-        sums, place = _aligned(BLOCK * WIDTH, rhs)
+        panel, start = aligned_array(depth * WIDTH, rhs)
+        sums, place = aligned_array(BLOCK * WIDTH, rhs)
         step = max(_DEPTH // chunk, 1) * chunk
         packed = -1
         for task in range(first_task, last_task):
@@ -277,7 +277,7 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
             low, top = (rest // row_blocks) * WIDTH, (rest % row_blocks) * BLOCK
             columns, bottom = min(WIDTH, across - low), min(top + BLOCK, height)
             if task // row_blocks != packed:
-                _pack(rhs, batch, low, columns, width, panel, start)
+                pack(rhs, batch, low, columns, width, panel, start)
                 packed = task // row_blocks
             sums[:] = 0
             for begin in range(0, depth, step):

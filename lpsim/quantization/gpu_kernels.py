@@ -40,7 +40,7 @@ NO_SCALE, POWER_OF_TWO, QUOTIENT, OWN_RULE = (tl.constexpr(r) for r in range(4))
 
 
 @triton.jit
-def _bits(x):
+def bits_of(x):
     """The bit pattern of a float32 or float64 as an int32 or int64."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True)
@@ -49,7 +49,7 @@ def _bits(x):
 
 
 @triton.jit
-def _float(i):
+def float_of(i):
     """The float32 or float64 with the bit pattern i, an int32 or int64."""
     if i.dtype == tl.int64:
         return i.to(tl.float64, bitcast=True)
@@ -58,12 +58,12 @@ def _float(i):
 
 
 @triton.jit
-def _copysign(magnitude, sign):
+def copysign(magnitude, sign):
     """A magnitude that is not negative, with the sign of `sign`."""
     if magnitude.dtype == tl.float64:
-        return _float(_bits(magnitude) | (_bits(sign) & -0x8000000000000000))
+        return float_of(bits_of(magnitude) | (bits_of(sign) & -0x8000000000000000))
     else:
-        return _float(_bits(magnitude) | (_bits(sign) & -0x80000000))
+        return float_of(bits_of(magnitude) | (bits_of(sign) & -0x80000000))
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _load(x, mask, BFLOAT16: tl.constexpr):
     """A tensor's elements as float64 if they are, else as float32. bfloat16 comes as int16."""
     value = tl.load(x, mask=mask, other=0)
     if BFLOAT16:
-        return _float(value.to(tl.int32) << 16)
+        return float_of(value.to(tl.int32) << 16)
     elif value.dtype == tl.float16:
         return value.to(tl.float32)
     else:
@@ -91,7 +91,7 @@ def _load(x, mask, BFLOAT16: tl.constexpr):
 def _store(out, y, mask, BFLOAT16: tl.constexpr):
     """The inverse of _load; rounds to nearest even where the tensor's type is narrower."""
     if BFLOAT16:
-        b = _bits(y.to(tl.float32))
+        b = bits_of(y.to(tl.float32))
         even = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
         tl.store(out, tl.where(y == y, even, (b >> 16) | 0x40).to(tl.int16), mask=mask)
     elif out.dtype.element_ty == tl.float16:
@@ -167,10 +167,10 @@ def _magic(a, f, i, GAP: tl.constexpr):
     P: tl.constexpr = 52 if a.dtype == tl.float64 else 23
     EXPONENT: tl.constexpr = 0x7FF0000000000000 if a.dtype == tl.float64 else 0x7F800000
     emin = tl.load(i)
-    c = tl.maximum(_bits(a) & EXPONENT, emin) + tl.load(i + 1)
+    c = tl.maximum(bits_of(a) & EXPONENT, emin) + tl.load(i + 1)
     if GAP:
         c = tl.where(a < tl.load(f + 4), emin + (P << P), c)
-    return _float(c), _float(c - (P << P))
+    return float_of(c), float_of(c - (P << P))
 
 
 @triton.jit
@@ -179,9 +179,9 @@ def _even_code(t, c, a, i, BARE: tl.constexpr):
     P: tl.constexpr = 52 if a.dtype == tl.float64 else 23
     UNIT: tl.constexpr = 1023 if a.dtype == tl.float64 else 127
     if BARE:
-        return (t == 0) | ((((_bits(a) >> P) - UNIT + tl.load(i + 6)) & 1) == 0)
+        return (t == 0) | ((((bits_of(a) >> P) - UNIT + tl.load(i + 6)) & 1) == 0)
     else:
-        return (_bits(t + c) & 1) == 0
+        return (bits_of(t + c) & 1) == 0
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _round(v, f, i, MODE: tl.constexpr, GAP: tl.constexpr, BARE: tl.constexpr):
             r = tl.where((rest > 0) & (v < 0), t + q, t)
         else:
             r = tl.where((rest > 0) & _even_code(t, c, a, i, BARE), t + q, t)
-    return _copysign(r, v) + tl.load(f + 2)
+    return copysign(r, v) + tl.load(f + 2)
 
 
 @triton.jit
@@ -219,9 +219,9 @@ def _neighbours(v, f, i, GAP: tl.constexpr):
     c, q = _magic(a, f, i, GAP)
     r = (a + c) - c
     t = tl.where(r > a, r - q, r)
-    fraction = (a - t) * _float((2 * UNIT << P) - _bits(q))  # times 1/q, a power of two
+    fraction = (a - t) * float_of((2 * UNIT << P) - bits_of(q))  # times 1/q, a power of two
     zero = tl.load(f + 2)
-    return _copysign(t, v) + zero, _copysign(t + q, v) + zero, fraction
+    return copysign(t, v) + zero, copysign(t + q, v) + zero, fraction
 
 
 @triton.jit
@@ -260,10 +260,10 @@ def _table_neighbours(v, values, size, STEPS: tl.constexpr):
 def _power_of_two(e, DOUBLE: tl.constexpr):
     """2^e as a float64 or float32; in float32 down to its smallest subnormal."""
     if DOUBLE:
-        return _float((e.to(tl.int64) + 1023) << 52)
+        return float_of((e.to(tl.int64) + 1023) << 52)
     else:
         e = e.to(tl.int32)
-        return _float(tl.where(e >= -126, (e + 127) << 23, 1 << tl.maximum(e + 149, 0)))
+        return float_of(tl.where(e >= -126, (e + 127) << 23, 1 << tl.maximum(e + 149, 0)))
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):
     P: tl.constexpr = 52 if m.dtype == tl.int64 else 23
     UNIT: tl.constexpr = 1023 if m.dtype == tl.int64 else 127
     subnormal = m < (1 << P)  # bring its leading one to the hidden bit
-    amax = tl.where(subnormal, _bits(_float(m) * (1 << P)), m)
+    amax = tl.where(subnormal, bits_of(float_of(m) * (1 << P)), m)
     add, emax = tl.load(rule).to(m.dtype), tl.load(rule + 3).to(m.dtype)
     lowest, highest = tl.load(rule + 4).to(m.dtype), tl.load(rule + 5).to(m.dtype)
     e = ((amax + add) >> P) - tl.where(subnormal, UNIT + P, UNIT) - emax
@@ -298,7 +298,7 @@ def _quotient_scales(m, wanted, outer, f, i, limits, OWN: tl.constexpr, GAP: tl.
     m: maxima as bit patterns. wanted: what the user's own rule gives (OWN). outer: the tensor's scale, or None.
     limits: element.max, and the range of the scale. f, i: the format of the scale.
     """
-    amax = _float(m)
+    amax = float_of(m)
     one = tl.full(m.shape, 1, amax.dtype)
     wanted = wanted if OWN else _divide(amax, one * tl.load(limits))
     inverse = one
@@ -348,9 +348,9 @@ def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.const
 def _largest(x):
     """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern; NaN is the largest."""
     if x.dtype == tl.float64:
-        m = _bits(x) & 0x7FFFFFFFFFFFFFFF
+        m = bits_of(x) & 0x7FFFFFFFFFFFFFFF
     else:
-        m = _bits(x) & 0x7FFFFFFF
+        m = bits_of(x) & 0x7FFFFFFF
     return tl.max(tl.max(m, 3), 1)
 
 
@@ -392,7 +392,7 @@ def tensor_scale(maxima, result, f, i, limits, GAP: tl.constexpr, BARE: tl.const
 
     limits: element.max · scale.max, and the range of the result.
     """
-    amax = _float(tl.load(maxima + tl.arange(0, 1)))
+    amax = float_of(tl.load(maxima + tl.arange(0, 1)))
     s = _into_format(_divide(amax, tl.load(limits + tl.arange(0, 1))), f, i, limits, GAP, BARE)
     tl.store(result + tl.arange(0, 1), tl.where(amax < float("inf"), s, float("nan")))
 
@@ -454,7 +454,7 @@ def quantize_tiles(
             v = (xs * n[:, None, :, None]).to(f.dtype.element_ty)
         if STEPS > 0 or MODE == _POSITIVE or MODE == _NEGATIVE or MODE == _ODD:  # noqa: SIM109
             # an underflow stays on its side of zero
-            v = tl.where((v == 0) & (xs != 0), _copysign(_float(_bits(v) * 0 + 1), v), v)
+            v = tl.where((v == 0) & (xs != 0), copysign(float_of(bits_of(v) * 0 + 1), v), v)
     else:
         v = xs.to(f.dtype.element_ty)
     if MODE == STOCHASTIC:
