@@ -340,7 +340,7 @@ def test_what_moves_data_or_is_exempt_is_untouched(name: str) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_the_table_does_not_know_raises(name: str) -> None:
     model = Runs()
-    with simulate(model, MACHINE), pytest.raises(UnknownOpError, match=r"<model>/.* Add it to lpsim\.ops"):
+    with simulate(model, MACHINE), pytest.raises(UnknownOpError, match=r"<model>/.* Add it to lpsim\.machine\.ops"):
         model(UNKNOWN[name])
 
 

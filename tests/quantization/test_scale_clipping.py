@@ -106,7 +106,7 @@ def test_the_warning_names_the_rules_that_do_not_clip() -> None:
 def test_what_the_package_ships_does_not_warn() -> None:
     """Its recipes clip where their source does, and say so there, also as data; nor does the conformance kit."""
     code = (
-        "from lpsim import conformance, formats, named_recipes, recipe_data; "
+        "from lpsim import conformance, formats, named_recipes; from lpsim.machine import recipe_data; "
         "[recipe_data.from_dict(recipe_data.to_dict(r.recipe)) for r in named_recipes.ALL_RECIPES.values()]; "
         "conformance.check(formats.mxfp4_e2m1)"
     )
