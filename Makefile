@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: quickstart test test-full check bench clean
+.PHONY: quickstart test test-full check docs bench clean
 
 # One pip call with the constraints, so that torch comes at its pin.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +25,15 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+# A broken link, a name that is gone and a missing docstring fail. The site needs no network.
+docs: $(VENV)/docs
+	$(BIN)/python -m pytest tests/docs/test_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/lpsim bench

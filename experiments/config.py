@@ -1,5 +1,13 @@
 """The public name of `experiments.training.config`: what a grid file needs to say what a run is."""
 
-from experiments.training.config import Config, GivenRecipe, all_products, forward, model, named_recipe
+from experiments.training.config import (
+    Config,
+    GivenRecipe,
+    RecipeConfig,
+    all_products,
+    forward,
+    model,
+    named_recipe,
+)
 
-__all__ = ["Config", "GivenRecipe", "all_products", "forward", "model", "named_recipe"]
+__all__ = ["Config", "GivenRecipe", "RecipeConfig", "all_products", "forward", "model", "named_recipe"]

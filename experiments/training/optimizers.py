@@ -138,6 +138,8 @@ class SGD(OptimizerSettings):
 
 @dataclass(frozen=True)
 class Lion(OptimizerSettings):
+    """The sign of a momentum (Chen et al. 2023, arXiv:2302.06675)."""
+
     name: ClassVar[str] = "lion"
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -148,6 +150,8 @@ class Lion(OptimizerSettings):
 
 @dataclass(frozen=True)
 class Signum(OptimizerSettings):
+    """The sign of the averaged gradient (Bernstein et al. 2018, arXiv:1802.04434)."""
+
     name: ClassVar[str] = "signum"
 
     momentum: float = 0.9
