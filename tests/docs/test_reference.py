@@ -15,9 +15,9 @@ NAMES = [name for page in sorted(REFERENCE.glob("*.md")) for name in re.findall(
 def public(thing: object) -> Iterator[tuple[str, object]]:
     """The functions and classes that are defined in a module, by their names."""
     for name, member in vars(thing).items():
-        if not name.startswith("_") and (inspect.isfunction(member) or inspect.isclass(member)):
-            if member.__module__ == thing.__name__:
-                yield name, member
+        defined = inspect.isfunction(member) or inspect.isclass(member)
+        if defined and not name.startswith("_") and member.__module__ == thing.__name__:
+            yield name, member
 
 
 @pytest.mark.parametrize("name", NAMES)
