@@ -13,10 +13,12 @@ NAMES = [name for page in sorted(REFERENCE.glob("*.md")) for name in re.findall(
 
 
 def public(thing: object) -> Iterator[tuple[str, object]]:
-    """The functions and classes that are defined in a module, by their names."""
+    """The functions and classes that a module defines or lists in __all__, by their names."""
+    listed = getattr(thing, "__all__", ())
     for name, member in vars(thing).items():
-        own = getattr(member, "__module__", None) == thing.__name__
-        if own and not name.startswith("_") and (inspect.isfunction(member) or inspect.isclass(member)):
+        documented = inspect.isfunction(member) or inspect.isclass(member)
+        own = name in listed or (not name.startswith("_") and getattr(member, "__module__", "") == thing.__name__)
+        if documented and own:
             yield name, member
 
 
