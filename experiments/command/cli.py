@@ -188,7 +188,7 @@ def _run_grid(options: argparse.Namespace) -> int:
     print(f"{folder}: {summary(rows)}")
     if options.report:
         write_report(folder, None)
-    return 1 if any(row.status == "failed" for row in rows) else 0
+    return 0 if all(row.status in ("finished", "diverged") for row in rows) else 1
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecutor":
@@ -205,12 +205,17 @@ def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecut
 
 
 def summary(rows: Sequence["Row"]) -> str:
-    """One line a kind of outcome, one a failed run."""
+    """One line of counts, and one for every run that did not come to its end."""
     ran = sum(not row.skipped for row in rows)
-    counts = {status: sum(row.status == status for row in rows) for status in ("finished", "diverged", "failed")}
+    counts = {
+        status: sum(row.status == status for row in rows)
+        for status in ("finished", "diverged", "failed", "interrupted")
+    }
     outcomes = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     lines = [f"{len(rows)} runs: {outcomes} ({ran} of them run now)"]
-    lines += [f"  failed: {row.label} ({row.signature}): {row.cause}" for row in rows if row.status == "failed"]
+    for row in rows:
+        if row.status in ("failed", "interrupted"):
+            lines.append(f"  {row.status}: {row.label} ({row.signature}): {row.cause or 'the same command resumes it'}")
     return "\n".join(lines)
 
 
@@ -241,21 +246,28 @@ def write_report(folder: Path, output: Path | None) -> int:
 
 
 def add_bench(commands: Any) -> None:
+    names = ", ".join(benchmarks())
     parser = commands.add_parser(
-        "bench", help="a benchmark of experiments/bench; without a name, all of them", add_help=False
+        "bench",
+        help="a benchmark of experiments/bench; without a name, all of them",
+        epilog=f"Benchmarks: {names}. `lpsim bench NAME --help` tells what one measures, and its options.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     parser.set_defaults(function=run_bench)
 
 
-def run_bench(options: argparse.Namespace) -> int:
+def benchmarks() -> list[str]:
+    """The names of the modules of experiments/bench."""
     from experiments import bench
+
+    return [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name[0] != "_"]
+
+
+def run_bench(options: argparse.Namespace) -> int:
     from experiments.training.settings import names_near
 
-    names = [
-        module.name for module in pkgutil.iter_modules([str(Path(bench.__file__).parent)]) if module.name[0] != "_"
-    ]
+    names = benchmarks()
     if options.name is not None and options.name not in names:
         raise UserError(f"no benchmark {options.name!r}; there are: {names_near(options.name, names)}")
     failed = 0

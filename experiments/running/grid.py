@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from experiments.grids import GridError
 from experiments.running.executors import StoppableExecutor, stop_requested
 from experiments.training import record, train
 from experiments.training.config import Config
-from experiments.training.record import RunFolderError, RunRecord
+from experiments.training.record import DamagedFolderError, RunFolderError, RunRecord
 
 VERSION = 1
 DONE = ("finished", "diverged")  # outcomes that are not tried again
@@ -47,6 +47,31 @@ def label(config: Config) -> str:
     return f"{optimizer}, {config.recipe.name}, {config.model.name}, seed {config.seed}"
 
 
+def labels(configs: Mapping[str, Config]) -> dict[str, str]:
+    """A name for every run of a grid, by its signature: what `label` says, and the settings that tell equal ones apart."""
+    alike: dict[str, list[str]] = {}
+    for signature, config in configs.items():
+        alike.setdefault(label(config), []).append(signature)
+    names = {}
+    for common, signatures in alike.items():
+        settings = {signature: dict(_leaves(configs[signature].to_dict())) for signature in signatures}
+        paths = sorted({path for leaves in settings.values() for path in leaves})
+        differ = [path for path in paths if len({repr(leaves.get(path)) for leaves in settings.values()}) > 1]
+        for signature, leaves in settings.items():
+            values = [f"{path.rpartition('.')[2]} {leaves[path]}" for path in differ if path in leaves]
+            names[signature] = ", ".join([common, *values])
+    return names
+
+
+def _leaves(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a config by its dotted path."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
 def run_grid(
     configs: Iterable[Config],
     folder: Path,
@@ -56,8 +81,10 @@ def run_grid(
 ) -> list[Row]:
     """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
 
-    Raises: GridError for no or equal configs; RunFolderError, before anything is run, when the folder is in use, torn,
-    of another version or was filled from other data; KeyboardInterrupt, after all running runs have written a
+    A run whose folder is damaged is a failed row that says how to mend it; the others are run.
+
+    Raises: GridError for no or equal configs; RunFolderError, before anything is run, when the folder is in use, of
+    another version or was filled from other data; KeyboardInterrupt, after all running runs have written a
     checkpoint, on Ctrl-C.
     """
     configs = [dataclasses.replace(config, grid=folder.name) for config in configs]
@@ -69,8 +96,10 @@ def run_grid(
             raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
     with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
         fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
+        names = labels(by_signature)
         rows = {
-            signature: _recorded(folder / signature, config, fingerprint) for signature, config in by_signature.items()
+            signature: _recorded(folder / signature, config, names[signature], fingerprint)
+            for signature, config in by_signature.items()
         }
         record.write_json(
             folder / "grid.json",
@@ -84,26 +113,33 @@ def run_grid(
             },
         )
         if None in rows.values():
-            _run_missing(by_signature, rows, folder, executor)
+            _run_missing(by_signature, names, rows, folder, executor)
     return [row for row in rows.values() if row is not None]
 
 
-def _recorded(folder: Path, config: Config, fingerprint: Callable[[Any], str]) -> Row | None:
-    """The row of a run that is done, None for one to be run or resumed.
+def _recorded(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str]) -> Row | None:
+    """The row of a run that is done or whose folder is damaged, None for one to be run or resumed.
 
     Raises: RunFolderError for a folder that is not to be touched.
     """
+    try:
+        return _read(folder, config, name, fingerprint)
+    except DamagedFolderError as error:
+        return Row(config.signature(), name, "failed", cause=str(error), skipped=True)
+
+
+def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str]) -> Row | None:
     written = record.read_json(folder / "config.json")
     result = record.read_json(folder / "result.json")
     made_in = record.read_json(folder / "env.json")
-    for name, content in (("result.json", result), ("env.json", made_in)):
+    for file, content in (("result.json", result), ("env.json", made_in)):
         if content is not None and content.get("version") != record.VERSION:
             raise RunFolderError(
-                f"{folder / name} is of version {content.get('version')!r}, this is version {record.VERSION}; "
+                f"{folder / file} is of version {content.get('version')!r}, this is version {record.VERSION}; "
                 f"use another --runs folder, or delete {folder} to run it again"
             )
     if written is not None and written != config.to_dict():
-        raise RunFolderError(
+        raise DamagedFolderError(
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
     if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
@@ -114,20 +150,24 @@ def _recorded(folder: Path, config: Config, fingerprint: Callable[[Any], str]) -
         )
     if result is None or result.get("status") not in DONE:
         return None
-    return _row(config, result, skipped=True)
+    return _row(config, name, result, skipped=True)
 
 
-def _row(config: Config, result: dict[str, Any], skipped: bool = False) -> Row:
+def _row(config: Config, name: str, result: dict[str, Any], skipped: bool = False) -> Row:
     cause, final = result.get("cause"), result.get("final") or {}
-    return Row(config.signature(), label(config), result["status"], result.get("step", 0), cause, final, skipped)
+    return Row(config.signature(), name, result["status"], result.get("step", 0), cause, final, skipped)
 
 
 def _run_missing(
-    configs: dict[str, Config], rows: dict[str, Row | None], folder: Path, executor: StoppableExecutor
+    configs: dict[str, Config],
+    names: dict[str, str],
+    rows: dict[str, Row | None],
+    folder: Path,
+    executor: StoppableExecutor,
 ) -> None:
     """Run every config that has no row yet and fill in its row."""
     futures: dict[Future[Any], str] = {}
-    with Progress(configs, rows, folder) as progress:
+    with Progress(configs, names, rows, folder) as progress:
         try:
             for signature, config in configs.items():
                 if rows[signature] is None:
@@ -137,7 +177,7 @@ def _run_missing(
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     signature = futures[future]
-                    rows[signature] = _outcome(configs[signature], future)
+                    rows[signature] = _outcome(configs[signature], names[signature], future)
                     progress.ended(rows[signature])
                 progress.refresh()
         except KeyboardInterrupt:
@@ -161,14 +201,14 @@ def _stop(futures: dict[Future[Any], str], executor: StoppableExecutor, progress
     progress.say(f"Stopped: {stopped} runs were under way and have written a checkpoint.")
 
 
-def _outcome(config: Config, future: Future[Any]) -> Row:
+def _outcome(config: Config, name: str, future: Future[Any]) -> Row:
     try:
         result = future.result()
     except CancelledError:
-        result = None
+        return Row(config.signature(), name, "interrupted", cause="cancelled before its end")
     except Exception as error:  # the worker died, or could not even write its folder: the run is a failed row
-        return Row(config.signature(), label(config), "failed", cause=str(error) or type(error).__name__)
-    return Row(config.signature(), label(config), "interrupted") if result is None else _row(config, result)
+        return Row(config.signature(), name, "failed", cause=str(error) or type(error).__name__)
+    return Row(config.signature(), name, "interrupted") if result is None else _row(config, name, result)
 
 
 def run_one(config_json: dict[str, Any], folder: str) -> dict[str, Any] | None:
@@ -216,8 +256,10 @@ def _train(config: Config, run: RunRecord) -> dict[str, Any] | None:
 class Progress:
     """A bar over the steps of all runs, with the time left and the last losses, read from the runs' metrics.jsonl."""
 
-    def __init__(self, configs: dict[str, Config], rows: dict[str, Row | None], folder: Path) -> None:
-        self._configs, self._folder = configs, folder
+    def __init__(
+        self, configs: dict[str, Config], names: dict[str, str], rows: dict[str, Row | None], folder: Path
+    ) -> None:
+        self._configs, self._names, self._folder = configs, names, folder
         self._steps = {s: configs[s].steps if row is not None else 0 for s, row in rows.items()}
         self._losses: dict[str, float] = {}
         self._offsets: dict[str, int] = {s: 0 for s, row in rows.items() if row is None}  # of the runs not ended
@@ -258,7 +300,7 @@ class Progress:
     def refresh(self) -> None:
         active = self._read()
         self._bar.set_description(f"{self._done}/{self._count} runs", refresh=False)
-        losses = (f"{label(self._configs[s])} {self._losses[s]:.3f}" for s in active[:2] if s in self._losses)
+        losses = (f"{self._names[s]} {self._losses[s]:.3f}" for s in active[:2] if s in self._losses)
         self._bar.set_postfix_str(", ".join(losses), refresh=False)
         self._bar.update(max(0, sum(self._steps.values()) - self._bar.n))
 

@@ -34,6 +34,10 @@ class RunFolderError(Exception):
     """A run folder cannot be read or written. The message says which file, why, and what to do."""
 
 
+class DamagedFolderError(RunFolderError):
+    """One run's folder holds a file that is no record of that run; the other runs of its grid are not concerned."""
+
+
 def strict_json(value: Any) -> Any:
     """`value` with non-finite floats as the strings "NaN", "Infinity" and "-Infinity": JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -82,17 +86,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, None when there is no such file. Raises RunFolderError for a torn or unreadable one."""
+    """The object in `path`, None when there is no such file. Raises DamagedFolderError for a torn one."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from None
+        raise DamagedFolderError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise RunFolderError(f"{path} is torn ({error}); delete {path.parent} to run it again") from None
+        raise DamagedFolderError(f"{path} is torn ({error}); delete {path.parent} to run it again") from None
     if not isinstance(value, dict):
-        raise RunFolderError(f"{path} is not a JSON object; delete {path.parent} to run it again")
+        raise DamagedFolderError(f"{path} is not a JSON object; delete {path.parent} to run it again")
     return value
 
 

@@ -143,8 +143,16 @@ def test_dask_missing_says_how_to_install_it(
 
 def test_bench_without_a_name_runs_every_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in ("audit", "optimizer", "quantize", "step"):
+    for name in cli.benchmarks():
         module = importlib.import_module(f"experiments.bench.{name}")
         monkeypatch.setattr(module, "run", lambda options, name=name: ran.append(name))
     assert cli.main(["bench"]) == 0
-    assert ran == ["audit", "optimizer", "quantize", "step"]
+    assert ran == ["accumulator", "audit", "optimizer", "quantize", "step"]
+
+
+@pytest.mark.parametrize("arguments", [["bench", "--help"], ["bench", "step", "--help"]])
+def test_bench_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    assert "usage: lpsim bench" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from experiments.command.cli import summary
 from experiments.grids import GridError, load_grid
 from experiments.grids.source_files import SourceError
 from experiments.running import grid as grids
 from experiments.running.executors import StoppableExecutor
-from experiments.running.grid import Row, run_grid
+from experiments.running.grid import Row, labels, run_grid
 from experiments.training import record
 from experiments.training.config import Config
 from experiments.training.optimizers import LMD, SGD
@@ -148,11 +150,37 @@ def finished(tmp_path: Path) -> tuple[list[Config], Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["config.json", "env.json", "result.json"])
-def test_a_torn_folder_is_refused_and_says_what_to_do(tmp_path: Path, name: str) -> None:
+def test_a_torn_folder_is_a_failed_row_and_the_other_runs_go_on(tmp_path: Path, name: str) -> None:
     configs, folder, run = finished(tmp_path)
     (run / name).write_bytes((run / name).read_bytes()[:20])
-    with pytest.raises(RunFolderError, match=rf"{name} is torn .*; delete {run} to run it again"):
-        run_grid(configs, folder, Here())
+    damaged, other = run_grid([*configs, tiny_config(steps=3, warmup_steps=1, seed=1)], folder, Here())
+    assert damaged.status == "failed" and other.status == "finished"
+    assert re.search(rf"{name} is torn .*; delete {run} to run it again", damaged.cause or "")
+
+
+def test_a_cancelled_run_is_named_and_fails_the_command(tmp_path: Path) -> None:
+    class Cancels(Here):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            if not args[0]["seed"]:
+                return super().submit(fn, *args, **kwargs)
+            future: Future[Any] = Future()
+            future.cancel()
+            future.set_running_or_notify_cancel()
+            return future
+
+    configs = [tiny_config(steps=3, warmup_steps=1, seed=seed) for seed in (0, 1)]
+    rows = run_grid(configs, tmp_path / "g", Cancels())
+    assert statuses(rows) == ["finished", "interrupted"]
+    assert f"interrupted: {rows[1].label} ({rows[1].signature}): cancelled" in summary(rows)
+
+
+def test_runs_are_named_by_what_tells_them_apart() -> None:
+    one = tiny_config()
+    two, three = (replace(one, optimizer=replace(one.optimizer, weight_decay=decay)) for decay in (0.2, 0.3))
+    names = labels({config.signature(): config for config in (one, two, three, replace(one, seed=5))})
+    assert len(set(names.values())) == 4
+    assert names[two.signature()].endswith("weight_decay 0.2")
+    assert names[replace(one, seed=5).signature()].endswith("seed 5")
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -171,8 +199,8 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_another_config_under_a_signature_is_refused(tmp_path: Path) -> None:
     configs, folder, run = finished(tmp_path)
     edit(run / "config.json", steps=4)
-    with pytest.raises(RunFolderError, match=r"config\.json is not the config of its signature"):
-        run_grid(configs, folder, Here())
+    (row,) = run_grid(configs, folder, Here())
+    assert row.status == "failed" and "config.json is not the config of its signature" in (row.cause or "")
 
 
 def test_results_of_other_data_are_refused(tmp_path: Path) -> None:
