@@ -48,7 +48,7 @@ def label(config: Config) -> str:
 
 
 def labels(configs: Mapping[str, Config]) -> dict[str, str]:
-    """A name for every run of a grid, by its signature: what `label` says, and the settings that tell equal ones apart."""
+    """A name for every run of a grid, by its signature: its `label`, and the settings that tell equal ones apart."""
     alike: dict[str, list[str]] = {}
     for signature, config in configs.items():
         alike.setdefault(label(config), []).append(signature)
