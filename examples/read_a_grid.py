@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from analysis import load, tables
+from analysis import load
+from analysis.statistics import tables
 from experiments.config import Config, forward, model
 from experiments.running.executors import LocalExecutor
 from experiments.running.grid import run_grid
