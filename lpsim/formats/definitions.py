@@ -390,6 +390,12 @@ class BlockFormat:
             raise ValueError(f"{self.name}: a tensor scale goes with ScaleRule.ROUND or a rule of your own")
         if powers_of_two and (self.scale.emin > 0 or self.scale.emax < 0):
             raise ValueError(f"{self.name}: the scale format {self.scale.name} cannot hold 2^0; take one that can")
+        if self.scale.emin < -149:
+            raise ValueError(
+                f"{self.name}: the scale format {self.scale.name} goes down to 2^{self.scale.emin}, "
+                "which is 0 in float32; "
+                "take one whose smallest normal number is at least 2^-149 (a smaller bias, or fewer exponent bits)"
+            )
         if self.scale.emax > 127 or (self.tensor_scale is not None and self.tensor_scale.emax > 127):
             raise ValueError(f"{self.name}: scales beyond float32 cannot be simulated")
         if self.tensor_scale is not None and not isinstance(self.tensor_scale, FloatFormat):

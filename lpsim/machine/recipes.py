@@ -5,6 +5,7 @@ A recipe is data; how an op is simulated is said in `ops`, and which ops in `sim
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -104,6 +105,16 @@ class Recipe:
                 raise TypeError(f"Recipe.overrides maps site patterns to recipes, got {pattern!r}: {recipe!r}")
             if recipe.overrides:
                 raise ValueError(f"the recipe for {pattern!r} has overrides of its own; list them in the outer recipe")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in everything, the order of the overrides included: the first match wins."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return all(
+            list(mine.items()) == list(theirs.items()) if field.name == "overrides" else mine == theirs
+            for field in dataclasses.fields(self)
+            for mine, theirs in [(getattr(self, field.name), getattr(other, field.name))]
+        )
 
     @classmethod
     def forward(

@@ -204,6 +204,11 @@ def _scale_of_tensor(x: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> t
     return result
 
 
+def overlaps_in_part(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share some memory but not all: programs would overwrite what others read."""
+    return 0 < abs(out.data_ptr() - x.data_ptr()) < x.numel() * x.element_size()
+
+
 def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, out: torch.Tensor) -> None:
     """reference.quantize of a contiguous float tensor x, into the contiguous `out` of its dtype (x itself is allowed).
 
@@ -282,7 +287,7 @@ class TritonBackend:
         q = quantizer
         order = None if x.is_contiguous() else memory_order(x, q.format, q.rounding)
         source = x.contiguous() if order is None else x.permute(order)
-        in_place = out is not None and order is None and out.is_contiguous()
+        in_place = out is not None and order is None and out.is_contiguous() and not overlaps_in_part(source, out)
         target = out if in_place and out is not None else torch.empty_like(source)
         double = x.dtype is torch.float64
         if double not in q.plans:

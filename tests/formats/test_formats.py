@@ -124,3 +124,9 @@ def test_wrong_types_are_refused() -> None:
         BlockFormat("f", formats.mxfp4_e2m1, formats.float8_e8m0fnu)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="format"):
         formats.register("mxfp4_e2m1")  # type: ignore[arg-type]
+
+
+def test_scales_that_are_0_in_float32_are_refused() -> None:
+    deep = FloatFormat("deep", 8, 0, bias=151, specials=Specials.FN, signed=False, subnormals=False, zero=False)
+    with pytest.raises(ValueError, match=r"deep goes down to 2\^-151, which is 0 in float32; .* at least 2\^-149"):
+        BlockFormat("below", formats.float6_e3m2fn, deep)

@@ -80,3 +80,13 @@ def test_nvfp4_uses_one_copy_of_the_weights() -> None:
         out.sum().backward()
     weight = products.fprop.rhs.quantize(layer.weight)
     assert x.grad is not None and torch.equal(x.grad, torch.ones(32, 64) @ weight)
+
+
+def test_the_order_of_overrides_counts() -> None:
+    """The first match wins, so another order is another recipe."""
+    one, two = Recipe(), Recipe.forward(formats.mxfp6_e3m2)
+    forth = Recipe(overrides={"head": one, "h*": two})
+    back = Recipe(overrides={"h*": two, "head": one})
+    assert forth != back
+    again = Recipe(overrides=dict(forth.overrides))
+    assert forth == again and hash(forth) == hash(again)

@@ -247,6 +247,15 @@ def test_out_and_in_place() -> None:
         assert torch.equal(in_place, expected) and torch.equal(strided, expected)
 
 
+@pytest.mark.parametrize("distance", [1, 64])
+def test_out_may_overlap_the_input(distance: int) -> None:
+    memory = torch.randn(4096 + distance, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    quantizer = Quantizer(formats.mxfp6_e3m2, backend="triton")
+    expected = quantizer.quantize(memory[:4096].clone())
+    quantizer.quantize(memory[:4096], out=memory[distance:])
+    assert torch.equal(memory[distance:], expected)
+
+
 def test_what_is_not_served_says_so() -> None:
     served = backend("triton").supports
     assert not served(Quantizer(formats.float8_e8m0fnu, overflow=Overflow.SPECIAL), DEVICE)
