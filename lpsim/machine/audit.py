@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +67,14 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 class Auditor(TorchDispatchMode):
-    """Counts aten matrix products while it is active, and asks to whom each belongs."""
+    """Counts aten matrix products while it is active, and asks to whom each belongs.
 
-    def __init__(self) -> None:
+    module: asked for the path of the model's module that is running, None outside the model.
+    """
+
+    def __init__(self, module: Callable[[], str | None]) -> None:
         super().__init__()
+        self._module = module
         self._names = frozenset(_PRODUCTS.split())
         self.rows: Counter[tuple[Kind, str, str, str]] = Counter()
         self.products: Counter[tuple[str, str, str]] = Counter()
@@ -130,7 +134,9 @@ class Auditor(TorchDispatchMode):
         else:
             where, owner = "backward", self._owner_of(node._sequence_nr())
         if owner is None:
-            shown = f"aten.{name}, {where}" + (f" of {node.name()}" if node is not None else "")
+            module = self._module() if node is None else None
+            shown = f"aten.{name}, {where}"
+            shown += f" of {node.name()}" if node is not None else f" of {module}" if module is not None else ""
             if shown not in self.escaped:
                 self.escaped.append(shown)
         self.products[f"aten.{name}", where, owner or "escaped"] += 1

@@ -53,16 +53,28 @@ class UnknownOpError(NotImplementedError):
     """A floating-point function that the table does not know: it would have run in full precision."""
 
 
-def simulate(model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = True) -> Simulation:
+class EscapedProductError(RuntimeError):
+    """Matrix products ran below what a simulation sees, in full precision, such as those of a compiled extension."""
+
+
+class EscapedProductWarning(UserWarning):
+    """The same, where the simulation was asked to go on."""
+
+
+def simulate(
+    model: nn.Module, recipe: Recipe, seed: int = 0, *, audit: bool = True, on_escape: str = "warn"
+) -> Simulation:
     """A context in which `model` runs on the machine that `recipe` describes.
 
     seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit), which costs some
-    microseconds an aten op until `step` is first changed.
+    microseconds an aten op until `step` is first changed. on_escape: matrix products that ran outside the recipe, in
+    what the audit counts, are told at the end of the `with`, as an EscapedProductWarning ("warn") or an
+    EscapedProductError ("raise") that names the aten op and the module it ran in.
 
-    Raises TypeError for a model that cannot be simulated (compiled, scripted, DataParallel), ValueError for an override
-    whose module path matches no module.
+    Raises ValueError for on_escape="raise" without an audit, which alone sees such products, and for an override whose
+    module path matches no module; TypeError for a model that cannot be simulated (compiled, scripted, DataParallel).
     """
-    return Simulation(model, recipe, seed, audit)
+    return Simulation(model, recipe, seed, audit, on_escape)
 
 
 class _Place:
@@ -103,7 +115,13 @@ class Simulation:
     before `step` is set anew, they leave the training's random bits as they are without it.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True, on_escape: str = "warn"
+    ) -> None:
+        if on_escape not in ("warn", "raise"):
+            raise ValueError(f'on_escape must be "warn" or "raise", got {on_escape!r}')
+        if on_escape == "raise" and not audit:
+            raise ValueError('on_escape="raise" needs audit=True: only the audit sees products that escape')
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
@@ -129,7 +147,9 @@ class Simulation:
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
         self._stepping = False
-        self._auditor: Auditor | None = Auditor() if audit else None
+        self._auditor: Auditor | None = Auditor(self._running_module) if audit else None
+        self._on_escape = on_escape
+        self._told: set[str] = set()  # escaped products of earlier `with`s
         self._counting: Auditor | None = None  # the same, while it counts
         self._stack: ExitStack | None = None
 
@@ -161,6 +181,22 @@ class Simulation:
                 f"sites are named like {next(iter(self._sites.values())).name}",
                 stacklevel=2,
             )
+        if exc_type is None and self._auditor is not None:
+            escaped = [product for product in self._auditor.escaped if product not in self._told]
+            self._told.update(escaped)
+            if escaped:
+                message = (
+                    f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were "
+                    "called below torch's functions, as compiled extensions do. Call torch's function instead; or, if they "
+                    "are no part of the machine, call them inside `simulation.suspended()`"
+                )
+                if self._on_escape == "raise":
+                    raise EscapedProductError(message)
+                warnings.warn(message, EscapedProductWarning, stacklevel=2)
+
+    def _running_module(self) -> str | None:
+        frame = self._paths.current()
+        return None if frame is None or frame.module is None else frame.path
 
     @property
     def step(self) -> int:

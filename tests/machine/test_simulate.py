@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
 from lpsim.machine.recipes import BackwardOperands
-from lpsim.machine.simulate import UnknownOpError
+from lpsim.machine.simulate import EscapedProductError, EscapedProductWarning, UnknownOpError
 
 FP4 = Quantizer(formats.get("mxfp4_e2m1"))
 FP6 = Quantizer(formats.get("mxfp6_e3m2"))
@@ -126,10 +126,33 @@ def test_no_matrix_product_escapes(make: Callable[[], tuple[nn.Module, Tensor, T
 
 
 def test_the_audit_finds_what_escapes() -> None:
-    """A product that ran below the functions that a simulation sees is listed."""
-    with simulate(nn.Linear(2, 2), Recipe.forward(FP6.format)) as sim, torch._C.DisableTorchFunction():
+    """A product that ran below the functions that a simulation sees is listed, and told at the end."""
+    sim = simulate(nn.Linear(2, 2), Recipe.forward(FP6.format))
+    told = pytest.warns(EscapedProductWarning, match=r"in full precision: aten\.mm, forward\.")
+    with told, sim, torch._C.DisableTorchFunction():
         torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     assert sim.audit().escaped == ("aten.mm, forward",)
+    with sim:  # nothing new: nothing to tell
+        pass
+
+
+class Hidden(nn.Module):
+    """As a compiled extension does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return torch.mm(x, x)
+
+
+def test_an_escaped_product_is_an_error_where_it_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Hidden())
+    told = pytest.raises(EscapedProductError, match=r"in full precision: aten\.mm, forward of 1\.")
+    with told, simulate(model, Recipe.forward(FP6.format), on_escape="raise"):
+        model(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="needs audit=True"):
+        simulate(model, Recipe(), audit=False, on_escape="raise")
+    with pytest.raises(ValueError, match='must be "warn" or "raise"'):
+        simulate(model, Recipe(), on_escape="error")
 
 
 class Unknown(nn.Module):
