@@ -187,8 +187,8 @@ class Simulation:
             if escaped:
                 message = (
                     f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were "
-                    "called below torch's functions, as compiled extensions do. Call torch's function instead; or, if they "
-                    "are no part of the machine, call them inside `simulation.suspended()`"
+                    "called below torch's functions, as compiled extensions do. Call torch's function instead; or, if "
+                    "they are no part of the machine, call them inside `simulation.suspended()`"
                 )
                 if self._on_escape == "raise":
                     raise EscapedProductError(message)
