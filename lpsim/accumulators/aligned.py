@@ -20,27 +20,126 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
-from lpsim.accumulators.tiles import (
-    BARE,
+from lpsim.accumulators.registers import (
     BLOCK,
     F32,
     FINGERPRINT,
     I32,
     I64,
     LANES,
-    NONE,
-    PLAIN,
     TOWARD_ZERO,
     VI,
+    Cells,
     Emitter,
+    Rows,
     V,
     aligned_array,
+    i64,
     integer,
     pack,
+    part_of,
+    write_out,
 )
 
 _ROWS, _VECTORS = 2, WIDTH // LANES
 WIDE_PRODUCTS = 8  # in each register
+
+
+class _Step(Emitter):
+    """The code of one step of two rows and WIDTH columns (see _step): `exponents`, then `integers`, then `finish`.
+
+    The products of k in [low, high) are terms 2^-s · integer with s = fraction bits − e, where e is the largest exponent
+    of the cell's accumulator and products. For fraction bits 25, e = 3: the product 5.5 becomes fptosi(5.5 · 2^22).
+    """
+
+    def __init__(self, builder: ir.IRBuilder, arrays: Any, places: Any) -> None:
+        super().__init__(builder)
+        lhs, lhs_exponents, self.panel, self.panel_exponents, numbers, sums = arrays
+        batch, row, self.low, self.high, self.at_panel, place = places
+        self.fraction_bits, self.mask = (self.splat(self.load(numbers.data, i64(4 * i), I32), VI) for i in range(2))
+        self.lhs = Rows(self, lhs, batch, row, _ROWS)
+        self.lhs_exponents = Rows(self, lhs_exponents, batch, row, _ROWS)
+        self.cells = Cells(self, sums, place, _ROWS, _VECTORS)
+        self.before = self.cells.load()
+
+    def larger(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.call("llvm.smax.v16i32", x, y, result=VI)
+
+    def power(self, e: ir.Value) -> ir.Value:
+        """2^e."""
+        return self.float(self.b.shl(self.b.add(e, integer(127)), integer(23)))
+
+    def columns(self, array: Any, k: ir.Value, shift: ir.Value, kind: Any) -> list[ir.Value]:
+        """The vectors of row k of a panel [K, WIDTH] that begins at `shift`."""
+        first = self.b.mul(self.b.add(self.b.mul(k, i64(WIDTH)), shift), i64(4))
+        return [self.load(array.data, self.b.add(first, i64(4 * LANES * v)), kind) for v in range(_VECTORS)]
+
+    def exponents(self) -> dict[Any, ir.Value]:
+        """The largest exponent of each cell's accumulator and products."""
+        b = self.b
+        least = b.sub(self.fraction_bits, integer(126))  # then 2^(bits − e) and its inverse are normal
+        start = {}
+        for cell in self.cells.all:
+            field = b.lshr(b.and_(self.bits(self.before[cell]), integer(0x7FFFFFFF)), integer(23))
+            start[cell] = self.larger(b.sub(field, integer(127)), least)
+        largest = self.cells.variables(start)
+        with cgutils.for_range_slice(b, self.low, self.high, i64(1), I64, inc=True) as (k, _):
+            theirs = self.columns(self.panel_exponents, k, i64(0), VI)
+            for i, own in enumerate(self.lhs_exponents.load(k, I32, VI)):
+                found = self.each(b.add, own, theirs)
+                for v in range(_VECTORS):
+                    b.store(self.larger(b.load(largest[i, v], typ=VI), found[v]), largest[i, v])
+        return {cell: b.load(largest[cell], typ=VI) for cell in self.cells.all}
+
+    def integers(self, exponent: dict[Any, ir.Value], wide: bool) -> list[dict[Any, ir.Value]]:
+        """The sums of the truncated terms; of a wide unit in two registers, which hold WIDE_PRODUCTS each."""
+        b = self.b
+        scale = {cell: self.power(b.sub(self.fraction_bits, exponent[cell])) for cell in self.cells.all}
+        own = {cell: b.fptosi(b.fmul(self.before[cell], scale[cell]), VI) for cell in self.cells.all}
+        halves, bounds = [self.cells.variables(own)], [self.low, self.high]
+        if wide:
+            halves.append(self.cells.variables(dict.fromkeys(self.cells.all, integer(0))))
+            bounds.insert(1, self.least(b.add(self.low, i64(WIDE_PRODUCTS)), self.high))
+        for part, kept in enumerate(halves):
+            with cgutils.for_range_slice(b, bounds[part], bounds[part + 1], i64(1), I64, inc=True) as (k, _):
+                self.add_terms(kept, scale, k)
+        return [{cell: b.load(kept[cell], typ=VI) for cell in self.cells.all} for kept in halves]
+
+    def add_terms(self, kept: dict[Any, ir.Value], scale: dict[Any, ir.Value], k: ir.Value) -> None:
+        """The products at k, scaled and truncated, added to the integers."""
+        b = self.b
+        theirs = self.columns(self.panel, k, self.at_panel, V)
+        for i, own in enumerate(self.lhs.load(k, F32, V)):
+            products = self.each(b.fmul, own, theirs)
+            scaled = self.each(b.fmul, products, [scale[i, v] for v in range(_VECTORS)])
+            terms = self.each(lambda x: b.fptosi(x, VI), scaled)
+            for v in range(_VECTORS):
+                b.store(b.add(b.load(kept[i, v], typ=VI), terms[v]), kept[i, v])
+
+    def toward_zero(self, x: ir.Value, lanes: int) -> ir.Value:
+        """Integers as float32, rounded toward zero."""
+        name = f"llvm.x86.avx512.sitofp.round.v{lanes}f32.v{lanes}i{x.type.element.width}"
+        return self.call(name, x, ir.Constant(I32, TOWARD_ZERO), result=ir.VectorType(F32, lanes))
+
+    def joined(self, parts: list[ir.Value]) -> ir.Value:
+        """The float32 of an integer in one register, or of the 64-bit sum of those in two."""
+        if len(parts) == 1:
+            return self.toward_zero(parts[0], LANES)
+        b, long = self.b, ir.VectorType(I64, 8)
+        ends = []
+        for first in (0, 8):
+            lanes = ir.Constant(ir.VectorType(I32, 8), list(range(first, first + 8)))
+            x, y = (b.sext(b.shuffle_vector(part, part, lanes), long) for part in parts)
+            ends.append(self.toward_zero(b.add(x, y), 8))
+        return b.shuffle_vector(*ends, ir.Constant(ir.VectorType(I32, 16), list(range(16))))
+
+    def finish(self, sums: list[dict[Any, ir.Value]], exponent: dict[Any, ir.Value]) -> None:
+        """Cut to the format's bits, scale back, store."""
+        b = self.b
+        for cell in self.cells.all:
+            result = self.joined([part[cell] for part in sums])
+            result = self.float(b.and_(self.bits(result), self.mask))
+            self.cells.store(cell, b.fmul(result, self.power(b.sub(exponent[cell], self.fraction_bits))))
 
 
 @intrinsic(prefer_literal=True)
@@ -52,121 +151,18 @@ def _step(
 
     numbers: the fraction bits, the mask of the format. panel[at :] and panel_exponents: [K, WIDTH].
     """
-    is_wide = wide.literal_value
+    is_wide = bool(wide.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emitter(builder, PLAIN, NONE, BARE)
-        each = emit.each
-        a, ae, p, pe, n, r = (
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (1, 2, 7, 9, 10, 11)
-        )
-        batch_at, first_row, low, high = (args[i] for i in (3, 4, 5, 6))
-        panel_at, sums_at = args[8], args[12]
-        byte = ir.IntType(8)
-
-        def i64(value: int) -> ir.Constant:
-            return ir.Constant(I64, value)
-
-        def pointer(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
-            """`offset` bytes behind `base`."""
-            behind = builder.gep(builder.bitcast(base, byte.as_pointer()), [offset], source_etype=byte)
-            return builder.bitcast(behind, kind.as_pointer())
-
-        def load(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
-            return builder.load(pointer(base, offset, kind), align=4, typ=kind)
-
-        def signed(name: str, x: ir.Value, y: ir.Value) -> ir.Value:
-            return emit.call(f"llvm.{name}.v16i32", x, y, result=VI)
-
-        def power(e: ir.Value) -> ir.Value:
-            return emit.float(builder.shl(builder.add(e, integer(127)), integer(23)))
-
-        bits, mask = (emit.splat(load(n.data, i64(4 * i), I32), VI) for i in range(2))
-        last = builder.sub(cgutils.unpack_tuple(builder, a.shape)[1], i64(1))
-        starts: dict[Any, list[ir.Value]] = {}
-        along = {}
-        for array in (a, ae):
-            strides = cgutils.unpack_tuple(builder, array.strides)
-            along[array] = strides[2]
-            starts[array] = []
-            for i in range(_ROWS):
-                this = builder.add(first_row, i64(i))
-                this = builder.select(builder.icmp_signed("<", this, last), this, last)
-                starts[array].append(builder.add(builder.mul(batch_at, strides[0]), builder.mul(this, strides[1])))
-        cells = [(i, v) for i in range(_ROWS) for v in range(_VECTORS)]
-
-        def cell_at(i: int, v: int) -> ir.Value:
-            return pointer(r.data, builder.mul(builder.add(sums_at, i64(i * WIDTH + v * LANES)), i64(4)), V)
-
-        def columns(base: ir.Value, k: ir.Value, shift: ir.Value, kind: Any) -> list[ir.Value]:
-            first = builder.mul(builder.add(builder.mul(k, i64(WIDTH)), shift), i64(4))
-            return [load(base, builder.add(first, i64(4 * LANES * v)), kind) for v in range(_VECTORS)]
-
-        def rows(array: Any, k: ir.Value, element: Any, vector: Any) -> list[ir.Value]:
-            offset = builder.mul(k, along[array])
-            return [
-                emit.splat(load(array.data, builder.add(start, offset), element), vector) for start in starts[array]
-            ]
-
-        before = {cell: builder.load(cell_at(*cell), align=4, typ=V) for cell in cells}
-        least = builder.sub(bits, integer(126))  # then 2^(bits − e) and its inverse are normal
-        largest = {}
-        for cell in cells:
-            field = builder.lshr(builder.and_(emit.bits(before[cell]), integer(0x7FFFFFFF)), integer(23))
-            e = signed("smax", builder.sub(field, integer(127)), least)
-            largest[cell] = cgutils.alloca_once_value(builder, e)
-        with cgutils.for_range_slice(builder, low, high, i64(1), I64, inc=True) as (k, _):
-            theirs = columns(pe.data, k, i64(0), VI)
-            for i, own in enumerate(rows(ae, k, I32, VI)):
-                found = each(builder.add, own, theirs)
-                for v in range(_VECTORS):
-                    e = signed("smax", builder.load(largest[i, v], typ=VI), found[v])
-                    builder.store(e, largest[i, v])
-        exponent = {cell: builder.load(largest[cell], typ=VI) for cell in cells}
-        scale = {cell: power(builder.sub(bits, exponent[cell])) for cell in cells}
-        own_terms = {cell: builder.fptosi(builder.fmul(before[cell], scale[cell]), VI) for cell in cells}
-        halves = [{cell: cgutils.alloca_once_value(builder, own_terms[cell]) for cell in cells}]
-        bounds = [low, high]
-        if is_wide:
-            middle = builder.add(low, i64(WIDE_PRODUCTS))
-            bounds = [low, builder.select(builder.icmp_signed("<", middle, high), middle, high), high]
-            halves.append({cell: cgutils.alloca_once_value(builder, integer(0)) for cell in cells})
-        for part, kept in enumerate(halves):
-            with cgutils.for_range_slice(builder, bounds[part], bounds[part + 1], i64(1), I64, inc=True) as (k, _):
-                theirs = columns(p.data, k, panel_at, V)
-                for i, own in enumerate(rows(a, k, F32, V)):
-                    products = each(builder.fmul, own, theirs)
-                    scaled = each(builder.fmul, products, [scale[i, v] for v in range(_VECTORS)])
-                    terms = each(lambda x: builder.fptosi(x, VI), scaled)
-                    for v in range(_VECTORS):
-                        builder.store(builder.add(builder.load(kept[i, v], typ=VI), terms[v]), kept[i, v])
-
-        def toward_zero(x: ir.Value, lanes: int) -> ir.Value:
-            vector = ir.VectorType(F32, lanes)
-            name = f"llvm.x86.avx512.sitofp.round.v{lanes}f32.v{lanes}i{x.type.element.width}"
-            return emit.call(name, x, ir.Constant(I32, TOWARD_ZERO), result=vector)
-
-        for cell in cells:
-            parts = [builder.load(kept[cell], typ=VI) for kept in halves]
-            if is_wide:
-                long = ir.VectorType(I64, 8)
-                ends = []
-                for first in (0, 8):
-                    lanes = ir.Constant(ir.VectorType(I32, 8), list(range(first, first + 8)))
-                    x, y = (builder.sext(builder.shuffle_vector(part, part, lanes), long) for part in parts)
-                    ends.append(toward_zero(builder.add(x, y), 8))
-                every = ir.Constant(ir.VectorType(I32, 16), list(range(16)))
-                result = builder.shuffle_vector(*ends, every)
-            else:
-                result = toward_zero(parts[0], LANES)
-            result = emit.float(builder.and_(emit.bits(result), mask))
-            result = builder.fmul(result, power(builder.sub(exponent[cell], bits)))
-            builder.store(result, cell_at(*cell), align=4)
+        arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in (1, 2, 7, 9, 10, 11)]
+        step = _Step(builder, arrays, [args[i] for i in (3, 4, 5, 6, 8, 12)])
+        exponent = step.exponents()
+        step.finish(step.integers(exponent, is_wide), exponent)
         return context.get_dummy_value()
 
-    i64 = types.int64
-    arguments = (wide, lhs, lhs_exponents, i64, i64, i64, i64, panel, i64, panel_exponents, numbers, sums, i64)
-    return types.void(*arguments), codegen
+    number = types.int64
+    places = (number, number, number, number, panel, number, panel_exponents, numbers, sums, number)
+    return types.void(wide, lhs, lhs_exponents, *places), codegen
 
 
 _A3 = types.Array(types.float32, 3, "A")
@@ -192,27 +188,26 @@ def operand_exponents(x, emin, out):
 def tiles(wide: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
     is_wide, files = int(wide), FINGERPRINT
-    i64 = types.int64
+    number = types.int64
     exponents = types.int32[:, :, ::1]
 
-    @njit(types.void(_A3, _A3, _A3, exponents, i64, i64, types.int32[::1], i64, i64), nogil=True, cache=True)
+    @njit(
+        types.void(_A3, _A3, _A3, exponents, number, number, types.int32[::1], number, number), nogil=True, cache=True
+    )
     def kernel(lhs, rhs, out, lhs_exponents, emin_rhs, chunk, numbers, first_task, last_task):
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
-        row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
         panel, start = aligned_array(depth * WIDTH, rhs)
         panel_exponents = np.empty(depth * WIDTH, np.int32)
         sums, place = aligned_array(BLOCK * WIDTH, rhs)
-        packed = -1
+        packed = -1, -1
         for task in range(first_task, last_task):
-            batch, rest = task // (panels * row_blocks), task % (panels * row_blocks)
-            low, top = (rest // row_blocks) * WIDTH, (rest % row_blocks) * BLOCK
-            columns, bottom = min(WIDTH, across - low), min(top + BLOCK, height)
-            if task // row_blocks != packed:
+            batch, low, columns, top, bottom = part_of(task, height, across)
+            if (batch, low) != packed:
                 pack(rhs, batch, low, columns, WIDTH, panel, start)
                 for i in range(depth * WIDTH):
                     panel_exponents[i] = _exponent(panel[start + i], emin_rhs)
-                packed = task // row_blocks
+                packed = batch, low
             sums[:] = 0
             for row in range(top, bottom, _ROWS):
                 for begin in range(0, depth, chunk):
@@ -220,8 +215,6 @@ def tiles(wide: bool) -> Any:
                         is_wide, lhs, lhs_exponents, batch, row, begin, min(begin + chunk, depth),
                         panel, start, panel_exponents, numbers, sums, place + (row - top) * WIDTH,
                     )  # fmt: skip
-            for row in range(top, bottom):
-                for j in range(columns):
-                    out[batch, row, low + j] = sums[place + (row - top) * WIDTH + j]
+            write_out(out, batch, low, columns, top, bottom, sums, place)
 
     return kernel

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lpsim.accumulators import aligned, kernels, tiles
+from lpsim.accumulators.kernels import WIDTH
+from lpsim.accumulators.registers import BLOCK
 from lpsim.accumulators.tiles import (
     BARE,
     CUT,
@@ -29,7 +31,6 @@ from lpsim.accumulators.tiles import (
     SATURATED,
     TRUNCATE,
     TWO_SUM,
-    WIDTH,
 )
 from lpsim.accumulators.unit import Unit
 
@@ -78,11 +79,11 @@ def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | Non
     kernel = tiles.tiles(*chosen, unit.chunk > 1)
     arguments = unit.chunk, _tile_numbers(unit)
     if chosen[0] != HALF:
-        _run(kernel, [lhs, rhs, out], tiles.BLOCK, arguments)
+        _run(kernel, [lhs, rhs, out], BLOCK, arguments)
         return
     result = torch.empty_like(out, dtype=torch.float16)
     halves = [x.half().view(torch.int16) for x in (lhs, rhs)]
-    _run(kernel, [*halves, result.view(torch.int16)], tiles.BLOCK, arguments)
+    _run(kernel, [*halves, result.view(torch.int16)], BLOCK, arguments)
     out.copy_(result)
 
 
@@ -95,7 +96,7 @@ def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors) ->
     aligned.operand_exponents(lhs.numpy(), unit.operand_emin[0], exponents)
     numbers = np.array([unit.fraction_bits, -(1 << (23 - unit.mantissa_bits))], np.int32)
     arguments = exponents, unit.operand_emin[1], unit.chunk, numbers
-    _run(aligned.tiles(wide), [lhs, rhs, out], tiles.BLOCK, arguments)
+    _run(aligned.tiles(wide), [lhs, rhs, out], BLOCK, arguments)
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,63 +30,48 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
-from lpsim.quantization.cpu_kernels.cache import fingerprint
+from lpsim.accumulators.registers import (
+    BLOCK,
+    BYTE,
+    DOWN,
+    F32,
+    FINGERPRINT,
+    I32,
+    I64,
+    LANES,
+    TOWARD_ZERO,
+    UP,
+    VI,
+    Cells,
+    Emitter,
+    Rows,
+    V,
+    aligned_array,
+    constant,
+    i64,
+    integer,
+    pack,
+    part_of,
+    write_out,
+)
 
 PLAIN, ODD, CUT, TWO_SUM, HALF = range(5)
 NONE, NEAR, TRUNCATE, INTEGER = range(4)
 BARE, GUARDED, SATURATED = range(3)
 
-BLOCK = 48  # rows of a task
 _DEPTH = 128  # of the columns that stay in the nearest cache while all rows of a task pass by
-FINGERPRINT = fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-LANES = 16
-V, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
-_DOWN, _UP, TOWARD_ZERO = 9, 10, 11  # embedded rounding, exceptions suppressed
 
 
-def _constant(number: float) -> ir.Constant:
-    return ir.Constant(V, [number] * LANES)
-
-
-def integer(number: int) -> ir.Constant:
-    return ir.Constant(VI, [number] * LANES)
-
-
-class Emitter:
+class _Steps(Emitter):
     """Emits the steps of a tile; vectors are <16 x float>."""
 
     def __init__(self, builder: ir.IRBuilder, add: int, into: int, guard: int) -> None:
-        self.b, self.add, self.into, self.guard = builder, add, into, guard
+        super().__init__(builder)
+        self.add, self.into, self.guard = add, into, guard
         self.numbers: list[ir.Value] = []
-
-    def call(self, name: str, *args: ir.Value, result: Any = V) -> ir.Value:
-        kind = ir.FunctionType(result, [a.type for a in args])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), args)
-
-    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        name = f"llvm.fma.v{a.type.count}f{'32' if a.type.element == F32 else '16'}"
-        return self.call(name, a, b, c, result=a.type)
 
     def directed(self, a: ir.Value, b: ir.Value, c: ir.Value, mode: int) -> ir.Value:
         return self.call("llvm.x86.avx512.vfmadd.ps.512", a, b, c, ir.Constant(I32, mode))
-
-    def bits(self, x: ir.Value) -> ir.Value:
-        return self.b.bitcast(x, VI)
-
-    def float(self, x: ir.Value) -> ir.Value:
-        return self.b.bitcast(x, V)
-
-    def splat(self, x: ir.Value, kind: Any = V) -> ir.Value:
-        nothing = ir.Constant(kind, ir.Undefined)
-        first = self.b.insert_element(nothing, x, ir.Constant(I32, 0))
-        everywhere = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-        return self.b.shuffle_vector(first, nothing, everywhere)
-
-    def each(self, function: Any, *operands: Any) -> list[ir.Value]:
-        """function for each of several vectors at once; an operand that is no list is the same for all."""
-        count = next(len(o) for o in operands if isinstance(o, list))
-        return [function(*(o[i] if isinstance(o, list) else o for o in operands)) for i in range(count)]
 
     def multiply_add(self, a: ir.Value, b: list[ir.Value], c: list[ir.Value]) -> list[ir.Value]:
         """Step by step for all vectors, so that neighbouring instructions do not wait for each other."""
@@ -97,7 +81,7 @@ class Emitter:
         if self.add == CUT:
             return each(self.directed, a, b, c, TOWARD_ZERO)
         if self.add == ODD:
-            low, high = each(self.directed, a, b, c, _DOWN), each(self.directed, a, b, c, _UP)
+            low, high = each(self.directed, a, b, c, DOWN), each(self.directed, a, b, c, UP)
             return each(build.select, each(self.even, each(self.bits, low)), high, low)
         t = each(build.fmul, a, b)
         u = each(build.fadd, c, t)
@@ -107,7 +91,7 @@ class Emitter:
         # away from zero where the rest has the sign of u
         differ = each(build.ashr, each(build.xor, each(self.bits, rest), bits), integer(31))
         moved = each(build.add, bits, each(build.or_, differ, integer(1)))
-        inexact = each(partial(build.fcmp_ordered, "!="), rest, _constant(0))
+        inexact = each(partial(build.fcmp_ordered, "!="), rest, constant(0))
         return each(self.float, each(build.select, each(build.and_, each(self.even, bits), inexact), moved, bits))
 
     def even(self, bits: ir.Value) -> ir.Value:
@@ -144,6 +128,63 @@ class Emitter:
         return each(build.select, over, each(build.fmul, x, self.numbers[3]), r)
 
 
+class _Tile:
+    """The code of one tile: `rows` rows, `vectors` vectors of columns, over k from `begin` on (see _tile)."""
+
+    def __init__(self, steps: _Steps, rows: int, vectors: int, arrays: Any, places: Any) -> None:
+        lhs, panel, numbers, sums = arrays
+        batch, row, begin, at, place = places
+        half = steps.add == HALF
+        self.emit, self.b, self.width = steps, steps.b, vectors
+        self.element, self.lanes, self.size = (ir.HalfType(), 32, 2) if half else (F32, LANES, 4)
+        self.vector = ir.VectorType(self.element, self.lanes)
+        for i in range(0 if half else 7):
+            value = steps.splat(steps.load(numbers.data, i64(4 * i), F32))
+            steps.numbers.append(value if i < 4 else steps.bits(value))
+        self.lhs = Rows(steps, lhs, batch, row, rows, begin)
+        self.cells = Cells(steps, sums, place, rows, vectors, self.vector, self.size)
+        self.totals = self.cells.variables(self.cells.load())
+        self.columns = steps.at(panel.data, self.b.mul(at, i64(self.size)), BYTE)
+
+    def products(self, sums: Any, k: ir.Value, one: Any) -> None:
+        """The products at k into `sums`, by one(number of lhs, vectors of rhs, vectors of sums)."""
+        b, size = self.b, self.size
+        down = b.mul(k, i64(size * self.lanes * self.width))
+        theirs = [
+            self.emit.load(self.columns, b.add(down, i64(size * self.lanes * v)), self.vector, size)
+            for v in range(self.width)
+        ]
+        for i, own in enumerate(self.lhs.load(k, self.element, self.vector, size)):
+            before = [b.load(sums[i, v], typ=self.vector) for v in range(self.width)]
+            for v, after in enumerate(one(own, theirs, before)):
+                b.store(after, sums[i, v])
+
+    def each_product(self, count: ir.Value) -> None:
+        """Rounded after every multiply-add."""
+        emit = self.emit
+        with cgutils.for_range_slice(self.b, i64(0), count, i64(1), I64, inc=True) as (k, _):
+            self.products(self.totals, k, lambda x, y, c: emit.rounded(emit.multiply_add(x, y, c)))
+
+    def chunks(self, count: ir.Value, chunk: ir.Value) -> None:
+        """Float32 sums of `chunk` products, each added to the total and rounded."""
+        emit, b = self.emit, self.b
+        zero = ir.Constant(self.vector, [0.0] * self.lanes)
+        parts = self.cells.variables(dict.fromkeys(self.cells.all, zero))
+        with cgutils.for_range_slice(b, i64(0), count, chunk, I64, inc=True) as (low, _):
+            end = emit.least(b.add(low, chunk), count)
+            for cell in self.cells.all:
+                b.store(constant(0), parts[cell])
+            with cgutils.for_range_slice(b, low, end, i64(1), I64, inc=True) as (k, _):
+                self.products(parts, k, lambda x, ys, cs: emit.each(emit.fma, x, ys, cs))
+            for cell in self.cells.all:
+                part, total = (b.load(kept[cell], typ=V) for kept in (parts, self.totals))
+                b.store(emit.rounded(emit.multiply_add(constant(1), [part], [total]))[0], self.totals[cell])
+
+    def finish(self) -> None:
+        for cell in self.cells.all:
+            self.cells.store(cell, self.b.load(self.totals[cell], typ=self.vector))
+
+
 @intrinsic(prefer_literal=True)
 def _tile(
     typingctx: Any, add: Any, into: Any, guard: Any, chunked: Any, rows: Any, vectors: Any,
@@ -153,105 +194,26 @@ def _tile(
     """Go on with the sums of `rows` rows and 16·vectors columns, over `count` products from k = begin on.
 
     lhs[batch, row : row + rows], its last row again where it ends. panel[at :]: the columns of rhs, 16·vectors for each
-    k. sums[place :]: the accumulators, WIDTH to a row. numbers: see Emitter.rounded.
+    k. sums[place :]: the accumulators, WIDTH to a row. numbers: see _Steps.rounded.
     """
     literals = [t.literal_value for t in (add, into, guard, chunked, rows, vectors)]
     add_kind, into_kind, guard_kind, by_chunks, height, width = literals
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emitter(builder, add_kind, into_kind, guard_kind)
-        half = add_kind == HALF
-        element, lanes, size = (ir.HalfType(), 32, 2) if half else (F32, LANES, 4)
-        vector = ir.VectorType(element, lanes)
-        zero = ir.Constant(vector, [0.0] * lanes)
-        a, p, n, r = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (6, 11, 14, 15))
-        batch_at, first_row, first_k, deep = (args[i] for i in (7, 8, 9, 10))
-        panel_at, step, sums_at = (args[i] for i in (12, 13, 16))
-        strides, shape = cgutils.unpack_tuple(builder, a.strides), cgutils.unpack_tuple(builder, a.shape)
-        byte = ir.IntType(8)
-
-        def i64(value: int) -> ir.Constant:
-            return ir.Constant(I64, value)
-
-        def at(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
-            """`offset` bytes behind `base`."""
-            pointer = builder.gep(builder.bitcast(base, byte.as_pointer()), [offset], source_etype=byte)
-            return builder.bitcast(pointer, kind.as_pointer())
-
-        def load(base: ir.Value, offset: ir.Value, kind: Any) -> ir.Value:
-            return builder.load(at(base, offset, kind), align=size, typ=kind)
-
-        for i in range(0 if half else 7):
-            value = emit.splat(load(n.data, i64(4 * i), F32))
-            emit.numbers.append(value if i < 4 else emit.bits(value))
-        last = builder.sub(shape[1], i64(1))
-        starts = []
-        for i in range(height):
-            this = builder.add(first_row, i64(i))
-            this = builder.select(builder.icmp_signed("<", this, last), this, last)
-            start = builder.add(builder.mul(batch_at, strides[0]), builder.mul(this, strides[1]))
-            starts.append(builder.add(start, builder.mul(first_k, strides[2])))
-        cells = [(i, v) for i in range(height) for v in range(width)]
-
-        def cell_at(i: int, v: int) -> ir.Value:
-            offset = builder.mul(builder.add(sums_at, i64(i * WIDTH + v * lanes)), i64(size))
-            return at(r.data, offset, vector)
-
-        before = {cell: builder.load(cell_at(*cell), align=size, typ=vector) for cell in cells}
-        totals = {cell: cgutils.alloca_once_value(builder, value) for cell, value in before.items()}
-        parts = {cell: cgutils.alloca_once_value(builder, zero) for cell in cells} if by_chunks else totals
-        columns = at(p.data, builder.mul(panel_at, i64(size)), byte)
-
-        def multiply(k: ir.Value, one: Any) -> None:
-            along, down = builder.mul(k, strides[2]), builder.mul(k, i64(size * lanes * width))
-            bs = [load(columns, builder.add(down, i64(size * lanes * v)), vector) for v in range(width)]
-            for i in range(height):
-                scalar = emit.splat(load(a.data, builder.add(starts[i], along), element), vector)
-                before = [builder.load(parts[i, v], typ=vector) for v in range(width)]
-                for v, after in enumerate(one(scalar, bs, before)):
-                    builder.store(after, parts[i, v])
-
+        steps = _Steps(builder, add_kind, into_kind, guard_kind)
+        arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in (6, 11, 14, 15)]
+        tile = _Tile(steps, height, width, arrays, [args[i] for i in (7, 8, 9, 12, 16)])
         if by_chunks:
-            with cgutils.for_range_slice(builder, i64(0), deep, step, I64, inc=True) as (low, _):
-                end = builder.add(low, step)
-                end = builder.select(builder.icmp_signed("<", end, deep), end, deep)
-                for cell in cells:
-                    builder.store(_constant(0), parts[cell])
-                with cgutils.for_range_slice(builder, low, end, i64(1), I64, inc=True) as (k, _):
-                    multiply(k, lambda x, ys, cs: emit.each(emit.fma, x, ys, cs))
-                for cell in cells:
-                    part, total = (builder.load(kept[cell], typ=V) for kept in (parts, totals))
-                    builder.store(emit.rounded(emit.multiply_add(_constant(1), [part], [total]))[0], totals[cell])
+            tile.chunks(args[10], args[13])
         else:
-            with cgutils.for_range_slice(builder, i64(0), deep, i64(1), I64, inc=True) as (k, _):
-                multiply(k, lambda x, y, c: emit.rounded(emit.multiply_add(x, y, c)))
-        for cell in cells:
-            builder.store(builder.load(totals[cell], typ=vector), cell_at(*cell), align=size)
+            tile.each_product(args[10])
+        tile.finish()
         return context.get_dummy_value()
 
-    i64 = types.int64
+    number = types.int64
     kinds = (add, into, guard, chunked, rows, vectors)
-    return types.void(*kinds, lhs, i64, i64, i64, i64, panel, i64, i64, numbers, sums, i64), codegen
-
-
-@njit(nogil=True, cache=True)
-def aligned_array(numbers, like):
-    """An array with that many numbers from the first multiple of 64 bytes on, and where that is."""
-    array = np.empty(numbers + 64, like.dtype)
-    return array, (-array.ctypes.data % 64) // like.itemsize
-
-
-@njit(nogil=True, cache=True)
-def pack(rhs, batch, first, columns, width, panel, at):
-    """rhs[batch, :, first : first + columns] into panel[at :], [WIDTH / width, K, width], zeros beyond."""
-    depth = rhs.shape[1]
-    for begin in range(0, columns, width):
-        for k in range(depth):
-            for j in range(min(width, columns - begin)):
-                panel[at + j] = rhs[batch, k, first + begin + j]
-            for j in range(columns - begin, width):
-                panel[at + j] = 0
-            at += width
+    places = (number, number, number, number, panel, number, number, numbers, sums, number)
+    return types.void(*kinds, lhs, *places), codegen
 
 
 @functools.cache
@@ -267,18 +229,15 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
     def kernel(lhs, rhs, out, chunk, numbers, first_task, last_task):
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
-        row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
         panel, start = aligned_array(depth * WIDTH, rhs)
         sums, place = aligned_array(BLOCK * WIDTH, rhs)
         step = max(_DEPTH // chunk, 1) * chunk
-        packed = -1
+        packed = -1, -1
         for task in range(first_task, last_task):
-            batch, rest = task // (panels * row_blocks), task % (panels * row_blocks)
-            low, top = (rest // row_blocks) * WIDTH, (rest % row_blocks) * BLOCK
-            columns, bottom = min(WIDTH, across - low), min(top + BLOCK, height)
-            if task // row_blocks != packed:
+            batch, low, columns, top, bottom = part_of(task, height, across)
+            if (batch, low) != packed:
                 pack(rhs, batch, low, columns, width, panel, start)
-                packed = task // row_blocks
+                packed = batch, low
             sums[:] = 0
             for begin in range(0, depth, step):
                 count = min(step, depth - begin)
@@ -289,9 +248,7 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
                             add, into, guard, by_chunks, rows, vectors, lhs, batch, row, begin, count,
                             panel, at, chunk, numbers, sums, place + (row - top) * WIDTH + column,
                         )  # fmt: skip
-            for row in range(top, bottom):
-                for j in range(columns):
-                    out[batch, row, low + j] = sums[place + (row - top) * WIDTH + j]
+            write_out(out, batch, low, columns, top, bottom, sums, place)
 
     return kernel
 
