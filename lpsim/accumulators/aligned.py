@@ -48,8 +48,8 @@ WIDE_PRODUCTS = 8  # in each register
 class _Step(Emitter):
     """The code of one step of two rows and WIDTH columns (see _step): `exponents`, then `integers`, then `finish`.
 
-    The products of k in [low, high) are terms 2^-s · integer with s = fraction bits − e, where e is the largest exponent
-    of the cell's accumulator and products. For fraction bits 25, e = 3: the product 5.5 becomes fptosi(5.5 · 2^22).
+    Each product becomes the integer fptosi(product · 2^(fraction bits − e)), where e is the largest exponent of the
+    cell's accumulator and products. With 25 fraction bits and e = 3, 5.5 becomes 5.5 · 2^22.
     """
 
     def __init__(self, builder: ir.IRBuilder, arrays: Any, places: Any) -> None:
@@ -189,11 +189,9 @@ def tiles(wide: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
     is_wide, files = int(wide), FINGERPRINT
     number = types.int64
-    exponents = types.int32[:, :, ::1]
+    integers = (types.int32[:, :, ::1], number, number, types.int32[::1], number, number)
 
-    @njit(
-        types.void(_A3, _A3, _A3, exponents, number, number, types.int32[::1], number, number), nogil=True, cache=True
-    )
+    @njit(types.void(_A3, _A3, _A3, *integers), nogil=True, cache=True)
     def kernel(lhs, rhs, out, lhs_exponents, emin_rhs, chunk, numbers, first_task, last_task):
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]

@@ -92,13 +92,7 @@ class Rows:
     """`height` rows of array[batch] from first_row on, its last row again where it ends; k counts from `begin`."""
 
     def __init__(
-        self,
-        emit: Emitter,
-        array: Any,
-        batch: ir.Value,
-        first_row: ir.Value,
-        height: int,
-        begin: ir.Value | None = None,
+        self, emit: Emitter, array: Any, batch: ir.Value, first_row: ir.Value, height: int, begin: Any = None
     ) -> None:
         self._emit, self._data, b = emit, array.data, emit.b
         strides, shape = cgutils.unpack_tuple(b, array.strides), cgutils.unpack_tuple(b, array.shape)
@@ -168,7 +162,7 @@ def pack(rhs, batch, first, columns, width, panel, at):
 
 @njit(nogil=True, cache=True)
 def part_of(task, height, across):
-    """What a task computes of out [batches, height, across]: batch, columns [low, low + columns), rows [top, bottom)."""
+    """The part of out [batches, height, across] that is a task's: batch, low, columns from there on, top, bottom."""
     row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
     batch, rest = task // (panels * row_blocks), task % (panels * row_blocks)
     low, top = (rest // row_blocks) * WIDTH, (rest % row_blocks) * BLOCK
