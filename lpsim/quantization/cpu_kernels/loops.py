@@ -65,6 +65,52 @@ def _array(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
     return kind(types.int64, types.int64, dtype), codegen
 
 
+@njit(nogil=True)
+def _sections(columns, tile_columns, lanes):
+    """A row as stretches: their count, their length, and log2 of the elements that share a scale in one.
+
+    A stretch has one scale (62), or groups of whole vectors with one scale each, or a scale an element.
+    """
+    if tile_columns == 1:
+        return 1, columns, 62
+    for power in range(3, 9):
+        if tile_columns == 1 << power and tile_columns >= lanes:
+            return 1, columns, power
+    return -(-columns // tile_columns), tile_columns, 62
+
+
+@njit(nogil=True)
+def _rows_of(tile_row, rows, tile_rows, down):
+    """The rows [top, bottom) of a row of tiles; `down` of them lie below each other in `rows` rows."""
+    top = (tile_row // down) * rows + (tile_row % down) * tile_rows
+    return top, min(top + tile_rows, (tile_row // down + 1) * rows)
+
+
+@njit(nogil=True)
+def _quantize_stretch(call, c, key, place, x_at, out_at, count, shift, plain, scales, bits_at):
+    """A stretch of at most _PIECE elements if stochastic, the element number `place` its first.
+
+    plain: 0, or the row for blocks whose scales are ordinary. scales: the addresses of the scales and their inverses,
+    and where `plain` is not 0 of the lowest exponents, lowest and highest elements. bits_at: where random bits lie.
+    """
+    scale_at, inverse_at, emin_at, lowest_at, highest_at = scales
+    stochastic = c[_EXACT_ROW_AT] != 0
+    words, lows, skip = bits_at, bits_at + 2 * (_PIECE + 256), 2 * (place & 127)
+    if stochastic:
+        fill_random(words, place, count, 0, key)
+    if plain != 0:
+        undecided = call_row(
+            plain, x_at, out_at, count, emin_at, lowest_at, highest_at, shift, words + skip, lows + skip, call
+        )
+    else:
+        undecided = call_row(
+            c[_ROW_AT], x_at, out_at, count, scale_at, inverse_at, 0, shift, words + skip, lows + skip, call
+        )
+    if undecided != 0 and stochastic and (c[_VALUES] > 0 or c[_BITS] > 16):
+        fill_random(lows, place, count, 1, key)
+        call_row(c[_EXACT_ROW_AT], x_at, out_at, count, scale_at, inverse_at, 0, shift, words + skip, lows + skip, call)
+
+
 @functools.cache
 def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> Any:
     """The loops for tensors of a width.
@@ -88,44 +134,33 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         _ = files
         c = _array(call, _FIELDS, np.int64)
         rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
-        elements, source, exact_row = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT]
+        elements, source, stochastic = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT] != 0
         x = _array(x_at, elements, element)
         f, rule = _array(c[_FLOATS_AT], 5, compute), _array(c[_RULE_AT], 9, np.int64)
         down, across = -(-rows // tile_rows), -(-columns // tile_columns)
         key = (seed & _LOW, (seed >> 32) & _LOW, stream_step & _LOW, (stream_step >> 32) & _LOW)
-        stochastic, table, own = exact_row != 0, c[_VALUES] > 0, tile_columns == 1
         # what is known of the blocks in a row of tiles, and random bits: pieces of one memory
         computed = across if source >= _POWER_OF_TWO else 1
-        drawn = 2 * (_PIECE + 256) if stochastic else 0
-        memory = np.empty(6 * computed + drawn // 4 + 8, np.int64)
+        memory = np.empty(6 * computed + (2 * (_PIECE + 256) if stochastic else 0) // 4 + 8, np.int64)
         free = memory.ctypes.data
         m, emin = _array(free, computed, pattern), _array(free + 8 * computed, computed, np.int32)
         scale_at, inverse_at = free + 16 * computed, free + 24 * computed
         emin_at, lowest_at, highest_at = free + 8 * computed, free + 32 * computed, free + 40 * computed
         s, n = _array(scale_at, computed, scaling), _array(inverse_at, computed, scaling)
         lowest, highest = _array(lowest_at, computed, np.float32), _array(highest_at, computed, np.float32)
-        words = (free + 48 * computed + 63) & -64
-        lows = words + 2 * (_PIECE + 256)
-        piece = _PIECE if stochastic else columns
+        bits_at = (free + 48 * computed + 63) & -64
         base, ordinary, plain_row = 0, False, c[_PLAIN_ROW_AT]
         if source <= _SAME:
             scale_at, inverse_at = c[_SCALE_AT], c[_INVERSE_AT]
             if plain_row != 0 and source == _SAME and _array(scale_at, 1, scaling)[0] == 1:
                 emin[0], ordinary = _array(c[_INTEGERS_AT], 11, integer)[0], True
                 lowest[0], highest[0] = f[0], f[1]
-        # a stretch of a row has one scale, or groups of whole vectors with one scale each, or a scale an element
-        sections, section, shift = across, tile_columns, 62
-        if own:
-            sections, section = 1, columns
-        else:
-            for power in range(3, 9):
-                if tile_columns == 1 << power and tile_columns >= c[_LANES]:
-                    sections, section, shift = 1, columns, power
+        sections, section, shift = _sections(columns, tile_columns, c[_LANES])
+        piece = _PIECE if stochastic else columns
         if c[_LARGE_ROW_AT] != 0 and out_at % 64 == 0 and columns % 16 == 0 and section % 16 == 0:
             plain_row = c[_LARGE_ROW_AT]
         for tile_row in range(first, last):
-            top = (tile_row // down) * rows + (tile_row % down) * tile_rows
-            bottom = min(top + tile_rows, (tile_row // down + 1) * rows)
+            top, bottom = _rows_of(tile_row, rows, tile_rows, down)
             if source == _GIVEN:
                 base = tile_row * across
             elif source == _POWER_OF_TWO:
@@ -140,31 +175,18 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
                 begin = row * columns
                 length = min(columns, elements - begin)
                 for part in range(sections):
-                    end = min((part + 1) * section, length)
-                    for low in range(part * section, end, piece):
-                        count = min(piece, end - low)
-                        at = base + low if own else base + part + ((low - part * section) >> shift)
-                        x_here, out_here = x_at + size * (begin + low), out_at + size * (begin + low)
-                        skip = 2 * ((offset + begin + low) & 127)
-                        if stochastic:
-                            fill_random(words, offset + begin + low, count, 0, key)
-                        s_here, n_here = scale_at + scale_size * at, inverse_at + scale_size * at
-                        if ordinary:
-                            undecided = call_row(
-                                plain_row, x_here, out_here, count, emin_at + 4 * at, lowest_at + 4 * at,
-                                highest_at + 4 * at, shift, words + skip, lows + skip, call,
-                            )  # fmt: skip
-                        else:
-                            undecided = call_row(
-                                c[_ROW_AT], x_here, out_here, count, s_here, n_here, 0,
-                                shift, words + skip, lows + skip, call,
-                            )  # fmt: skip
-                        if undecided != 0 and stochastic and (table or c[_BITS] > 16):
-                            fill_random(lows, offset + begin + low, count, 1, key)
-                            call_row(
-                                exact_row, x_here, out_here, count, s_here, n_here, 0,
-                                shift, words + skip, lows + skip, call,
-                            )  # fmt: skip
+                    for low in range(part * section, min((part + 1) * section, length), piece):
+                        count = min(piece, min((part + 1) * section, length) - low)
+                        at = base + low if tile_columns == 1 else base + part + ((low - part * section) >> shift)
+                        scales = (
+                            scale_at + scale_size * at, inverse_at + scale_size * at,
+                            emin_at + 4 * at, lowest_at + 4 * at, highest_at + 4 * at,
+                        )  # fmt: skip
+                        here, plain = size * (begin + low), plain_row if ordinary else 0
+                        _quantize_stretch(
+                            call, c, key, offset + begin + low, x_at + here, out_at + here, count, shift, plain,
+                            scales, bits_at,
+                        )  # fmt: skip
         memory[0] = 0  # not to be freed before
 
     return kernel
@@ -179,8 +201,7 @@ def _tile_maxima(files: int) -> Any:
         tile_rows, tile_columns = tile
         down, across = -(-rows // tile_rows), -(-columns // tile_columns)
         for tile_row in range(len(maxima) // max(across, 1)):
-            top = (tile_row // down) * rows + (tile_row % down) * tile_rows
-            bottom = min(top + tile_rows, (tile_row // down + 1) * rows)
+            top, bottom = _rows_of(tile_row, rows, tile_rows, down)
             m = maxima[tile_row * across : (tile_row + 1) * across]
             fill_maxima(x, m, top, bottom, columns, tile_columns)
 
