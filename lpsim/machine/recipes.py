@@ -75,10 +75,10 @@ class Recipe:
     fprop, dgrad, wgrad: see Gemm. backward_operands: what dgrad and wgrad start from.
     vector: rounds the result of every vector and reduction op, with a straight-through gradient; None leaves them.
     overrides: {site pattern: Recipe}, the first match wins and replaces this recipe whole. A pattern without "/" is
-    matched against the module's path ("lm_head", "h.*.attn"), one with "/" against "path/op" or "path/op#k", k >= 1
-    counting repetitions of the op in one call of the module ("h.*/scaled_dot_product_attention.*", "*/conv2d").
-    Shell wildcards (fnmatch); "*" also crosses dots. Ops outside every module have the path "<outside>", those of the
-    model's own forward "<model>". A pattern that matches no site draws a warning, unless it begins with "*/".
+    matched against the module's path (`lm_head`, `h.*.attn`), one with "/" against `path/op` or `path/op#k`, k >= 1
+    counting repetitions of the op in one call of the module (`h.*/scaled_dot_product_attention.*`, `*/conv2d`).
+    Shell wildcards (fnmatch); `*` also crosses dots. Ops outside every module have the path `<outside>`, those of the
+    model's own forward `<model>`. A pattern that matches no site draws a warning, unless it begins with `*/`.
     """
 
     fprop: Gemm = Gemm()
