@@ -366,7 +366,7 @@ class Simulation:
             # On a copy: what the op saves for its backward pass must not be rounded afterwards.
             copy = target.clone()
             result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
-            return target.copy_(self._call(site).vector(result))
+            return target.copy_(self._call(site).vector(result)) if isinstance(result, Tensor) else result
         result = func(*args, **kwargs)
         if kwargs.get("out") is not None:
             for t in (result,) if isinstance(result, Tensor) else result:

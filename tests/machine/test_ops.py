@@ -284,6 +284,7 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "cdist batch": (lambda a, b: torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist"), ((2, 1, 3, 4), (6, 5, 4))),
     "cdist p": (lambda a, b: torch.cdist(a, b, p=1.5), ((3, 4), (5, 4))),
     "tensordot": (lambda a, b: torch.tensordot(a, b, dims=2), ((3, 4, 5), (4, 5, 2))),
+    "tensordot all": (lambda a, b: torch.tensordot(a, b, dims=2), ((3, 4), (3, 4))),
     "tensordot axes": (lambda a, b: torch.tensordot(a, b, dims=([0, -1], [1, 0])), ((4, 3, 5), (5, 4, 2))),
     "tensordot 0": (lambda a, b: torch.tensordot(a, b, dims=0), ((2,), (3,))),
     "bilinear": (F.bilinear, ((2, 3, 4), (2, 3, 5), (6, 4, 5), (6,))),

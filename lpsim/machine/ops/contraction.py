@@ -133,8 +133,10 @@ def inner(call: Call, input: Tensor, other: Tensor) -> Tensor:
     return tensordot(call, input, other, ((-1,), (-1,)))
 
 
-def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
-    """Σ over the paired axes, flattened in a's order as given."""
+def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, dims_other: Any = None) -> Tensor:
+    """Σ over the paired axes, flattened in a's order as given; dims_other: b's axes, where aten gives them apart."""
+    if dims_other is not None:
+        dims = (dims, dims_other)
     if isinstance(dims, Tensor):
         dims = dims.tolist()
     if isinstance(dims, int):
@@ -150,7 +152,7 @@ def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     depth = math.prod(a.shape[d] for d in a_dims)
     lhs = a.permute(*a_free, *a_dims).reshape(math.prod(a_shape), depth)
     rhs = b.permute(*b_dims, *b_free).reshape(depth, math.prod(b_shape))
-    return call.gemm(lhs, rhs).reshape(*a_shape, *b_shape)
+    return call.gemm(lhs, rhs).reshape(a_shape + b_shape)
 
 
 def matrices_in(*matrices: Any) -> int:

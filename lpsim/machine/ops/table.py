@@ -89,6 +89,8 @@ WRAPPED: dict[str, Op] = {
     **_product("__rmatmul__", contraction.rmatmul),
     **_product("linalg_matmul", contraction.matmul),
     **_product("mm", contraction.mm),
+    **_product("spmm", contraction.mm),
+    **_product("dsmm", contraction.mm),
     **_product("bmm", contraction.bmm),
     **_product("mv", contraction.mv),
     **_product("dot", contraction.dot, autocasts=False),
@@ -172,7 +174,7 @@ WRAPPED: dict[str, Op] = {
     **_entries(
         Kind.REDUCTION,
         "a sum, mean or norm",
-        "sum nansum mean nanmean var std var_mean std_mean norm frobenius_norm nuclear_norm linalg_norm "
+        "sum nansum mean nanmean var std var_mean std_mean norm frobenius_norm linalg_norm "
         "linalg_vector_norm linalg_matrix_norm logsumexp special_logsumexp prod cumsum logcumsumexp trace dist "
         "cosine_similarity pairwise_distance embedding_bag trapezoid trapz diff sum_to_size quantile nanquantile",
     ),
@@ -250,13 +252,14 @@ WRAPPED: dict[str, Op] = {
 }
 
 _HIDING = """
+    nuclear_norm linalg_matrix_rank
     linalg_cholesky linalg_cholesky_ex linalg_cond linalg_det linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh
     linalg_householder_product linalg_inv linalg_inv_ex linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve
     linalg_lstsq linalg_lu linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv
     linalg_qr linalg_slogdet linalg_solve linalg_solve_ex linalg_solve_triangular linalg_svd linalg_svdvals
     linalg_tensorinv linalg_tensorsolve cholesky cholesky_inverse cholesky_solve corrcoef cov det geqrf inverse lobpcg
     logdet lu lu_solve lu_unpack matrix_exp orgqr ormqr pca_lowrank pinverse qr slogdet svd svd_lowrank
-    triangular_solve affine_grid affine_grid_generator conv_tbc convolution dsmm hsmm saddmm smm sspaddmm
+    triangular_solve affine_grid affine_grid_generator conv_tbc convolution hsmm hspmm saddmm smm sspaddmm
     _cdist_forward _euclidean_dist _trilinear _convolution _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex
     _linalg_svd lu_with_info _scaled_mm _scaled_grouped_mm _sparse_mm _addmm_activation mkldnn_linear
     mkldnn_convolution mkldnn_rnn_layer _scaled_dot_product_attention_math _scaled_dot_product_flash_attention
@@ -290,10 +293,10 @@ def inplace_argument(func: Callable[..., Any]) -> int | None:
 
     None: the function does not change its first argument.
     """
-    name = getattr(func, "__name__", "")
+    name = getattr(func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         return -1
-    if name.startswith("__i") and name.endswith("__") and name != "__iter__":
+    if name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"):  # __iadd__, but not __int__
         return -1
     try:
         return list(inspect.signature(func).parameters).index("inplace")
