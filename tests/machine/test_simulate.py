@@ -152,6 +152,19 @@ def test_escaped_operands_are_found_in_lists_and_keywords_too() -> None:
             assert sim.audit().escaped == ("aten.conv_of_list, forward",) * escaped
 
 
+class Spectral(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(x, 2)
+
+
+def test_a_norm_by_a_decomposition_is_told() -> None:
+    """Other norms are reductions, and so is the table's entry; this one multiplies matrices inside."""
+    told = pytest.raises(EscapedProductError, match=r"aten\._linalg_svd, forward of <model>")
+    model = Spectral()
+    with told, simulate(model, Recipe.forward(FP6.format), on_escape="raise"):
+        model(torch.ones(2, 2))
+
+
 class Hidden(nn.Module):
     """As a compiled extension does it."""
 
