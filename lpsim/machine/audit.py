@@ -16,15 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpsim.machine.ops import Kind, Op, Product, Site
+from lpsim.machine.ops.contraction import cdist_has_products
 
 _PRODUCTS = """
-    mm addmm bmm baddbmm addbmm mv addmv dot vdot linear matmul _trilinear _cdist_forward _cdist_backward
+    mm addmm bmm baddbmm addbmm mv addmv dot vdot linear matmul _trilinear
     _euclidean_dist _scaled_mm _scaled_grouped_mm _grouped_mm _int_mm _sparse_mm _sparse_addmm mkldnn_rnn_layer
     mkldnn_rnn_layer_backward _cudnn_rnn _cudnn_rnn_backward miopen_rnn miopen_rnn_backward
     _transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention
+    linalg_inv_ex _linalg_solve_ex linalg_solve_triangular triangular_solve linalg_pinv linalg_lstsq linalg_matrix_exp
+    _linalg_svd _linalg_eigh linalg_eig _linalg_eigvals linalg_eigvals linalg_qr geqrf ormqr linalg_householder_product
+    linalg_cholesky_ex cholesky cholesky_solve cholesky_inverse linalg_ldl_factor_ex linalg_ldl_solve
+    linalg_lu linalg_lu_factor_ex linalg_lu_solve _linalg_det _linalg_slogdet
 """
 _PRODUCT_FAMILIES = ("conv", "_scaled_dot_product_", "_flash_attention", "_efficient_attention", "_cudnn_attention")
 
@@ -57,6 +63,10 @@ class Audit:
         lines += _aligned([(op, where, str(n), whose) for (op, where, whose), n in sorted(self.products.items())])
         lines.append(f"escaped products: {', '.join(self.escaped) or 'none'}")
         return "\n".join(lines)
+
+
+def _floating(x: object) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -119,7 +129,9 @@ class Auditor(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         is_product = name in self._names or any(family in name for family in _PRODUCT_FAMILIES)
-        if is_product and any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in args):
+        if name == "_cdist_forward":  # (x1, x2, p, compute_mode), which multiplies as torch.cdist may
+            is_product = cdist_has_products(*args)
+        if is_product and any(map(_floating, pytree.tree_leaves((args, kwargs)))):
             self._attribute(name)
         with torch._C.DisableTorchFunction():  # an OpOverload called from here would reach the simulation's mode
             return func(*args, **(kwargs or {}))

@@ -7,9 +7,9 @@ tell which module is running. Another thread's calls are not seen; what torch.co
 What is not the model's arithmetic is exempt by rule:
 - a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
   attributes;
-- everything in Optimizer.step under no_grad;
+- everything in Optimizer.step under no_grad; the audit names its products;
 - outside every module, what is no part of a graph: clipping, weight averages, metrics, the preparation of data.
-  Matrix products there still follow the recipe;
+  Matrix products there still follow the recipe, and what hides them (torch.linalg.solve, torch.cov) is an error;
 - vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
 
 torch evaluates nn.TransformerEncoder and nn.MultiheadAttention by fused kernels, unless it is watched as here. Where a
@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -34,7 +35,19 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from lpsim.machine.audit import Audit, Auditor
 from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
 from lpsim.machine.module_paths import ModulePaths
-from lpsim.machine.ops import WRAPPED, Call, Composite, Kind, Observer, Op, Site, body, inplace_argument, op_name
+from lpsim.machine.ops import (
+    HIDES_PRODUCTS,
+    WRAPPED,
+    Call,
+    Composite,
+    Kind,
+    Observer,
+    Op,
+    Site,
+    body,
+    inplace_argument,
+    op_name,
+)
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.machine.refusals import check_module, refuse_strange, run_uncompiled
 
@@ -308,21 +321,34 @@ class Simulation:
 
     def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is not in the table, if a rule exempts it."""
+        hides_products = name in HIDES_PRODUCTS
         if self._optimizing():
-            with self._owned("the optimizer"):
-                return func(*args, **kwargs)
+            return self._optimizers(name, hides_products, func, args, kwargs)
+        if hides_products and next(_floating((args, kwargs)), None) is not None:
+            frame = self._paths.current()
+            if self._bookkeeping(frame, args, kwargs):
+                raise UnknownOpError(
+                    f"{_path(frame)}/{name}: {name!r} multiplies matrices inside, where the recipe does not reach, so "
+                    "they would stay in full precision unnoticed. If it is no part of the machine, call it inside "
+                    "`simulation.suspended()`; else write it as products, or add it to lpsim.machine.ops.WRAPPED"
+                )
+            raise _unknown(frame, name)
         result = func(*args, **kwargs)
         if next(_floating(result), None) is None or next(_floating((args, kwargs)), None) is None:
             return result
         frame = self._paths.current()
         if self._bookkeeping(frame, args, kwargs):
             return result
-        path = BACKWARD if frame is None else frame.path
-        raise UnknownOpError(
-            f"{path}/{name}: the simulated machine does not know the op {name!r}, so its operands would stay in full "
-            "precision unnoticed. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
-            "lpsim/machine/ops/table.py, and one function if it hides matrix products"
-        )
+        raise _unknown(frame, name)
+
+    def _optimizers(
+        self, name: str, product: bool, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an op of the optimizer in full precision; the audit has a row for those that multiply matrices."""
+        if product and self._counting is not None:
+            self._counting.count(name, Kind.EXEMPT, "-", "the optimizer")
+        with self._owned("the optimizer"):
+            return func(*args, **kwargs)
 
     def _vector(self, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self._paths.current()
@@ -340,7 +366,7 @@ class Simulation:
             # On a copy: what the op saves for its backward pass must not be rounded afterwards.
             copy = target.clone()
             result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
-            return target.copy_(self._call(site).vector(result))
+            return target.copy_(self._call(site).vector(result)) if isinstance(result, Tensor) else result
         result = func(*args, **kwargs)
         if kwargs.get("out") is not None:
             for t in (result,) if isinstance(result, Tensor) else result:
@@ -370,9 +396,11 @@ class Simulation:
         first = next(_floating((args, kwargs)), None)
         if first is None:
             return func(*args, **kwargs)
+        if op.multiplies is not None and not op.multiplies(*args, **kwargs):
+            vector = replace(op, kind=Kind.VECTOR, reason="without a product, as it is called here")
+            return self._vector(vector, func, args, kwargs)
         if self._optimizing():
-            with self._owned("the optimizer"):
-                return func(*args, **kwargs)
+            return self._optimizers(op.name, True, func, args, kwargs)
         place = self._place(op)
         if place.left:
             with self._owned("left by the recipe", op, place):
@@ -387,12 +415,15 @@ class Simulation:
         device = first.device.type
         with self._owned("the recipe", op, place):
             if op.autocasts and torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
+                dtype = torch.float32 if op.widened else torch.get_autocast_dtype(device)
                 args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
                 with torch.autocast(device, enabled=False):
                     result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
-            else:
+            elif op.autocasts or not torch.is_autocast_enabled(device):
                 result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
+            else:
+                with torch.autocast(device, enabled=False):  # its products must not be cast one by one
+                    result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
         if target is not None:
             return target.copy_(result)
         return result if out is None else _written(out, result)
@@ -472,6 +503,18 @@ class Simulation:
         return self._counting.owned(owner)
 
 
+def _path(frame: Frame | None) -> str:
+    return BACKWARD if frame is None else frame.path
+
+
+def _unknown(frame: Frame | None, name: str) -> UnknownOpError:
+    return UnknownOpError(
+        f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would stay in "
+        "full precision unnoticed. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
+        "lpsim/machine/ops/table.py, and one function if it hides matrix products"
+    )
+
+
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
@@ -506,7 +549,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
 
 
 def _autocast(value: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors in `value`, float64 excepted, in the dtype autocast gives to products."""
+    """The floating-point tensors in `value`, float64 excepted, in the dtype that autocast gives to a product."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
     if isinstance(value, dict):

@@ -172,6 +172,74 @@ def test_results_and_gradients_are_rounded_by_out() -> None:
     assert_equal(run(recipe, F.linear, x, w, b), out, *expected)
 
 
+def test_a_matrix_power_is_repeated_products() -> None:
+    (a,) = tensors((40, 40))
+    q4, q6, q8, bf16 = FP4.quantize, FP6.quantize, FP8.quantize, BF16.quantize
+    recipe = Recipe(Gemm(FP4, FP6, out=BF16), Gemm(FP8, FP4), Gemm(FP6, FP8))
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return bf16(q4(x, -1) @ q6(y, -2))
+
+    def gradients(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return q8(g, -1) @ q4(q6(y, -2), -1).T, q6(q4(x, -1), -2).T @ q8(g, -2)
+
+    square = product(a, a)
+    g = weighting(a)
+    d_square, d_a = gradients(square, a, g)
+    d_left, d_right = gradients(a, a, d_square)
+    got, (grad,) = run(recipe, lambda x: torch.linalg.matrix_power(x, 3), a)
+    assert torch.equal(got, product(square, a))
+    torch.testing.assert_close(grad, d_a + d_left + d_right)  # autograd adds the three in an order of its own
+    with simulate(nn.Identity(), recipe):
+        fourth, fifth = torch.matrix_power(a, 4), torch.matrix_power(a, 5)
+        assert torch.equal(fourth, product(square, square))
+        assert torch.equal(fifth, product(a, product(square, square)))
+        assert torch.equal(torch.linalg.matrix_power(a, 0), torch.eye(40))
+        assert torch.equal(torch.linalg.matrix_power(a, 1), a)
+        with pytest.raises(NotImplementedError, match="n = -1 needs an inverse"):
+            torch.linalg.matrix_power(a, -1)
+        with pytest.raises(ValueError, match=r"square matrices .*, got \(2, 3\)"):
+            torch.linalg.matrix_power(torch.ones(2, 3), 2)
+
+
+def test_euclidean_distances_are_a_product_and_the_vector_ops_around() -> None:
+    x, y = tensors((30, 40), (50, 40))
+    q4, q6, q8, bf16 = FP4.quantize, FP6.quantize, FP8.quantize, BF16.quantize
+    recipe = Recipe(Gemm(FP4, FP6, out=FP8), Gemm(FP8, FP4), Gemm(FP6, FP8), vector=BF16)
+    rows, columns = bf16(x.square().sum(-1)), bf16(y.square().sum(-1))
+    out = (rows[:, None] + columns - 2 * q8(q4(x, -1) @ q6(y, -1).T)).sqrt()
+    g = weighting(out) / (2 * out)  # of the squares
+    dx = (2 * g.sum(1))[:, None] * x + q8(-2 * g, -1) @ q4(q6(y, -1), 0)
+    dy = (2 * g.sum(0))[:, None] * y + q8(-2 * g, 0).T @ q6(q4(x, -1), 0)
+    got, grads = run(recipe, torch.cdist, x, y)
+    assert torch.equal(got, bf16(out))
+    torch.testing.assert_close(grads, [dx, dy])
+    vectors = run(recipe, lambda a, b: torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"), x, y)
+    assert torch.equal(vectors[0], bf16(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")))
+
+
+def test_distances_of_zero_have_no_gradient_and_nan_stays() -> None:
+    x = torch.tensor([[1.0, 2.0], [0.0, torch.nan]])
+    out, (grad, _) = run(UNROUNDED, torch.cdist, x, x[:1])
+    assert out[0] == 0 and out[1].isnan() and torch.equal(grad[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("cast", [Tensor.float, Tensor.bfloat16])
+def test_autocast_gives_the_dtypes_that_torch_gives(cast: Callable[[Tensor], Tensor]) -> None:
+    a, b = map(cast, tensors((4, 4), (4, 4)))
+    calls: list[Callable[[], Tensor]] = [
+        lambda: torch.cdist(a, b),
+        lambda: torch.linalg.matrix_power(a, 3),
+        lambda: torch.dot(a[0], b[0]),
+        lambda: torch.linalg.vecdot(a, b),
+        lambda: F.bilinear(a, b, a[:, None] * b),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [call().dtype for call in calls]
+        with simulate(nn.Identity(), THREE):
+            assert [call().dtype for call in calls] == expected
+
+
 # Decomposition: in float64 and without rounding, every product is what torch computes
 
 MASK = torch.rand(5, 6, generator=torch.Generator().manual_seed(1)) > 0.3
@@ -207,7 +275,16 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "addbmm": (lambda c, a, b: torch.addbmm(c, a, b, beta=2), ((3, 5), (2, 3, 4), (2, 4, 5))),
     "chain_matmul": (torch.chain_matmul, ((3, 4), (4, 5), (5, 2))),
     "multi_dot": (lambda *m: torch.linalg.multi_dot(m), ((3, 4), (4, 5), (5, 2))),
+    "matrix_power 0": (lambda a: torch.matrix_power(a, 0) + 0 * a, ((2, 3, 3),)),
+    "matrix_power 1": (lambda a: torch.linalg.matrix_power(a, 1), ((3, 3),)),
+    "matrix_power 3": (lambda a: torch.linalg.matrix_power(input=a, n=3), ((2, 3, 3),)),
+    "matrix_power 7": (lambda a: a.matrix_power(7), ((3, 3),)),
+    "matrix_power 12": (lambda a: torch.linalg.matrix_power(a, 12), ((3, 3),)),
+    "cdist": (torch.cdist, ((3, 4), (5, 4))),
+    "cdist batch": (lambda a, b: torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist"), ((2, 1, 3, 4), (6, 5, 4))),
+    "cdist p": (lambda a, b: torch.cdist(a, b, p=1.5), ((3, 4), (5, 4))),
     "tensordot": (lambda a, b: torch.tensordot(a, b, dims=2), ((3, 4, 5), (4, 5, 2))),
+    "tensordot all": (lambda a, b: torch.tensordot(a, b, dims=2), ((3, 4), (3, 4))),
     "tensordot axes": (lambda a, b: torch.tensordot(a, b, dims=([0, -1], [1, 0])), ((4, 3, 5), (5, 4, 2))),
     "tensordot 0": (lambda a, b: torch.tensordot(a, b, dims=0), ((2,), (3,))),
     "bilinear": (F.bilinear, ((2, 3, 4), (2, 3, 5), (6, 4, 5), (6,))),

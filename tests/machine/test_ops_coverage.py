@@ -56,6 +56,12 @@ PRODUCTS: Calls = {
     "torch.addmv": lambda: torch.addmv(X[:, 0], X, Y[0]),
     "torch.addbmm": lambda: torch.addbmm(X[:4, :4], SIGNAL, SIGNAL.mT),
     "torch.baddbmm": lambda: torch.baddbmm(SIGNAL[:, :, :4], SIGNAL, SIGNAL.mT),
+    "torch.linalg.matrix_power": lambda: torch.linalg.matrix_power(X[:, :6], 3),
+    "torch.matrix_power": lambda: torch.matrix_power(input=X[:, :6], n=2),
+    "Tensor.matrix_power": lambda: X[:, :6].matrix_power(5),
+    "torch.cdist": lambda: torch.cdist(X, Y),
+    "torch.cdist use_mm": lambda: torch.cdist(X, Y, 2, compute_mode="use_mm_for_euclid_dist"),
+    "torch.ops.aten.cdist": lambda: torch.ops.aten.cdist(X, Y),
     "torch.einsum": lambda: torch.einsum("bij,bkj->bik", SIGNAL, SIGNAL),
     "torch.tensordot": lambda: torch.tensordot(X, Y, dims=([1], [1])),
     "F.bilinear": lambda: F.bilinear(X, Y, sample(5, 8, 8)),
@@ -123,6 +129,9 @@ VECTORS: Calls = {
     "torch.special.expit": lambda: torch.special.expit(X),
     "torch.lerp": lambda: torch.lerp(X, Y, 0.3),
     "torch.addcdiv": lambda: torch.addcdiv(X, X, Y),
+    "torch.cdist p": lambda: torch.cdist(X, Y, 1.0),
+    "torch.cdist without mm": lambda: torch.cdist(X, Y, compute_mode="donot_use_mm_for_euclid_dist"),
+    "torch.ops.aten.cdist p": lambda: torch.ops.aten.cdist(X, Y, 3.0, 1),
     "torch.outer": lambda: torch.outer(X[0], Y[0]),
     "torch.einsum without a sum": lambda: torch.einsum("i,j->ij", X[0], Y[0]),
     "F.relu": lambda: F.relu(X),
@@ -264,10 +273,8 @@ UNTOUCHED: Calls = {
 
 UNKNOWN: Calls = {
     "torch.cumprod": lambda: torch.cumprod(X, 0),
-    "torch.cdist": lambda: torch.cdist(X, Y),
     "torch.linalg.solve": lambda: torch.linalg.solve(X[:, :6], Y),
     "torch.linalg.inv": lambda: torch.linalg.inv(X[:, :6]),
-    "torch.linalg.matrix_power": lambda: torch.linalg.matrix_power(X[:, :6], 3),
     "torch.matrix_exp": lambda: torch.matrix_exp(X[:, :6]),
     "torch.linalg.svd": lambda: torch.linalg.svd(X),
     "torch.fft.fft": lambda: torch.fft.fft(X),
@@ -342,6 +349,70 @@ def test_what_the_table_does_not_know_raises(name: str) -> None:
     model = Runs()
     with simulate(model, MACHINE), pytest.raises(UnknownOpError, match=r"<model>/.* Add it to lpsim\.machine\.ops"):
         model(UNKNOWN[name])
+
+
+SQUARE = X[:, :6] @ X[:, :6].T + torch.eye(6)
+HIDING: Calls = {
+    "torch.linalg.solve": lambda: torch.linalg.solve(SQUARE, Y),
+    "torch.linalg.inv": lambda: torch.linalg.inv(SQUARE),
+    "torch.inverse": lambda: torch.inverse(SQUARE),
+    "Tensor.pinverse": lambda: SQUARE.pinverse(),
+    "torch.linalg.svd": lambda: torch.linalg.svd(X),
+    "torch.linalg.eigh": lambda: torch.linalg.eigh(SQUARE),
+    "torch.linalg.qr": lambda: torch.linalg.qr(X),
+    "torch.linalg.cholesky": lambda: torch.linalg.cholesky(SQUARE),
+    "torch.linalg.det": lambda: torch.linalg.det(SQUARE),
+    "torch.matrix_exp": lambda: torch.matrix_exp(SQUARE),
+    "torch.cov": lambda: torch.cov(X),
+    "torch.corrcoef": lambda: torch.corrcoef(X),
+    "torch.linalg.matrix_rank": lambda: torch.linalg.matrix_rank(X),
+    "torch.svd_lowrank": lambda: torch.svd_lowrank(X, 2),
+    "F.affine_grid": lambda: F.affine_grid(sample(2, 2, 3), [2, 1, 4, 4], align_corners=False),
+    "torch.ops.aten._cdist_forward": lambda: torch.ops.aten._cdist_forward(X, Y, 2.0, None),
+}
+
+
+@pytest.mark.parametrize("audit", [True, False])
+@pytest.mark.parametrize("name", HIDING)
+def test_what_hides_products_raises_outside_the_model_too(name: str, audit: bool) -> None:
+    """Where other functions that are not in the table are nobody's arithmetic; and not where it is left out by hand."""
+    raises = pytest.raises(UnknownOpError, match=r"^<outside>/\w+: .* multiplies matrices inside")
+    with simulate(nn.Linear(2, 2), MACHINE, audit=audit) as sim:
+        with sim.suspended():
+            HIDING[name]()
+        with torch.no_grad(), raises:
+            HIDING[name]()
+
+
+class Whitening(torch.optim.Optimizer):
+    """As Shampoo and Muon do: an update by an eigenvalue decomposition and by products."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            values, vectors = torch.linalg.eigh(p.grad @ p.grad.T + torch.eye(len(p)))
+            p -= 0.1 * (vectors / values.sqrt()) @ vectors.T @ p.grad
+
+
+def test_products_of_the_optimizer_are_its_own_and_in_the_audit() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6, bias=False)
+    optimizer = Whitening(layer.parameters())
+    layer.weight.grad = Y.clone()
+    expected = layer.weight.detach().clone()
+    values, vectors = torch.linalg.eigh(Y @ Y.T + torch.eye(6))
+    expected -= 0.1 * (vectors / values.sqrt()) @ vectors.T @ Y
+    with simulate(layer, MACHINE, on_escape="raise") as sim:
+        optimizer.step()
+    assert torch.equal(layer.weight, expected)
+    assert {(row.op, row.kind, row.count) for row in sim.audit().rows if row.reason == "the optimizer"} == {
+        ("linalg_eigh", Kind.EXEMPT, 1),
+        ("matmul", Kind.EXEMPT, 3),
+    }
+    assert {owner for _, _, owner in sim.audit().products} == {"the optimizer"}
 
 
 def test_no_entry_is_out_of_reach() -> None:

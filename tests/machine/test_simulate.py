@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -134,6 +135,34 @@ def test_the_audit_finds_what_escapes() -> None:
     assert sim.audit().escaped == ("aten.mm, forward",)
     with sim:  # nothing new: nothing to tell
         pass
+
+
+def test_escaped_operands_are_found_in_lists_and_keywords_too() -> None:
+    """A library's own aten ops, below the functions that a simulation sees."""
+    with torch.library._scoped_library("escaping", "FRAGMENT") as library:
+        library.define("conv_of_list(Tensor[] x, *, Tensor[]? y=None) -> Tensor")
+        library.impl("conv_of_list", lambda x, *, y=None: torch.ones(()), "CompositeExplicitAutograd")
+        tensors = [torch.ones(2)]
+        integers = [torch.ones(2, dtype=torch.long)]
+        for x, y, escaped in ((tensors, None, 1), (integers, tensors, 1), (integers, integers, 0)):
+            sim = simulate(nn.Linear(2, 2), Recipe())
+            told = pytest.warns(EscapedProductWarning) if escaped else nullcontext()
+            with told, sim, torch._C.DisableTorchFunction():
+                torch.ops.escaping.conv_of_list(x, y=y)
+            assert sim.audit().escaped == ("aten.conv_of_list, forward",) * escaped
+
+
+class Spectral(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(x, 2)
+
+
+def test_a_norm_by_a_decomposition_is_told() -> None:
+    """Other norms are reductions, and so is the table's entry; this one multiplies matrices inside."""
+    told = pytest.raises(EscapedProductError, match=r"aten\._linalg_svd, forward of <model>")
+    model = Spectral()
+    with told, simulate(model, Recipe.forward(FP6.format), on_escape="raise"):
+        model(torch.ones(2, 2))
 
 
 class Hidden(nn.Module):

@@ -7,9 +7,10 @@ Out: its result, rounded as the recipe says. It imports recipes; simulate, audit
 
 from lpsim.machine.ops.product import Product, Role, StraightThrough
 from lpsim.machine.ops.site import Call, Composite, Observer, Site
-from lpsim.machine.ops.table import WRAPPED, Kind, Op, body, inplace_argument, op_name
+from lpsim.machine.ops.table import HIDES_PRODUCTS, WRAPPED, Kind, Op, body, inplace_argument, op_name
 
 __all__ = [
+    "HIDES_PRODUCTS",
     "WRAPPED",
     "Call",
     "Composite",

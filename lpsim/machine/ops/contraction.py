@@ -6,6 +6,7 @@ Where an op contracts several axes they are flattened, in the order they have in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpsim.machine.ops.site import Call
+from lpsim.machine.ops.site import Call, Composite
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -132,8 +133,10 @@ def inner(call: Call, input: Tensor, other: Tensor) -> Tensor:
     return tensordot(call, input, other, ((-1,), (-1,)))
 
 
-def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
-    """Σ over the paired axes, flattened in a's order as given."""
+def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, dims_other: Any = None) -> Tensor:
+    """Σ over the paired axes, flattened in a's order as given; dims_other: b's axes, where aten gives them apart."""
+    if dims_other is not None:
+        dims = (dims, dims_other)
     if isinstance(dims, Tensor):
         dims = dims.tolist()
     if isinstance(dims, int):
@@ -149,7 +152,7 @@ def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     depth = math.prod(a.shape[d] for d in a_dims)
     lhs = a.permute(*a_free, *a_dims).reshape(math.prod(a_shape), depth)
     rhs = b.permute(*b_dims, *b_free).reshape(depth, math.prod(b_shape))
-    return call.gemm(lhs, rhs).reshape(*a_shape, *b_shape)
+    return call.gemm(lhs, rhs).reshape(a_shape + b_shape)
 
 
 def matrices_in(*matrices: Any) -> int:
@@ -166,6 +169,67 @@ def chain_matmul(call: Call, *matrices: Any) -> Tensor:
     for i, matrix in enumerate(others):
         result = matmul(call.at(i), result, matrix)
     return result
+
+
+def steps_of_power(input: Tensor, n: int) -> int:
+    """No fewer than the products of a matrix_power."""
+    return max(1, 2 * n.bit_length())
+
+
+def matrix_power(call: Call, input: Tensor, n: int) -> Tensor:
+    """inputⁿ of square matrices by repeated squaring, in torch's order; each product rounded by fprop.out.
+
+    n = 0 is the identity and n = 1 a copy, without a product. Raises NotImplementedError for a negative n, whose
+    inverse is no matrix product, and ValueError for matrices that are not square.
+    """
+    if n < 0:
+        raise NotImplementedError(f"matrix_power with n = {n} needs an inverse, which is not simulated: n must be >= 0")
+    if input.dim() < 2 or input.shape[-1] != input.shape[-2]:
+        raise ValueError(f"matrix_power multiplies square matrices [..., N, N], got {tuple(input.shape)}")
+    if n == 0:
+        return torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand(input.shape).clone()
+    if n == 1:
+        return input.clone()
+    steps = itertools.count()
+    if n == 3:
+        return matmul(call.at(next(steps)), matmul(call.at(next(steps)), input, input), input)
+    result, power = None, input
+    while True:
+        n, bit = n >> 1, n & 1
+        if bit:
+            result = power if result is None else matmul(call.at(next(steps)), result, power)
+        if not n:
+            assert result is not None
+            return result
+        power = matmul(call.at(next(steps)), power, power)
+
+
+def cdist_has_products(
+    x1: Any, x2: Any, p: float = 2.0, compute_mode: str | int | None = "use_mm_for_euclid_dist_if_necessary"
+) -> bool:
+    """Whether torch.cdist may multiply matrices: Euclidean distances, unless it is told not to. See cdist."""
+    return p == 2 and compute_mode not in ("donot_use_mm_for_euclid_dist", 2)
+
+
+def cdist(composite: Composite, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """Euclidean distances of x1 [..., P, M] and x2 [..., R, M] as √(|x|² + |y|² - 2x·y): [..., P, R].
+
+    x·y is a product of the recipe. The vector unit computes the rest from the operands as they are: "norms" (|x|² and
+    |y|²) and "distance". A difference below zero counts as zero, where the gradient is zero as in torch; NaN stays.
+    torch multiplies matrices where a side has more than 25 rows; a machine needs a rule that does not depend on shapes.
+    """
+    for x in (x1, x2):
+        if x.dim() < 2:
+            raise ValueError(f"cdist measures between rows of [..., P, M] and [..., R, M], got {tuple(x.shape)}")
+    norms = composite.part("norms", 2)
+    rows = norms.vector(x1.square().sum(-1))[..., :, None]
+    columns = norms.at(1).vector(x2.square().sum(-1))[..., None, :]
+    squares = rows + columns - 2 * composite.part("xy").gemm(x1, x2, rhs_axis=-1)
+    none = squares <= 0
+    distances = torch.where(
+        none, torch.zeros_like(squares), torch.where(none, torch.ones_like(squares), squares).sqrt()
+    )
+    return composite.part("distance").vector(distances)
 
 
 def groups_in(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, **_: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,7 +41,8 @@ class Op:
     parts: the products that a composite is made of. vector_parts: the vector ops between them.
     calls: how many products (at most) one call with these arguments makes, where that is not one; see Call.at.
     transparent: torch's own Python body runs, and the functions it calls are the ops.
-    autocasts: autocast runs this op in its lower precision.
+    autocasts: autocast runs this op in its lower precision. widened: instead in float32.
+    multiplies: whether a call with these arguments makes products, where not all do; the others are vector ops.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Op:
     calls: Callable[..., int] | None = None
     transparent: bool = False
     autocasts: bool = True
+    widened: bool = False
+    multiplies: Callable[..., bool] | None = None
 
 
 def _entries(kind: Kind, reason: str, names: str) -> dict[str, Op]:
@@ -70,6 +73,11 @@ def _composite(name: str, function: Callable[..., Any], products: str, vectors: 
     return {name: Op(name, Kind.PRODUCT, reason, function, tuple(products.split()), tuple(vectors.split()))}
 
 
+def _cdist() -> dict[str, Op]:
+    (op,) = _composite("cdist", contraction.cdist, "xy", "norms distance").values()
+    return {"cdist": replace(op, widened=True, multiplies=contraction.cdist_has_products)}
+
+
 def _transparent(name: str, kind: Kind, reason: str) -> dict[str, Op]:
     return {name: Op(name, kind, reason, transparent=True)}
 
@@ -81,11 +89,13 @@ WRAPPED: dict[str, Op] = {
     **_product("__rmatmul__", contraction.rmatmul),
     **_product("linalg_matmul", contraction.matmul),
     **_product("mm", contraction.mm),
+    **_product("spmm", contraction.mm),
+    **_product("dsmm", contraction.mm),
     **_product("bmm", contraction.bmm),
     **_product("mv", contraction.mv),
     **_product("dot", contraction.dot, autocasts=False),
     **_product("vdot", contraction.vdot, autocasts=False),
-    **_product("linalg_vecdot", contraction.vecdot, autocasts=False),
+    **_product("linalg_vecdot", contraction.vecdot),
     **_product("inner", contraction.inner),
     **_product("addmm", contraction.addmm),
     **_product("addmv", contraction.addmv),
@@ -93,6 +103,9 @@ WRAPPED: dict[str, Op] = {
     **_product("baddbmm", contraction.baddbmm),
     **_product("chain_matmul", contraction.chain_matmul, contraction.matrices_in),
     **_product("linalg_multi_dot", contraction.chain_matmul, contraction.matrices_in),
+    **_product("matrix_power", contraction.matrix_power, contraction.steps_of_power),
+    **_product("linalg_matrix_power", contraction.matrix_power, contraction.steps_of_power),
+    **_cdist(),
     **_product("tensordot", contraction.tensordot),
     **_product("einsum", contraction.einsum, contraction.steps_in),
     **_product("grouped_mm", contraction.grouped_mm, contraction.groups_in, autocasts=False),
@@ -161,7 +174,7 @@ WRAPPED: dict[str, Op] = {
     **_entries(
         Kind.REDUCTION,
         "a sum, mean or norm",
-        "sum nansum mean nanmean var std var_mean std_mean norm frobenius_norm nuclear_norm linalg_norm "
+        "sum nansum mean nanmean var std var_mean std_mean norm frobenius_norm linalg_norm "
         "linalg_vector_norm linalg_matrix_norm logsumexp special_logsumexp prod cumsum logcumsumexp trace dist "
         "cosine_similarity pairwise_distance embedding_bag trapezoid trapz diff sum_to_size quantile nanquantile",
     ),
@@ -238,6 +251,29 @@ WRAPPED: dict[str, Op] = {
     **_transparent("grad", Kind.EXEMPT, "runs the backward pass: what it computes is seen op by op"),
 }
 
+_HIDING = """
+    nuclear_norm linalg_matrix_rank
+    linalg_cholesky linalg_cholesky_ex linalg_cond linalg_det linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh
+    linalg_householder_product linalg_inv linalg_inv_ex linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve
+    linalg_lstsq linalg_lu linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv
+    linalg_qr linalg_slogdet linalg_solve linalg_solve_ex linalg_solve_triangular linalg_svd linalg_svdvals
+    linalg_tensorinv linalg_tensorsolve cholesky cholesky_inverse cholesky_solve corrcoef cov det geqrf inverse lobpcg
+    logdet lu lu_solve lu_unpack matrix_exp orgqr ormqr pca_lowrank pinverse qr slogdet svd svd_lowrank
+    triangular_solve affine_grid affine_grid_generator conv_tbc convolution hsmm hspmm saddmm smm sspaddmm
+    _cdist_forward _euclidean_dist _trilinear _convolution _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex
+    _linalg_svd lu_with_info _scaled_mm _scaled_grouped_mm _sparse_mm _addmm_activation mkldnn_linear
+    mkldnn_convolution mkldnn_rnn_layer _scaled_dot_product_attention_math _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu _transformer_encoder_layer_fwd
+    _native_multi_head_attention cudnn_convolution cudnn_convolution_transpose cudnn_convolution_relu
+    cudnn_convolution_add_relu miopen_convolution miopen_convolution_add_relu miopen_convolution_relu
+    miopen_convolution_transpose miopen_depthwise_convolution miopen_rnn _cudnn_rnn fbgemm_linear_fp16_weight
+    fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight fbgemm_linear_int8_weight_fp32_activation
+    _wrapped_quantized_linear_prepacked quantized_gru_cell quantized_lstm_cell quantized_rnn_relu_cell
+    quantized_rnn_tanh_cell
+"""
+HIDES_PRODUCTS = frozenset(_HIDING.split())
+"""Functions that multiply matrices inside and have no entry: no rule exempts them, except the optimizer's."""
+
 
 def op_name(func: Callable[..., Any]) -> str:
     """The name of `func` in the table: its own, without the mark of the in-place form and without its namespace."""
@@ -257,10 +293,10 @@ def inplace_argument(func: Callable[..., Any]) -> int | None:
 
     None: the function does not change its first argument.
     """
-    name = getattr(func, "__name__", "")
+    name = getattr(func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         return -1
-    if name.startswith("__i") and name.endswith("__") and name != "__iter__":
+    if name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"):  # __iadd__, but not __int__
         return -1
     try:
         return list(inspect.signature(func).parameters).index("inplace")
