@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,21 @@ def run_uncompiled(stack: ExitStack) -> None:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     except RuntimeError as error:
         raise RuntimeError(refusal) from error
+
+
+NORMS = ("norm", "linalg_norm", "linalg_matrix_norm")
+
+
+def refuse_singular_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for a norm of NORMS that is of a matrix's singular values: an SVD is products."""
+    order = args[1] if len(args) > 1 else kwargs.get("p" if name == "norm" else "ord")
+    dim = args[2] if len(args) > 2 else kwargs.get("dim")
+    of_matrices = len(dim) == 2 if isinstance(dim, tuple | list) else dim is None and args and args[0].dim() > 1
+    if order == "nuc" or (name != "norm" and order in (2, -2) and (name == "linalg_matrix_norm" or of_matrices)):
+        raise NotImplementedError(
+            f"{name} with the order {order!r} is of a matrix's singular values, whose products the recipe does not "
+            "reach: take the Frobenius norm, or call it inside `simulation.suspended()` if it is no part of the machine"
+        )
 
 
 def refuse_strange(x: Tensor) -> None:

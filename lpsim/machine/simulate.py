@@ -49,7 +49,7 @@ from lpsim.machine.ops import (
     op_name,
 )
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
-from lpsim.machine.refusals import check_module, refuse_strange, run_uncompiled
+from lpsim.machine.refusals import NORMS, check_module, refuse_singular_values, refuse_strange, run_uncompiled
 
 __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
 
@@ -301,6 +301,10 @@ class Simulation:
             return self._through
         if op.function is not None:
             return partial(self._product, op, op.function)
+        handler = self._elementwise(op)
+        return partial(self._norm, op.name, handler) if op.name in NORMS else handler
+
+    def _elementwise(self, op: Op) -> Handler:
         if op.kind in (Kind.VECTOR, Kind.REDUCTION) and (self._rounds_vectors or self._observer is not None):
             return partial(self._vector, op)
         if self._counting is None:
@@ -314,6 +318,13 @@ class Simulation:
         if self._counting is not None:
             self._counting.count(op.name, op.kind, "-", reason)
         return func(*args, **kwargs)
+
+    def _norm(
+        self, name: str, handler: Handler, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._optimizing():
+            refuse_singular_values(name, args, kwargs)
+        return handler(func, args, kwargs)
 
     def _through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._mode:

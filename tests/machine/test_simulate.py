@@ -154,11 +154,11 @@ def test_escaped_operands_are_found_in_lists_and_keywords_too() -> None:
 
 class Spectral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(x, 2)
+        with torch._C.DisableTorchFunction():
+            return torch.linalg.matrix_norm(x, 2)
 
 
-def test_a_norm_by_a_decomposition_is_told() -> None:
-    """Other norms are reductions, and so is the table's entry; this one multiplies matrices inside."""
+def test_a_decomposition_that_escapes_is_told() -> None:
     told = pytest.raises(EscapedProductError, match=r"aten\._linalg_svd, forward of <model>")
     model = Spectral()
     with told, simulate(model, Recipe.forward(FP6.format), on_escape="raise"):
@@ -424,3 +424,29 @@ def test_the_audit_ends_with_the_first_step() -> None:
         loss_of(model, x, y).backward()
     assert first.rows and sim.audit() == first
     assert sim.step == 8
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: torch.linalg.norm(x, 2),
+        lambda x: torch.linalg.norm(x, ord="nuc"),
+        lambda x: torch.linalg.matrix_norm(x, -2),
+        lambda x: torch.linalg.norm(x[None], ord=2, dim=(1, 2)),
+        lambda x: x.norm("nuc"),
+    ],
+)
+def test_norms_of_singular_values_are_refused(norm: Callable[[Tensor], Tensor]) -> None:
+    with simulate(nn.Linear(2, 2), Recipe(), audit=False) as sim:
+        with pytest.raises(NotImplementedError, match="of a matrix's singular values"):
+            norm(torch.ones(2, 3))
+        with sim.suspended():
+            norm(torch.ones(2, 3))
+
+
+def test_other_norms_are_those_of_torch() -> None:
+    x = torch.randn(3, 4)
+    with simulate(nn.Linear(2, 2), Recipe()):
+        inside = [torch.linalg.norm(x), torch.linalg.norm(x, 2, -1), x.norm(2), torch.linalg.matrix_norm(x), x.norm()]
+    outside = [torch.linalg.norm(x), torch.linalg.norm(x, 2, -1), x.norm(2), torch.linalg.matrix_norm(x), x.norm()]
+    assert all(map(torch.equal, inside, outside))
