@@ -15,9 +15,8 @@ def held_out_loss(name: str, recipe: Recipe) -> float:
     x, y, held_out_x, held_out_y = x[:1024], y[:1024], x[1024:], y[1024:]
     lmd = LMD(model.parameters(), lr=0.01, noise_scale=0.05, seed=0) if name == "lmd" else None
     optimizer = lmd or torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with simulate(model, recipe) as sim:
-        for step in range(80):
-            sim.step = step
+    with simulate(model, recipe):
+        for _ in range(80):
             optimizer.zero_grad()
             if lmd is None:
                 nn.functional.cross_entropy(model(x), y).backward()

@@ -17,7 +17,6 @@ recipe = Recipe.forward(formats.mxfp4_e2m1, vector=formats.bfloat16)
 with simulate(model, recipe, seed=0) as sim:
     telemetry = Telemetry(sim, every=20)
     for step in range(100):
-        sim.step = step  # random bits and telemetry belong to a step
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()

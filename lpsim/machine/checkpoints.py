@@ -67,10 +67,10 @@ class Regions:
             region = self._known[identity] = Region()
         return region
 
-    def draw(self, site: Site, step: int, calls: int) -> tuple[int, int]:
+    def draw(self, site: Site, step: int, calls: int, evaluation: bool) -> tuple[int, int]:
         """(step, number) of a site's next call; in a recomputation those of the call that is repeated.
 
-        calls: how many consecutive numbers the call takes.
+        calls: how many consecutive numbers the call takes. evaluation: of those that evaluations count.
         """
         running = []
         drawn = None
@@ -82,7 +82,7 @@ class Regions:
             else:
                 running.append(region)
         if drawn is None:
-            drawn = step, site.reserve(step, calls)
+            drawn = step, site.reserve(step, calls, evaluation)
         for region in running:
             region.note(site.name, drawn)
         return drawn

@@ -34,6 +34,7 @@ class ModulePaths:
         self._outside = Frame(None, OUTSIDE)
         self._local = threading.local()
         self.regions = checkpoints.Regions()
+        self.before_call: Callable[[], None] | None = None  # called once, before the next module's call
 
     def follow(self, stack: ExitStack) -> None:
         """Start; `stack` ends it."""
@@ -57,6 +58,18 @@ class ModulePaths:
             return self._outside
         return self._recomputed()
 
+    def training(self) -> bool:
+        """Whether what runs belongs to a call that began with gradients enabled; in an evaluation it does not.
+
+        A backward pass is training, and so is a reentrant checkpoint, whose first pass torch runs without gradients.
+        """
+        frames = self._frames()
+        if frames:
+            return frames[-1].training
+        if torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return True
+        return next(checkpoints.checkpoints_on_the_stack(), None) is not None
+
     def inside(self) -> bool:
         """Whether a module is running."""
         return bool(self._frames())
@@ -69,6 +82,9 @@ class ModulePaths:
             return self._local.frames
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self.before_call is not None:
+            before, self.before_call = self.before_call, None
+            before()
         frames = self._frames()
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError("a scripted module is called in a simulation: its ops cannot be seen. Call the original")
@@ -87,7 +103,7 @@ class ModulePaths:
             self._note_origin(parent, reentrant=True)
         else:
             parent = self._recomputed(entering=True) or self._outside
-        frame = Frame(module, self._path(parent, module))
+        frame = Frame(module, self._path(parent, module), training=self.training())
         frames.append(frame)
         if self._guard is not None:
             frame.guard = self._guard(module, frame.path)

@@ -50,6 +50,7 @@ from lpsim.machine.ops import (
 )
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.machine.refusals import NORMS, check_module, refuse_singular_values, refuse_strange, run_uncompiled
+from lpsim.machine.steps import OptimizerSteps
 
 __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
 
@@ -123,9 +124,12 @@ class _Mode(TorchFunctionMode):
 class Simulation:
     """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
 
-    step: the training loop's step, set by the loop; random bits are keyed by (seed, site, step, call within the step),
-    so that a resumed run draws what it would have drawn. The calls of an evaluation count, too: after the update,
-    before `step` is set anew, they leave the training's random bits as they are without it.
+    step: the training step. Random bits are keyed by (seed, site, step, call within the step), so that a resumed run
+    draws what it would have drawn. It follows the optimizers of the model by itself (`steps` says how, and which
+    optimizers a new process can resume), until it is set: then it is the training loop's to set in every step.
+
+    The calls of an evaluation, which begin without gradients, have numbers of their own and shift none of training.
+    Where the loop sets the step, they count with the others: evaluate after the update, before the step is set anew.
     """
 
     def __init__(
@@ -149,6 +153,8 @@ class Simulation:
         self._observer: Observer | None = None
         self._sampler: Sampler | None = None
         self._step = 0
+        self._steps: OptimizerSteps | None = OptimizerSteps(model)  # None: the loop sets the step
+        self._resumed = False  # whether the step was looked up in the optimizers' states
         changes_nothing = all(r.products_plain and r.vector is None for r in (recipe, *recipe.overrides.values()))
         self._paths = ModulePaths(model, self._fused if changes_nothing else None)
         self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
@@ -159,7 +165,8 @@ class Simulation:
         self._streams: dict[int, str] = {}
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
-        self._stepping = False
+        self._stepping: list[Any] = []  # the optimizers whose step is running
+        self._paused = False  # while it runs, as torch runs it
         self._auditor: Auditor | None = Auditor(self._running_module) if audit else None
         self._on_escape = on_escape
         self._told: set[str] = set()  # escaped products of earlier `with`s
@@ -175,7 +182,7 @@ class Simulation:
             self._paths.follow(stack)
             stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
             stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
-            self._stepping = False
+            self._stepping = []
             if self._auditor is not None and not self._auditor.finished:
                 stack.callback(self._stop_audit)
                 self._auditor.__enter__()
@@ -187,6 +194,7 @@ class Simulation:
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         stack, self._stack = self._stack, None
         assert stack is not None
+        self._resume()
         stack.__exit__(exc_type, exc, traceback)
         if exc_type is None and self._sites and self._unmatched:
             warnings.warn(
@@ -220,6 +228,11 @@ class Simulation:
     def step(self, value: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise ValueError(f"step must be an int in [0, 2**32), got {value!r}")
+        self._steps = None
+        self._begin(value)
+
+    def _begin(self, value: int) -> None:
+        """The step is `value` from here on."""
         if value != self._step and self._counting is not None and self._counting.rows:
             self._counting.finish()
             self._stop_audit()
@@ -483,8 +496,24 @@ class Simulation:
                 raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
 
     def _call(self, site: Site, calls: int = 1) -> Call:
-        step, occurrence = self._paths.regions.draw(site, self._step, calls) if site.stochastic else (self._step, 0)
+        evaluation = False
+        if self._steps is not None:
+            evaluation = not self._paths.training()
+            if not (self._resumed or evaluation) and (site.stochastic or self._sampler is not None):
+                self._catch_up(self._steps)
+        if not site.stochastic:
+            return Call(site, self.seed, self._step, 0, self._observer)
+        step, occurrence = self._paths.regions.draw(site, self._step, calls, evaluation)
         return Call(site, self.seed, step, occurrence, self._observer)
+
+    def _catch_up(self, steps: OptimizerSteps) -> None:
+        """Before the first training step in which the step matters: go on where the optimizers' states stand."""
+        self._resumed = True
+        recorded = steps.recorded()
+        if recorded > self._step:
+            self._step = recorded  # without ending the audit, which is of this step
+            if self._sampler is not None:
+                self.observer = self._sampler(recorded)
 
     def _bookkeeping(self, frame: Frame | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an op is not the model's: of the backward pass itself, or outside every module and of no graph."""
@@ -496,13 +525,42 @@ class Simulation:
 
     def _optimizing(self) -> bool:
         """In Optimizer.step, but not in a closure that it calls."""
-        return self._stepping and not self._paths.inside() and not torch.is_grad_enabled()
+        return bool(self._stepping) and not self._paths.inside() and not torch.is_grad_enabled()
 
-    def _enter_step(self, *_: Any) -> None:
-        self._stepping = True
+    def _enter_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """An optimizer's step begins: what it computes is not the machine's, and need not be seen once it was counted.
 
-    def _leave_step(self, *_: Any) -> None:
-        self._stepping = False
+        Its calls do not come here then, until it ends or a module is called, as after an exception in it. A step with
+        a closure, which calls the model, is seen.
+        """
+        self._forget(optimizer)  # an exception may have left it
+        self._stepping.append(optimizer)
+        with_closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        if self._counting is None and not with_closure and torch.overrides._get_current_function_mode() is self._mode:
+            self._mode.__exit__(None, None, None)
+            self._paused = True
+            self._paths.before_call = self._resume
+
+    def _leave_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._forget(optimizer)
+        if not self._stepping:
+            self._resume()
+        if self._steps is not None and self._steps.ended(optimizer):
+            self._begin(self._step + 1)
+
+    def _forget(self, optimizer: Any) -> None:
+        """This optimizer's step, and those inside it, no longer run."""
+        for i, other in enumerate(self._stepping):
+            if other is optimizer:
+                del self._stepping[i:]
+                break
+
+    def _resume(self) -> None:
+        """See the model's calls again."""
+        if self._paused:
+            self._paused = False
+            self._paths.before_call = None
+            self._mode.__enter__()
 
     def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
         """What runs inside is counted as `owner`'s, and the op by its sites."""

@@ -32,6 +32,7 @@ class Site:
 
     __slots__ = (
         "_count",
+        "_evaluations",
         "_step",
         "dgrad_bits",
         "fprop_bits",
@@ -60,18 +61,28 @@ class Site:
         self.wgrad_bits = _product_bits(recipe.wgrad.lhs or kept[0], recipe.wgrad.rhs)
         self._step = -1
         self._count = 0
+        self._evaluations = 0
 
-    def reserve(self, step: int, calls: int = 1) -> int:
-        """How many calls this site saw before in this step; `calls` consecutive numbers are taken from there."""
+    def reserve(self, step: int, calls: int = 1, evaluation: bool = False) -> int:
+        """How many calls this site saw before in this step; `calls` consecutive numbers are taken from there.
+
+        evaluation: numbers of their own, from 2^19 on, so that evaluations leave those of training as they are.
+        """
         if step != self._step:
-            self._step, self._count = step, 0
-        self._count += calls
-        if self._count > 1 << OCCURRENCE_BITS:
+            self._step, self._count, self._evaluations = step, 0, 0
+        if evaluation:
+            self._evaluations += calls
+            first = (1 << OCCURRENCE_BITS - 1) + self._evaluations - calls
+        else:
+            self._count += calls
+            first = self._count - calls
+        if first + calls > 1 << OCCURRENCE_BITS:
+            times = self._evaluations if evaluation else self._count
             raise ValueError(
-                f"{self.name} ran {self._count} times in step {step}: set sim.step in the training loop, "
+                f"{self.name} ran {times} times in step {step}: set sim.step in the training loop, "
                 "so that random bits are keyed by the step"
             )
-        return self._count - calls
+        return first
 
 
 def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
