@@ -14,6 +14,9 @@ from torch import Tensor
 from lmd import plain, update
 
 
+CENTERS = ("m0", "prior_a")  # numbers of a parameter's state
+
+
 class Plan(plain.Plan):
     """For parameters whose means have one dtype and device."""
 
@@ -41,15 +44,18 @@ class Plan(plain.Plan):
         state = {
             name: join([self.states[i][name] for i in chosen])
             for name, value in self.states[chosen[0]].items()
-            if isinstance(value, Tensor) and name != "master"
+            if isinstance(value, Tensor) and name not in ("master", "rms")
         }
-        m0 = join([torch.full_like(self.means[i], self.states[i]["m0"]) for i in chosen])
+        m0, prior_a = (join([torch.full_like(self.means[i], self.states[i][k]) for i in chosen]) for k in CENTERS)
+        full = join([(group["saturation"] * self.states[i]["rms"]).expand_as(self.means[i]) for i in chosen])
         noise = self._noise(group, chosen, 0) if at_sample and group["noise_scale"] > 0.0 else None
         gradient = join([gradient for gradient in gradients if gradient is not None])
-        result = plain.stepped(group, mean, state, gradient, m0, noise)
-        for name, value in result._asdict().items():
+        result = plain.stepped(group, mean, state, gradient, m0, noise, full, prior_a)
+        for name, value in plain.kept(result).items():
             kept = [self.means[i] if name == "mean" else self.states[i][name] for i in chosen]
             torch._foreach_copy_(kept, self._parts(value, chosen))
+        for i, *us in zip(chosen, *(self._parts(u, chosen) for u in plain.directed(result)), strict=True):
+            self.states[i]["rms"].copy_(update.root_mean_square(*us))
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[int], draw: int) -> update.Noise:
         pairs = [self.noise(group, i, draw) for i in chosen]

@@ -46,6 +46,7 @@ TILE = 2048  # elements whose noise is drawn at once; the two factors of each st
 BLOCK = 128  # elements between two bursts of prefetching
 AHEAD = 512  # elements from a prefetch to its use
 HUGE = 1 << 20  # elements; 4 MiB, from which on numpy asks for huge pages
+SIGN = 3e38  # the slope of a step that has full length for every u but 0
 SERIAL = 1 << 17  # elements; below, starting a thread costs more than it gives
 
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
@@ -67,9 +68,10 @@ class Settings(NamedTuple):
     """A group's settings, and its prior's R(d) = linear d + [power > 0] exp(power d + moment) + offset."""
 
     weight_scaling: bool
+    measured: bool  # whether the squares of u are summed
     lr: np.float32
     decay: np.float32  # lr weight_decay
-    ratio: np.float32  # beta1 / (1 - beta1): sign(ratio v + G) = sign(u)
+    ratio: np.float32  # beta1 / (1 - beta1): ratio v + G = u / (1 - beta1)
     beta2: np.float32
     rest2: np.float32  # 1 - beta2
     linear: np.float32
@@ -228,34 +230,60 @@ def half_log_ratio(x: Any, s: Any) -> Any:
 
 
 @inlined
-def direction(u: Any, size: Any) -> Any:
-    """size sign(u); 0 for 0 and NaN for NaN."""
-    return with_sign(size, to_bits(u)) if abs(u) > f32(0.0) else u
+def clear(lanes: Any) -> Any:
+    for i in range(BLOCK):
+        store(lanes, i, f32(0.0))
+
+
+@inlined
+def add_squares(u: Any, lanes: Any, count: Any) -> Any:
+    """Lane i takes the squares of the elements i of every block, so that their order does not depend on vectors."""
+    use_wide_vectors()
+    for i in range(count):
+        store(lanes, i, fma(load(u, i), load(u, i), load(lanes, i)))
+
+
+@inlined
+def sum_of(lanes: Any) -> Any:
+    total = 0.0
+    for i in range(BLOCK):
+        total += np.float64(load(lanes, i))
+    return total
 
 
 @inlined
 def step_shared_block(
-    mean: Any, gradient: Any, v: Any, plus: Any, minus: Any, count: Any, m0: Any, scale: Any, settings: Any
+    mean: Any, gradient: Any, v: Any, factors: Any, count: Any, scales: Any, full: Any, settings: Any
 ) -> Any:
+    """factors: exp(sigma eps+), replaced by u (1 - beta1)^-1 m0^-1, and TILE further on exp(sigma eps-).
+
+    One pointer for both, as LLVM checks a few for overlap only and leaves a loop with more of them scalar.
+    """
     use_wide_vectors()
+    m0, scale, center = scales[0], scales[1], scales[2]
     inverse = f32(1.0) / scale
     ratio, rest, decay = settings.ratio / m0, settings.rest2 * m0, settings.decay * settings.linear
     for i in range(count):
         x = load(mean, i) * inverse
         s = sqrt(fma(x, x, f32(1.0)))
-        p, q = load(plus, i), load(minus, i)
+        p, q = load(factors, i), load(factors, i + TILE)
         g = load(gradient, i) * (fma(s, p + q, x * (p - q)) if settings.weight_scaling else f32(2.0))  # G / m0
         u = fma(ratio, load(v, i), g)
         store(v, i, fma(settings.beta2, load(v, i), rest * g))
-        y = fma(decay, half_log_ratio(x, s), direction(u, settings.lr))
+        store(factors, i, u)
+        y = fma(decay, half_log_ratio(x, s) - center, bounded(u * full, settings.lr))
         store(mean, i, scale * rotate(x, s, y))
 
 
 @compiled
-def step_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
-    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+def step_shared(
+    first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any, full: Any, squares: Any
+) -> Any:
+    """full: lr for each (1 - beta1) m0 in u from which a step has that length, by row. squares: sums, by tile."""
+    plus, minus, lanes = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE, scratch.ctypes.data + 8 * TILE
     for row, begin, count in tiles(table, GRADIENT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        clear(lanes)
         for start in range(0, count, BLOCK):
             offset = 4 * (begin + start)
             mean, gradient, v = table[row, MEAN] + offset, table[row, GRADIENT] + offset, table[row, V] + offset
@@ -264,9 +292,10 @@ def step_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, no
                 prefetch(gradient, line)
                 prefetch(v, line)
             here = min(BLOCK, count - start)
-            step_shared_block(
-                mean, gradient, v, plus + 4 * start, minus + 4 * start, here, scales[row, 0], scales[row, 1], settings
-            )
+            step_shared_block(mean, gradient, v, plus + 4 * start, here, scales[row], full[row], settings)
+            if settings.measured:
+                add_squares(plus + 4 * start, lanes, here)
+        squares[table[row, FIRST_TILE] + begin // TILE] = sum_of(lanes)
 
 
 @inlined
@@ -277,10 +306,10 @@ def regularizer(d: Any, settings: Any) -> Any:
 
 
 @inlined
-def split_side(
+def split_momentum(
     sign: Any, mean: Any, log_center: Any, gradient: Any, v: Any, factor: Any, count: Any, scales: Any, settings: Any
 ) -> Any:
-    """One side's momentum; `factor`, exp(sigma eps), becomes lr sign(u) + lr weight_decay R(m)."""
+    """One side's momentum; `factor`, exp(sigma eps), becomes u / (1 - beta1)."""
     use_wide_vectors()
     m0, inverse = scales[0], f32(1.0) / scales[1]
     for i in range(count):
@@ -291,10 +320,45 @@ def split_side(
         theta = m0 * exp(c) * load(factor, i) * (far if x > f32(0.0) else f32(1.0) / far)
         theta = theta if settings.weight_scaling else m0
         g = sign * load(gradient, i) * theta
-        u = fma(settings.ratio, load(v, i), g)
+        store(factor, i, fma(settings.ratio, load(v, i), g))
         store(v, i, fma(settings.beta2, load(v, i), settings.rest2 * g))
-        r = regularizer(c + half_log_ratio(x, s), settings)
-        store(factor, i, fma(settings.decay, r, direction(u, settings.lr)))
+
+
+@inlined
+def split_step(
+    sign: Any, mean: Any, log_center: Any, factor: Any, count: Any, scales: Any, full: Any, settings: Any
+) -> Any:
+    """`factor`, u / (1 - beta1), becomes what log m of this side goes down by."""
+    use_wide_vectors()
+    inverse, center = f32(1.0) / scales[1], sign * scales[2]
+    for i in range(count):
+        c = load(log_center, i)
+        x = sign * load(mean, i) * (inverse * exp(-c))
+        s = sqrt(fma(x, x, f32(1.0)))
+        r = regularizer(c + (half_log_ratio(x, s) - center), settings)
+        store(factor, i, fma(settings.decay, r, bounded(load(factor, i) * full, settings.lr)))
+
+
+@inlined
+def split_side(
+    sign: Any,
+    mean: Any,
+    log_center: Any,
+    gradient: Any,
+    v: Any,
+    factor: Any,
+    lanes: Any,
+    count: Any,
+    scales: Any,
+    full: Any,
+    settings: Any,
+) -> Any:
+    """One side: its momentum, and in place of `factor`, exp(sigma eps), what its log m goes down by."""
+    split_momentum(sign, mean, log_center, gradient, v, factor, count, scales, settings)
+    if settings.measured:
+        for start in range(0, count, BLOCK):
+            add_squares(factor + 4 * start, lanes, min(BLOCK, count - start))
+    split_step(sign, mean, log_center, factor, count, scales, full, settings)
 
 
 @inlined
@@ -312,17 +376,22 @@ def split_move(mean: Any, log_center: Any, up: Any, down: Any, count: Any, scale
 
 
 @compiled
-def step_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any) -> Any:
-    """Three passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
-    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+def step_split(
+    first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any, full: Any, squares: Any
+) -> Any:
+    """Some passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
+    plus, minus, lanes = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE, scratch.ctypes.data + 8 * TILE
     for row, begin, count in tiles(table, GRADIENT, first, last):
         fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        clear(lanes)
         offset = 4 * begin
         mean, log_center = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset
         gradient, v_plus = table[row, GRADIENT] + offset, table[row, V_PLUS] + offset
         v_minus = table[row, V_MINUS] + offset
-        split_side(f32(1.0), mean, log_center, gradient, v_plus, plus, count, scales[row], settings)
-        split_side(f32(-1.0), mean, log_center, gradient, v_minus, minus, count, scales[row], settings)
+        one, numbers = f32(1.0), scales[row]
+        split_side(one, mean, log_center, gradient, v_plus, plus, lanes, count, numbers, full[row], settings)
+        split_side(-one, mean, log_center, gradient, v_minus, minus, lanes, count, numbers, full[row], settings)
+        squares[table[row, FIRST_TILE] + begin // TILE] = sum_of(lanes)
         split_move(mean, log_center, plus, minus, count, scales[row, 1])
 
 
@@ -360,6 +429,8 @@ class Plan(plain.Plan):
         for name in ("v", "v_plus", "v_minus", "log_center"):
             self.table[:, COLUMNS.index(name)] = [state[name].data_ptr() if name in state else 0 for state in states]
         self.m0 = np.array([[state["m0"]] for state in states])
+        self.prior_a = np.array([[state["prior_a"]] for state in states])
+        self.rms = [state["rms"].numpy() for state in states]
         self.scales = math.nan, np.empty(0, f32)  # of a noise scale
 
     def sample(self, group: dict[str, Any], draw: int) -> list[Tensor]:
@@ -384,25 +455,54 @@ class Plan(plain.Plan):
         noise = _noise(group, 0)
         noise = noise if at_sample and group["weight_scaling"] else noise._replace(variance=f32(0.0))
         kernel = step_shared if group["parameterization"] == "shared" else step_split
-        self._run(kernel, self._scales(group), noise, _settings(group))
+        full, squares = self._full(group), np.zeros(self._tiles())
+        self._run(kernel, self._scales(group), noise, _settings(group), full, squares)
+        if group["saturation"] > 0.0:
+            self._measured(group, squares)
+
+    def _unit(self, group: dict[str, Any]) -> np.ndarray:
+        """What the kernels have u in units of, by parameter."""
+        kept = 1.0 - group["betas"][0]
+        return np.full(len(self.rms), kept) if group["parameterization"] == "split" else kept * self.m0[:, 0]
+
+    def _full(self, group: dict[str, Any]) -> np.ndarray:
+        """lr over the u, in the kernels' unit, from which a step has full length; SIGN stands for the sign."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            slope = group["lr"] * self._unit(group) / (group["saturation"] * np.array(self.rms, np.float64))
+        return np.where((slope > 0.0) & (slope < SIGN), slope, SIGN if group["lr"] > 0.0 else 0.0).astype(f32)
+
+    def _measured(self, group: dict[str, Any], squares: np.ndarray) -> None:
+        """Keep the root mean square of u of each parameter that moved."""
+        moved = np.flatnonzero((self.table[:, GRADIENT] != 0) & (self.table[:, COUNT] != 0))
+        if not moved.size:
+            return
+        ends = np.append(self.table[1:, FIRST_TILE], squares.size)
+        counts = self.table[moved, COUNT] * (2 if group["parameterization"] == "split" else 1)
+        sums = np.array([squares[self.table[i, FIRST_TILE] : ends[i]].sum() for i in moved])
+        for i, value in zip(moved, self._unit(group)[moved] * np.sqrt(sums / counts), strict=True):
+            self.rms[i][...] = value
 
     def _place(self, gradients: list[Tensor | None]) -> None:
         self.table[:, GRADIENT] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
 
     def _scales(self, group: dict[str, Any]) -> np.ndarray:
-        """m0 and 2 m0 exp(sigma^2 / 2) of each parameter, float32; kept, since few steps change sigma."""
+        """m0, 2 m0 exp(sigma^2 / 2) and prior_a of each parameter, float32; kept, since few steps change sigma."""
         sigma = group["noise_scale"]
         if self.scales[0] != sigma:
-            self.scales = sigma, (self.m0 * (1.0, 2.0 * math.exp(0.5 * sigma**2))).astype(f32)
+            scales = np.hstack((self.m0 * (1.0, 2.0 * math.exp(0.5 * sigma**2)), self.prior_a))
+            self.scales = sigma, scales.astype(f32)
         return self.scales[1]
+
+    def _tiles(self) -> int:
+        return int(self.table[-1, FIRST_TILE] - (-self.table[-1, COUNT] // TILE))
 
     def _run(self, kernel: Any, *arguments: Any) -> list[Any]:
         """kernel over all tiles, cut into one range for each of torch's threads; its result for each."""
-        count = int(self.table[-1, FIRST_TILE] - (-self.table[-1, COUNT] // TILE))
+        count = self._tiles()
         threads = torch.get_num_threads() if count * TILE > SERIAL else 1
 
         def part(i: int) -> Any:
-            scratch = np.empty(2 * TILE, f32)
+            scratch = np.empty(2 * TILE + BLOCK, f32)
             return kernel(count * i // threads, count * (i + 1) // threads, scratch, self.table, *arguments)
 
         others = [_pool(threads - 1).submit(part, i) for i in range(1, threads)]
@@ -425,7 +525,7 @@ def _settings(group: dict[str, Any]) -> Settings:
     terms = (prior.linear, prior.power, moment, prior.offset(group["entropy"]))
     decay = lr * group["weight_decay"]
     numbers = (lr, decay, beta1 / (1.0 - beta1), beta2, 1.0 - beta2, *terms)
-    return Settings(bool(group["weight_scaling"]), *(f32(x) for x in numbers))
+    return Settings(bool(group["weight_scaling"]), group["saturation"] > 0.0, *(f32(x) for x in numbers))
 
 
 def empty_like(tensor: Tensor) -> Tensor:

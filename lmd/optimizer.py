@@ -54,7 +54,9 @@ class LMD(Optimizer):
         entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
         weight_scaling: whether gradients are scaled by the weights, G+- = +-g theta+-, as the posterior's objective
             has it; False takes G+- = +-g, for ablations.
-        kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: initial_center).
+        saturation: >= 0; the size of u, in root mean squares of its tensor, from which a step has full length. Below, it
+            is proportional to u, so that a weight whose gradient is next to nothing keeps still. 0: the bare sign.
+        kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: start).
             Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
             sample, not again.
         parameterization: "shared" (m+ m- fixed; one state vector) or "split" (m+ and m- free; three).
@@ -80,6 +82,7 @@ class LMD(Optimizer):
         prior: str = "log-normal",
         entropy: bool = True,
         weight_scaling: bool = True,
+        saturation: float = 0.1,
         kappa: float = 1.0,
         parameterization: str = "shared",
         mc_samples: int = 1,
@@ -108,6 +111,7 @@ class LMD(Optimizer):
             "prior": prior,
             "entropy": entropy,
             "weight_scaling": weight_scaling,
+            "saturation": saturation,
             "kappa": kappa,
             "parameterization": parameterization,
             "seed": seed,
@@ -281,12 +285,16 @@ class LMD(Optimizer):
         state = self.state[p]
         if not state:
             dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
-            state["m0"] = update.initial_center(p, group["kappa"])
+            state["m0"], state["prior_a"] = update.start(p, group["kappa"])
             shared = group["parameterization"] == "shared"
             for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
                 state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
             if dtype != p.dtype:
                 state["master"] = p.detach().to(dtype)
+        if "rms" not in state:  # new, or saved by a version before it
+            dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
+            state["rms"] = torch.full((), math.nan, dtype=dtype, device=p.device)
+            state.setdefault("prior_a", 0.0)
 
     @property
     def skipped_steps(self) -> int:
@@ -405,7 +413,7 @@ def _check_settings(group: Group, mc_samples: int) -> None:
             raise ValueError(f"{name} must be {what}, not {group[name]!r}")
 
     betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
-    for name in ("lr", "weight_decay", "noise_scale"):
+    for name in ("lr", "weight_decay", "noise_scale", "saturation"):
         require(math.isfinite(group[name]) and group[name] >= 0.0, name, "finite and at least 0")
     require(group["lr"] <= 1.0, "lr", "at most 1, a factor of e a step")
     require(group["noise_scale"] <= 4.0, "noise_scale", "at most 4, a factor of 50 a standard deviation")

@@ -92,9 +92,11 @@ class Plan:
         for i, (mean, state, gradient) in enumerate(zip(self.means, self.states, gradients, strict=True)):
             if gradient is not None:
                 noise = self.noise(group, i, 0) if at_sample and group["noise_scale"] > 0.0 else None
-                result = stepped(group, mean, state, gradient, state["m0"], noise)
-                for name, value in result._asdict().items():
+                full = group["saturation"] * state["rms"]
+                result = stepped(group, mean, state, gradient, state["m0"], noise, full, state["prior_a"])
+                for name, value in kept(result).items():
                     (mean if name == "mean" else state[name]).copy_(value)
+                state["rms"].copy_(update.root_mean_square(*directed(result)))
 
     def publish(self, gradients: list[Tensor | None]) -> None:
         """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""
@@ -111,11 +113,23 @@ def stepped(
     gradient: Tensor,
     m0: update.Center,
     noise: update.Noise | None,
+    full: update.Center,
+    prior_a: update.Center,
 ) -> update.Shared | update.Split:
     """lmd/update.py's step of the group's parameterization, with the group's settings."""
     settings = {name: group[name] for name in ("lr", "betas", "weight_decay", "noise_scale", "weight_scaling")}
-    settings |= {"prior": PRIORS[group["prior"]], "noise": noise}
+    settings |= {"prior": PRIORS[group["prior"]], "noise": noise, "full": full, "prior_a": prior_a}
     if group["parameterization"] == "shared":
         return update.step_shared(mean, state["v"], gradient, m0, **settings)
     moments = (state["log_center"], state["v_plus"], state["v_minus"])
     return update.step_split(mean, *moments, gradient, m0, entropy=group["entropy"], **settings)
+
+
+def kept(result: update.Shared | update.Split) -> dict[str, Tensor]:
+    """What of a step's result is the mean and the state, by name."""
+    return {name: value for name, value in result._asdict().items() if not name.startswith("u")}
+
+
+def directed(result: update.Shared | update.Split) -> list[Tensor]:
+    """The u that decided the step, of each side that has one."""
+    return [value for name, value in result._asdict().items() if name.startswith("u")]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lmd.priors import Prior
 
+FLOOR = 0.1  # the least size of a weight that a tensor without a scale of its own is made for
+
 Noise = tuple[Tensor, Tensor]
 Center = float | Tensor
 
@@ -59,11 +61,28 @@ def momentum(v: Tensor, gradient: Tensor, betas: tuple[float, float]) -> tuple[T
     return beta1 * v + (1.0 - beta1) * gradient, beta2 * v + (1.0 - beta2) * gradient
 
 
+def direction(u: Tensor, full: Center) -> Tensor:
+    """clip(u / full, -1, 1): a step is proportional to u below `full` and has length 1 from there on.
+
+    sign(u) where `full` is not a positive finite number. `full`: saturation times the root mean square that u had in
+    its tensor in the step before.
+    """
+    full = torch.as_tensor(full, dtype=u.dtype, device=u.device)
+    usable = torch.isfinite(full) & (full > 0.0)
+    return torch.where(usable, (u / torch.where(usable, full, 1.0)).clamp(-1.0, 1.0), torch.sign(u))
+
+
+def root_mean_square(*us: Tensor) -> Tensor:
+    """Over the elements of all `us`, in their dtype; NaN where there are none."""
+    return torch.stack([u.square().mean() for u in us]).mean().sqrt()
+
+
 class Shared(NamedTuple):
-    """What a step of the shared parameterization leaves: the posterior mean and the momentum."""
+    """What a step of the shared parameterization leaves: the posterior mean and the momentum; and the step's u."""
 
     mean: Tensor
     v: Tensor
+    u: Tensor
 
 
 def step_shared(
@@ -79,30 +98,35 @@ def step_shared(
     noise: Noise | None,
     prior: Prior,
     weight_scaling: bool = True,
+    full: Center = 0.0,
+    prior_a: Center = 0.0,
 ) -> Shared:
-    """One step with m+ m- = m0^2: G = g (theta+ + theta-), a' = a - lr (sign(u) + weight_decay R(a)).
+    """One step with m+ m- = m0^2: G = g (theta+ + theta-), a' = a - lr (direction(u) + weight_decay R(a - prior_a)).
+
+    full: of `direction`; 0 is the sign. prior_a: the prior's medians are m0 exp(+-prior_a).
 
     Without `weight_scaling` G = 2 g m0: the multipliers' center in their place, one number a tensor, so that the sign
     is that of the plain gradient's momentum.
 
     `gradient` is dl/dw at the sample that `noise` gives, or at the mean where `noise` is None. Needs a prior with
-    `keeps_product`: for those R is odd in a, so m+ and m- move by opposite factors. u = 0 moves nothing but the
-    decay.
+    `keeps_product`: for those R is odd, so m+ and m- move by opposite factors. u = 0 moves nothing but the decay.
     """
     a = half_log_ratio(mean, m0, noise_scale)
     plus, minus = multipliers(a, m0, noise_scale, noise) if weight_scaling else (m0, m0)
     u, v = momentum(v, gradient * (plus + minus), betas)
-    a = a - lr * (torch.sign(u) + weight_decay * prior.regularizer(a, noise_scale))
-    return Shared(posterior_mean(a, m0, noise_scale), v)
+    a = a - lr * (direction(u, full) + weight_decay * prior.regularizer(a - prior_a, noise_scale))
+    return Shared(posterior_mean(a, m0, noise_scale), v, u)
 
 
 class Split(NamedTuple):
-    """What a step of the split parameterization leaves: the mean, log(center / m0) and the two momenta."""
+    """What a step of the split parameterization leaves: the mean, log(center / m0), two momenta; and the step's u."""
 
     mean: Tensor
     log_center: Tensor
     v_plus: Tensor
     v_minus: Tensor
+    u_plus: Tensor
+    u_minus: Tensor
 
 
 def step_split(
@@ -121,8 +145,10 @@ def step_split(
     prior: Prior,
     entropy: bool,
     weight_scaling: bool = True,
+    full: Center = 0.0,
+    prior_a: Center = 0.0,
 ) -> Split:
-    """One EG+- step: G+- = +-g theta+-, log m+-' = log m+- - lr (sign(u+-) + weight_decay R(m+-)).
+    """One EG+- step: G+- = +-g theta+-, log m+-' = log m+- - lr (direction(u+-) + weight_decay R(m+-)).
 
     Without `weight_scaling` G+- = +-g m0, as in `step_shared`.
 
@@ -134,23 +160,34 @@ def step_split(
     plus, minus = multipliers(a, center, noise_scale, noise) if weight_scaling else (m0, m0)
     u_plus, v_plus = momentum(v_plus, gradient * plus, betas)
     u_minus, v_minus = momentum(v_minus, -gradient * minus, betas)
-    up = -lr * (torch.sign(u_plus) + weight_decay * prior.regularizer(log_center + a, noise_scale, entropy))
-    down = -lr * (torch.sign(u_minus) + weight_decay * prior.regularizer(log_center - a, noise_scale, entropy))
+    off = a - prior_a
+    up = -lr * (direction(u_plus, full) + weight_decay * prior.regularizer(log_center + off, noise_scale, entropy))
+    down = -lr * (direction(u_minus, full) + weight_decay * prior.regularizer(log_center - off, noise_scale, entropy))
     a = a + 0.5 * (up - down)
     log_center = log_center + 0.5 * (up + down)
-    return Split(posterior_mean(a, m0 * torch.exp(log_center), noise_scale), log_center, v_plus, v_minus)
+    mean = posterior_mean(a, m0 * torch.exp(log_center), noise_scale)
+    return Split(mean, log_center, v_plus, v_minus, u_plus, u_minus)
 
 
-def initial_center(weights: Tensor, kappa: float) -> float:
-    """m0 = kappa s, with s the standard deviation of the initial weights, whatever their mean.
+class Start(NamedTuple):
+    """Where the prior and the shared parameterization stand: medians m0 exp(+-prior_a), m+ m- = m0^2."""
+
+    m0: float
+    prior_a: float
+
+
+def start(weights: Tensor, kappa: float) -> Start:
+    """m0 = kappa s, with s the standard deviation of the initial weights, whatever their mean; and a prior about 0.
 
     A tensor that hardly varies about its mean (s < mean |w| / 2: LayerNorm gains, zero biases, a single number) has
-    no such scale; there m0 = 0.5 max(mean |w|, 1e-3), kappa left out. Zero-size: 5e-4. The sums run in float64 over
-    rows of fixed length, so the thread count does not enter. Raises ValueError for a NaN or infinite weight.
+    no such scale, and kappa does not enter. There m0 = max(mean |w|, FLOOR) / 2, FLOOR being 0.1, for matrices at most
+    1 / sqrt(fan-in); and the prior is about the initial mean: a gain is drawn to 1, not to 0. The sums run in float64
+    over rows of fixed length, so the thread count does not enter. Raises ValueError for a NaN or infinite weight.
     """
     count = weights.numel()
+    floor = FLOOR if weights.ndim < 2 or count == 0 else min(FLOOR, (count / weights.shape[0]) ** -0.5)
     if count == 0:
-        return 0.5e-3
+        return Start(0.5 * floor, 0.0)
     flat = weights.detach().reshape(-1).double()
     mean = _total(flat) / count
     deviation = math.sqrt(_total((flat - mean).square()) / count)
@@ -158,8 +195,9 @@ def initial_center(weights: Tensor, kappa: float) -> float:
     if not math.isfinite(magnitude):
         raise ValueError("initial weights must be finite: LMD takes its scale from them")
     if deviation > 0.0 and deviation >= 0.5 * magnitude:
-        return kappa * deviation
-    return 0.5 * max(magnitude, 1e-3)
+        return Start(kappa * deviation, 0.0)
+    m0 = 0.5 * max(magnitude, floor)
+    return Start(m0, math.asinh(mean / (2.0 * m0)))
 
 
 def _total(x: Tensor) -> float:
