@@ -143,10 +143,11 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
     if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
+        versions = made_in.get("versions", {})
         raise RunFolderError(
-            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between Python "
-            f"versions: that run had {made_in.get('versions', {}).get('python')}); use another --runs folder, or "
-            f"delete {folder.parent}"
+            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between versions "
+            f"of Python, glyphs between those of matplotlib: that run had {versions.get('python')} and "
+            f"{versions.get('matplotlib')}); use another --runs folder, or delete {folder.parent}"
         )
     if result is None or result.get("status") not in DONE:
         return None
