@@ -166,9 +166,8 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from experiments.grids import load_grid
+    from experiments.grids.adaptive import Adaptive
     from experiments.grids.source_files import SourceError
     from experiments.running.grid import run_grid
     from experiments.training.record import RunFolderError
@@ -178,17 +177,18 @@ def _run_grid(options: argparse.Namespace) -> int:
     try:
         chosen = None if options.formats is None else [formats.get(name) for name in options.formats]
         source, configs = load_grid(options.grid, chosen)
-        if options.telemetry_every is not None:
-            configs = [replace(config, telemetry_every=options.telemetry_every) for config in configs]
         folder = options.runs / source.stem
         with make_executor(options, folder) as executor:
-            rows = run_grid(configs, folder, executor, source, options.argv)
+            rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every)
     except (SourceError, RunFolderError, ValueError) as error:
         raise UserError(str(error)) from error
     print(f"{folder}: {summary(rows)}")
+    done = all(row.status in ("finished", "diverged") for row in rows)
+    if not done and isinstance(configs, Adaptive):
+        print("  what the grid asks for next depends on these; the same command tries them again")
     if options.report:
         write_report(folder, None)
-    return 0 if all(row.status in ("finished", "diverged") for row in rows) else 1
+    return 0 if done else 1
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecutor":
