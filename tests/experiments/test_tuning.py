@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 
 from experiments.command import cli, tune
+from experiments.grids import load_grid
 from experiments.grids.adaptive import Adaptive, Rounds
 from experiments.grids.source_files import SourceError
 from experiments.grids.tuning import Arm, Choice, LogUniform, Tuning, Uniform, load_tuning, tuned
 from experiments.grids.tuning.search import Trial
+from experiments.grids.tuning.tuned import arm_name
 from experiments.running.grid import run_grid
 from experiments.training import record
-from experiments.training.config import forward
+from experiments.training.config import Config, forward
 from experiments.training.optimizers import LMD, AdamW
 from lpsim.formats import float32, mxfp4_e2m1
 from tests.experiments.experiment_jobs import tiny_config
@@ -238,6 +240,22 @@ def test_a_missing_or_torn_choice_names_the_command(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").write_text("{}")
     with pytest.raises(ValueError, match="is no file of tuned values of version 1"):
         tuned(tmp_path / "tuned.json")
+
+
+def test_the_shipped_tuning_is_of_the_quickstarts_arms_and_shares_no_seed_with_a_comparison() -> None:
+    given = load_tuning("format_tuning")[1]
+    compared = [config for name in ("quickstart", "lmd_ablation") for config in listed(name)]
+    assert {arm.name for arm in given.arms} == {arm_name(config) for config in listed("quickstart")}
+    assert not {config.seed for config in compared} & set(given.all_seeds)
+    for arm in given.arms:
+        (span,) = arm.ranges.values()
+        assert isinstance(span, LogUniform) and span.low < arm.config.optimizer.lr < span.high
+
+
+def listed(name: str) -> list[Config]:
+    configs = load_grid(name)[1]
+    assert isinstance(configs, list)
+    return configs
 
 
 # --- mistakes ---

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from experiments.grids import find, function
 from experiments.grids.source_files import GridError, blamed
-from experiments.grids.tuning.ranges import Choice, LogUniform, Uniform
+from experiments.grids.tuning.ranges import Choice, LogUniform, Range, Uniform
 from experiments.grids.tuning.search import Arm, Tuning
 from experiments.grids.tuning.tuned import Tuned, tuned
 from lpsim.formats import Format
 
-__all__ = ["Arm", "Choice", "LogUniform", "Tuned", "Tuning", "Uniform", "load_tuning", "tuned"]
+__all__ = ["Arm", "Choice", "LogUniform", "Range", "Tuned", "Tuning", "Uniform", "load_tuning", "tuned"]
 
 
 def load_tuning(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, Tuning]:
