@@ -13,11 +13,12 @@ from experiments.command import cli
 from experiments.grids import load_grid
 from experiments.grids.adaptive import Adaptive, Outcome, Rounds
 from experiments.grids.source_files import GridError, SourceError
-from experiments.running.executors import StoppableExecutor
+from experiments.running.executors import SlurmExecutor, StoppableExecutor
 from experiments.running.grid import Row, run_grid
 from experiments.training.config import Config
 from experiments.training.optimizers import SGD
 from tests.experiments.experiment_jobs import one_thread, tiny_config
+from tests.experiments.test_executors import fake_slurm
 from tests.experiments.test_grid import Here, contents
 
 
@@ -128,6 +129,19 @@ def test_the_order_in_which_runs_end_is_not_seen(
     tmp_path: Path, undisturbed: tuple[list[Row], dict[str, Any], str]
 ) -> None:
     assert run_grid(adaptive(halving), tmp_path / "g", LastFirst()) == undisturbed[0]
+
+
+def test_a_scheduler_runs_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_slurm(tmp_path / "slurm", monkeypatch)
+
+    def play() -> Rounds:
+        (outcome,) = yield [config(0.01)]
+        yield [config(outcome.final["validation_loss"] / 100)]
+
+    here = run_grid(adaptive(play), tmp_path / "here" / "g", Here())
+    with SlurmExecutor(tmp_path / "jobs", poll_s=0.05) as slurm:
+        assert run_grid(adaptive(play), tmp_path / "g", slurm) == here
+    assert [row.status for row in here] == ["finished", "finished"]
 
 
 def test_a_failed_run_is_tried_again_before_the_grid_goes_on(

@@ -283,6 +283,7 @@ def listed(name: str) -> list[Config]:
         ),
         (lambda: tuning(trials=0), "trials must be at least 1, is 0"),
         (lambda: tuning(finalists=9), "finalists must be at most trials, 8; is 9"),
+        (lambda: tuning(seeds=5), "seeds must be a list, is 5"),
         (lambda: tuning(seeds=()), "seeds must name one seed or more"),
         (lambda: tuning(final_seeds=(1000,)), "seeds and final_seeds must all differ, got 1000, 1000"),
         (lambda: tuning(seeds=(-1,)), "seed must lie in"),

@@ -117,7 +117,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name in ("arms", "seeds", "final_seeds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            try:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            except TypeError:
+                raise ValueError(f"Tuning: {name} must be a list, is {getattr(self, name)!r}") from None
         names = [arm.name if isinstance(arm, Arm) else None for arm in self.arms]
         if not names or None in names:
             raise ValueError("Tuning: arms must be one or more Arm(config, ranges)")
