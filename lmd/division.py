@@ -156,7 +156,8 @@ def for_model(
         )
     settings = {"kappa": LMD_DEFAULTS["kappa"], **settings}
     lmd = LMD(matrices, lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, **settings)
-    tables, vectors = [], []
+    tables: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, place in division.items():
         if place.optimizer == "other":
             (vectors if named[name].ndim < 2 or place.reason in (VECTOR, NORM) else tables).append(named[name])
