@@ -4,7 +4,8 @@ What it is and its derivation: lmd/README.md. Importing this package loads neith
 """
 
 from lmd.combined import Combined
+from lmd.division import Division, Place, divide, for_model
 from lmd.optimizer import LMD
 from lmd.priors import PRIORS, Prior
 
-__all__ = ["LMD", "PRIORS", "Combined", "Prior"]
+__all__ = ["LMD", "PRIORS", "Combined", "Division", "Place", "Prior", "divide", "for_model"]

@@ -1,4 +1,4 @@
-"""The `lpsim` command: formats, run, report, bench.
+"""The `lpsim` command: formats, run, tune, report, bench.
 
 A mistake of the user gives one message and exit code 2; a grid with failed runs exits with 1, an interrupted one with
 130.
@@ -11,13 +11,17 @@ import pkgutil
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
+    from experiments.grids.adaptive import Adaptive
     from experiments.running.executors import StoppableExecutor
     from experiments.running.grid import Row
+    from experiments.training.config import Config
+    from lpsim.formats import Format
 
 
 class UserError(Exception):
@@ -30,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_formats(commands)
     add_run(commands)
+    add_tune(commands)
     add_report(commands)
     add_bench(commands)
     options = parser.parse_args(arguments)
@@ -114,7 +119,7 @@ def run_formats(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- run ---
+# --- run, tune ---
 
 
 def add_run(commands: Any) -> None:
@@ -122,6 +127,27 @@ def add_run(commands: Any) -> None:
     parser.add_argument(
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
+    add_running(parser)
+    parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
+
+
+def add_tune(commands: Any) -> None:
+    parser = commands.add_parser("tune", help="tune the settings of every arm; the same command again resumes it")
+    parser.add_argument(
+        "grid", metavar="GRID", help="a Python file with `def tune() -> Tuning`, or a shipped tuning's name"
+    )
+    add_running(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the chosen values go, for a grid to read (default: tuned.json in the grid's folder)",
+    )
+    parser.set_defaults(function=lambda options: interruptible(_tune, options))
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of everything that runs a grid."""
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -149,13 +175,13 @@ def add_run(commands: Any) -> None:
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
     )
-    parser.set_defaults(function=run_run)
 
 
-def run_run(options: argparse.Namespace) -> int:
+def interruptible(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """`work(options)`; 130, and how to go on, when it was interrupted or asked to end."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        return _run_grid(options)
+        return work(options)
     except KeyboardInterrupt:
         print(f"lpsim: interrupted; continue with: {shlex.join(options.argv)}", file=sys.stderr)
         return 130
@@ -166,29 +192,69 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from experiments.grids import load_grid
+
+    with user_errors():
+        source, configs = load_grid(options.grid, chosen_formats(options))
+        return 0 if run_all(configs, source, options) else 1
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from experiments.command import tune
+    from experiments.grids.adaptive import Adaptive, Rounds
+    from experiments.grids.tuning import load_tuning
+    from experiments.grids.tuning.search import Trial
+
+    with user_errors():
+        source, tuning = load_tuning(options.grid, chosen_formats(options))
+        trials: list[Trial] = []
+
+        def play() -> Rounds:
+            trials[:] = yield from tuning.play()
+
+        if not run_all(Adaptive(play, source), source, options):
+            return 1
+        folder = options.runs / source.stem
+        files = tune.write(tuning, trials, folder, options.output or folder / "tuned.json")
+        print(tune.summary(tuning, trials), *files, sep="\n")
+        return 0
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What is wrong with a grid, its folder or an option is a mistake of the user."""
     from experiments.grids.source_files import SourceError
-    from experiments.running.grid import run_grid
     from experiments.training.record import RunFolderError
+
+    try:
+        yield
+    except (SourceError, RunFolderError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def chosen_formats(options: argparse.Namespace) -> "list[Format] | None":
+    """Those of --formats, of which --define may have made some known."""
     from lpsim import formats
 
     define(options.define)
-    try:
-        chosen = None if options.formats is None else [formats.get(name) for name in options.formats]
-        source, configs = load_grid(options.grid, chosen)
-        if options.telemetry_every is not None:
-            configs = [replace(config, telemetry_every=options.telemetry_every) for config in configs]
-        folder = options.runs / source.stem
-        with make_executor(options, folder) as executor:
-            rows = run_grid(configs, folder, executor, source, options.argv)
-    except (SourceError, RunFolderError, ValueError) as error:
-        raise UserError(str(error)) from error
+    return None if options.formats is None else [formats.get(name) for name in options.formats]
+
+
+def run_all(configs: "list[Config] | Adaptive", source: Path, options: argparse.Namespace) -> bool:
+    """Run a grid where the options say, print how it ended, write the report. Whether every run came to its end."""
+    from experiments.grids.adaptive import Adaptive
+    from experiments.running.grid import DONE, run_grid
+
+    folder = options.runs / source.stem
+    with make_executor(options, folder) as executor:
+        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every)
     print(f"{folder}: {summary(rows)}")
+    done = all(row.status in DONE for row in rows)
+    if not done and isinstance(configs, Adaptive):
+        print("  what the grid asks for next depends on these; the same command tries them again")
     if options.report:
         write_report(folder, None)
-    return 0 if all(row.status in ("finished", "diverged") for row in rows) else 1
+    return done
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> "StoppableExecutor":

@@ -1,16 +1,20 @@
 """One file a research question, each with `def grid() -> Iterator[Config]`; `load_grid` reads such a file.
 
-A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`. In: a
-file that a user names. Out: configs, or one message that tells the file and line of a mistake. It imports training;
-running and command import it.
+A grid that looks at finished runs yields lists of configs and receives how they ended (`adaptive`). A file with
+`def tune()` seeks the best settings of each arm (`tuning`). A grid whose formats may be chosen on the command line
+takes them: `def grid(formats: Sequence[Format] = (...))`. In: a file that a user names. Out: configs, or one message
+that tells the file and line of a mistake. It imports training; running and command import it.
 """
 
 import inspect
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.grids.source_files import SourceError, blamed, execute
+from experiments.grids.adaptive import Adaptive, only_configs
+from experiments.grids.source_files import GridError, blamed, execute
 from experiments.training.config import Config
 from experiments.training.settings import names_near
 from lpsim.formats import Format
@@ -18,33 +22,48 @@ from lpsim.formats import Format
 HERE = Path(__file__).parent
 
 
-class GridError(SourceError):
-    """A grid cannot be used. The message names the file or the grid, and the reason."""
-
-
-def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, list[Config]]:
+def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, list[Config] | Adaptive]:
     """The file that `source` names (a path, or a shipped grid) and its configs, with `formats` if any are given.
 
+    A grid whose first yield is a list of configs is adaptive; it has been played up to there.
     Raises: SourceError with file and line.
     """
+    path = find(source)
+    with blamed(path):
+        grid = function(path, "grid", "Iterator[Config]", formats)
+        started = iter(grid())
+        first = list(itertools.islice(started, 1))
+        if first and isinstance(first[0], (list, tuple)):
+            if not inspect.isgenerator(started):
+                raise GridError(f"{path}: grid() holds lists of configs; to receive results it must yield them")
+            return path, Adaptive(grid, path)
+        configs = [*first, *started]
+    only_configs(configs, path)
+    return path, configs
+
+
+def find(source: str) -> Path:
+    """The grid file of that path, or the shipped one of that name. Raises GridError."""
     path = Path(source)
     if not path.is_file():
-        shipped = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "__init__")
+        shipped = sorted(p.stem for p in HERE.glob("*.py") if re.search(r"^def (grid|tune)\(", p.read_text(), re.M))
         if source not in shipped:
             raise GridError(f"no grid file {source!r}; shipped grids: {names_near(source, shipped)}")
         path = HERE / f"{source}.py"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.py", path.name):
         raise GridError(f"{path}: a grid file is named like ablation_1.py; its name becomes the folder of its runs")
-    with blamed(path):
-        grid = getattr(execute(path, f"grid_{path.stem}"), "grid", None)
-        if not callable(grid):
-            raise GridError(f"{path}: defines no function grid(); it must be: def grid() -> Iterator[Config]")
-        if formats is None:
-            configs = list(grid())
-        elif "formats" in inspect.signature(grid).parameters:
-            configs = list(grid(formats=tuple(formats)))
-        else:
-            raise GridError(f"{path}: grid() takes no formats to choose; it must be: def grid(formats=(...))")
-    if stray := [config for config in configs if not isinstance(config, Config)]:
-        raise GridError(f"{path}: grid() must yield Config objects, it yielded {stray[0]!r}")
-    return path, configs
+    return path
+
+
+def function(path: Path, name: str, returns: str, formats: Sequence[Format] | None) -> Callable[[], Any]:
+    """The function of that name in a file, with the chosen formats filled in. Call it inside `blamed`."""
+    module = execute(path, f"grid_{path.stem}")
+    found = getattr(module, name, None)
+    if not callable(found):
+        tuning = "; it is a tuning: lpsim tune" if callable(getattr(module, "tune", None)) else ""
+        raise GridError(f"{path}: defines no function {name}(); it must be: def {name}() -> {returns}{tuning}")
+    if formats is None:
+        return found
+    if "formats" not in inspect.signature(found).parameters:
+        raise GridError(f"{path}: {name}() takes no formats to choose; it must be: def {name}(formats=(...))")
+    return lambda: found(formats=tuple(formats))

@@ -20,6 +20,10 @@ class SourceError(Exception):
     """A file of the user cannot be used. The message names the file, the line and the reason."""
 
 
+class GridError(SourceError):
+    """A grid cannot be used. The message names the file or the grid, and the reason."""
+
+
 @contextmanager
 def blamed(path: Path) -> Iterator[None]:
     """Turns an exception into a SourceError with the last line of the file that it came through, if any."""

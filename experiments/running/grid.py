@@ -2,7 +2,7 @@
 
 The grid's folder is runs/<grid>/: `grid.json` (the source of the grid and its signatures) and one folder a run. Every
 decision is read from there, so the same command after a crash, a Ctrl-C or a kill -9 continues, and after success does
-nothing.
+nothing. A grid is a round of runs, or, when it is adaptive, several, each asked for after the one before has ended.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.grids import GridError
+from experiments.grids.adaptive import Adaptive, Outcome
+from experiments.grids.source_files import GridError
 from experiments.running.executors import StoppableExecutor, stop_requested
 from experiments.training import record, train
 from experiments.training.config import Config
@@ -73,48 +74,85 @@ def _leaves(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def run_grid(
-    configs: Iterable[Config],
+    configs: Iterable[Config] | Adaptive,
     folder: Path,
     executor: StoppableExecutor,
     source: Path | None = None,
     argv: Sequence[str] = (),
+    telemetry_every: int | None = None,
 ) -> list[Row]:
     """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
 
-    A run whose folder is damaged is a failed row that says how to mend it; the others are run.
+    A run whose folder is damaged is a failed row that says how to mend it; the others are run. An adaptive grid gets
+    the results of a round when all its runs have finished or diverged; while one has failed or was interrupted, the
+    grid stops there, so that what it asks for next never depends on an accident. telemetry_every: replaces the
+    configs' own, where given.
 
-    Raises: GridError for no or equal configs; RunFolderError, before anything is run, when the folder is in use, of
-    another version or was filled from other data; KeyboardInterrupt, after all running runs have written a
-    checkpoint, on Ctrl-C.
+    Raises: GridError for no or equal configs, of any rounds; RunFolderError, before anything of a round is run, when
+    the folder is in use, of another version or was filled from other data; KeyboardInterrupt, after all running runs
+    have written a checkpoint, on Ctrl-C.
     """
-    configs = [dataclasses.replace(config, grid=folder.name) for config in configs]
-    if not configs:
-        raise GridError(f"the grid {folder.name} has no runs")
+    rounds = configs.rounds() if isinstance(configs, Adaptive) else _one_round(configs)
+    changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
     by_signature: dict[str, Config] = {}
-    for config in configs:
-        if by_signature.setdefault(config.signature(), config) is not config:
-            raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
+
+    def resolved(asked: Iterable[Config]) -> dict[str, Config]:
+        """The configs of a round by signature; they join those of the rounds before."""
+        mine: dict[str, Config] = {}
+        for config in (dataclasses.replace(each, grid=folder.name, **changes) for each in asked):
+            signature = config.signature()
+            if signature in by_signature:
+                raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
+            by_signature[signature] = mine[signature] = config
+        return mine
+
+    asked = next(rounds, None)
+    mine = resolved(asked or ())
+    if not asked or not mine:
+        raise GridError(f"the grid {folder.name} has no runs")
+    description: dict[str, Any] = {
+        "version": VERSION,
+        "grid": folder.name,
+        "source": None if source is None else str(source),
+        "source_text": None if source is None else source.read_text(),
+    }
+
+    def describe() -> None:
+        document = {**description, "signatures": list(by_signature), "argv": list(argv)}
+        record.write_json(folder / "grid.json", document)
+
     with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
         fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
-        names = labels(by_signature)
-        rows = {
-            signature: _recorded(folder / signature, config, names[signature], fingerprint)
-            for signature, config in by_signature.items()
-        }
-        record.write_json(
-            folder / "grid.json",
-            {
-                "version": VERSION,
-                "grid": folder.name,
-                "source": None if source is None else str(source),
-                "source_text": None if source is None else source.read_text(),
-                "signatures": list(by_signature),
-                "argv": list(argv),
-            },
-        )
-        if None in rows.values():
-            _run_missing(by_signature, names, rows, folder, executor)
-    return [row for row in rows.values() if row is not None]
+        rows: dict[str, Row | None] = {}
+        while True:
+            names = labels(by_signature)
+            rows |= {
+                signature: _recorded(folder / signature, config, names[signature], fingerprint)
+                for signature, config in mine.items()
+            }
+            if None in rows.values():
+                describe()
+                _run_missing(by_signature, names, rows, folder, executor)
+            ended = [row for row in (rows[signature] for signature in mine) if row is not None and row.status in DONE]
+            if len(ended) < len(mine):
+                break
+            try:
+                asked = rounds.send([_outcome_of(config, row) for config, row in zip(asked, ended, strict=True)])
+            except StopIteration:
+                break
+            mine = resolved(asked)
+        describe()
+    names = labels(by_signature)
+    return [dataclasses.replace(row, label=names[row.signature]) for row in rows.values() if row is not None]
+
+
+def _one_round(configs: Iterable[Config]) -> Generator[list[Config], Sequence[Outcome], None]:
+    yield list(configs)
+
+
+def _outcome_of(config: Config, row: Row) -> Outcome:
+    """What an adaptive grid hears of a run: numbers that are not finite as floats, not as JSON's strings."""
+    return Outcome(config, row.signature, row.status, {name: float(value) for name, value in row.final.items()})
 
 
 def _recorded(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str]) -> Row | None:
@@ -143,10 +181,11 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
     if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
+        versions = made_in.get("versions", {})
         raise RunFolderError(
-            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between Python "
-            f"versions: that run had {made_in.get('versions', {}).get('python')}); use another --runs folder, or "
-            f"delete {folder.parent}"
+            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between versions "
+            f"of Python, glyphs between those of matplotlib: that run had {versions.get('python')} and "
+            f"{versions.get('matplotlib')}); use another --runs folder, or delete {folder.parent}"
         )
     if result is None or result.get("status") not in DONE:
         return None

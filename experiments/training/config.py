@@ -22,7 +22,9 @@ from lpsim.machine.recipes import BackwardOperands
 VERSION = 1  # of the run folder and of what the training loop computes from a config; part of the signature
 
 MODEL_FAMILIES: dict[str, type[Settings]] = {family.family: family for family in (gpt2.GPT2Config, vit.ViTConfig)}
-MODELS: dict[str, ModelConfig] = {model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.BASE)}
+MODELS: dict[str, ModelConfig] = {
+    model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.MICRO_GLYPHS, vit.BASE)
+}
 PASSES = ("forward", "all")
 GIVEN = "given"  # written for passes where the recipe is given whole
 

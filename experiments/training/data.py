@@ -3,9 +3,9 @@
 A batch is drawn from a generator made for its step, so a resumed run draws what it would have drawn and all arms of an
 ablation with one seed see the same batches (common random numbers).
 
-The embedded defaults need no download: Python's own standard library as bytes, and scikit-learn's handwritten digits.
-**The text differs between Python versions**: every data set has a fingerprint, which a run records (env.json) and a
-grid compares.
+The embedded data need no download: Python's own standard library as bytes, scikit-learn's handwritten digits, and
+characters drawn from the fonts that matplotlib ships. **The text differs between Python versions, the characters may
+between versions of matplotlib**: every data set has a fingerprint, which a run records (env.json) and a grid compares.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.training import glyphs
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
@@ -193,6 +194,79 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
+class Glyphs(Settings):
+    """Characters of 16 fonts that matplotlib ships, drawn at random: 36 classes, 16x16 pixels, never the same twice.
+
+    The digits and the capital letters, one font, size, place, slant, tilt, contrast and noise each (ranges in
+    glyphs.py). 0 and O look alike in some fonts, and noise hides others: no model reaches an accuracy of 1. Training
+    images have no end; `validation_images` of them, each class equally often, are a fixed set under a key of its own.
+    """
+
+    tag: ClassVar[str] = "name"
+    name: ClassVar[str] = "glyphs"
+    model_family: ClassVar[str] = "vit"
+
+    validation_images: int = 1800
+
+    def check(self) -> None:
+        classes = len(glyphs.CHARACTERS)
+        self.require(
+            self.validation_images >= 1 and self.validation_images % classes == 0,
+            f"validation_images must be a positive multiple of the {classes} classes, is {self.validation_images}",
+        )
+
+    def check_model(self, model: Any) -> None:
+        wanted = (glyphs.SIZE, 1, len(glyphs.CHARACTERS))
+        got = (model.image_size, model.channels, model.classes)
+        self.require(got == wanted, f"glyphs need image_size, channels, classes {wanted}, {model.name} has {got}")
+
+    def load(self, model: Any) -> "DrawnGlyphs":
+        return DrawnGlyphs(self.validation_images)
+
+    def fingerprint(self) -> str:
+        return glyphs.fingerprint()
+
+
+class DrawnGlyphs:
+    """The images of Glyphs: float32 (B, 1, 16, 16), standardized, and labels (B,) int64.
+
+    An image depends on (seed, step, its place in the batch) alone. The random words are Philox's own, whose stream
+    NumPy promises never to change, under the key (seed, step); the validation set's key has a first word that no seed
+    reaches. So no two steps share a key, and none shares the validation set's.
+    """
+
+    HELD_OUT_KEY = (2**63, 0)  # a seed is below 2**32
+
+    def __init__(self, validation_images: int) -> None:
+        self.classes = len(glyphs.CHARACTERS)
+        labels = np.arange(validation_images) % self.classes
+        self.held_out = self._images(self._words(self.HELD_OUT_KEY, validation_images), labels)
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        if not (0 <= seed < 2**32 and 0 <= step < 2**64):
+            raise ValueError(f"seed must lie in [0, 2**32) and step in [0, 2**64), are {seed} and {step}")
+        words = self._words((seed, step), batch_size)
+        return self._images(words, glyphs.uniform(words[:, -1], 0, self.classes))
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        images, labels = self.held_out
+        for i in range(0, len(images), batch_size):
+            yield images[i : i + batch_size], labels[i : i + batch_size]
+
+    @staticmethod
+    def _words(key: tuple[int, int], count: int) -> np.ndarray:
+        """(count, WORDS + 1) uint64: what each image is drawn from, and a word for its label."""
+        width = glyphs.WORDS + 1
+        return np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(count * width).reshape(count, width)
+
+    @staticmethod
+    def _images(words: np.ndarray, labels: np.ndarray) -> Batch:
+        pixels = glyphs.draw(words[:, :-1], labels)
+        images = (torch.from_numpy(pixels).unsqueeze(1).float() - 88) * (3 / 128)  # mean 0, deviation 1 to 0.1; exact
+        return images, torch.from_numpy(labels)
+
+
+@dataclass(frozen=True)
 class TokenFiles(Settings):
     """train.bin and val.bin of uint16 tokens in `folder`, memory-mapped: the usual layout of prepared OpenWebText."""
 
@@ -330,5 +404,5 @@ class ImageFiles:
         return np.asarray(image)
 
 
-DATA: dict[str, type[Settings]] = {data.name: data for data in (StdlibText, Digits, TokenFiles, ImageFolders)}
-DataConfig = StdlibText | Digits | TokenFiles | ImageFolders
+DATA: dict[str, type[Settings]] = {data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders)}
+DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders

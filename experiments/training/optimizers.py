@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from experiments.training import baselines
 from experiments.training.settings import Settings
 from lmd import LMD as LMDOptimizer
-from lmd import Combined
+from lmd import Combined, for_model
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,37 @@ class LMDWithAdamW(LMD):
 
 
 @dataclass(frozen=True)
+class LMDForModel(LMD):
+    """`lmd.for_model`: LMD for hidden matrices and kernels, AdamW (lr `others_lr`, no decay) for embeddings, output
+    head, norms and biases."""
+
+    name: ClassVar[str] = "lmd-for-model"
+
+    others_lr: float = 0.003
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.others_lr > 0, f"others_lr must be positive, is {self.others_lr}")
+        self.require(self.mc_samples == 1, "mc_samples must be 1 where another optimizer takes part")
+
+    def build(self, model: nn.Module, seed: int) -> Optimizer:
+        return for_model(
+            model,
+            self.lr,
+            weight_decay=self.weight_decay,
+            noise_scale=self.noise_scale,
+            others_lr=self.others_lr,
+            betas=self.betas,
+            prior=self.prior,
+            entropy=self.entropy,
+            weight_scaling=self.weight_scaling,
+            kappa=self.kappa,
+            parameterization=self.parameterization,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
 class SGD(OptimizerSettings):
     """Stochastic gradient descent with momentum; the decay is torch's, added to the gradient."""
 
@@ -186,7 +217,8 @@ class MadamUnclamped(Madam):
     clamp: ClassVar[float | None] = None
 
 
-OptimizerConfig = AdamW | LMD | LMDSplit | LMDWithAdamW | SGD | Lion | Signum | Madam | MadamUnclamped
+OptimizerConfig = AdamW | LMD | LMDSplit | LMDWithAdamW | LMDForModel | SGD | Lion | Signum | Madam | MadamUnclamped
 OPTIMIZERS: dict[str, type[Settings]] = {
-    entry.name: entry for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, SGD, Lion, Signum, Madam, MadamUnclamped)
+    entry.name: entry
+    for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, LMDForModel, SGD, Lion, Signum, Madam, MadamUnclamped)
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
-PACKAGES = ("lpsim", "torch", "numpy", "numba", "pandas", "scikit-learn")
+PACKAGES = ("lpsim", "torch", "numpy", "numba", "pandas", "scikit-learn", "matplotlib")
 
 
 class RunFolderError(Exception):

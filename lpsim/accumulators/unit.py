@@ -135,7 +135,7 @@ class Accumulator:
 
     @property
     def beyond(self) -> float:
-        """What a finite sum becomes that is rounded past max, before its sign."""
+        """What a finite sum becomes if it is rounded past max, before its sign."""
         stops = self.rounding is Rounding.TOWARD_ZERO and self.alignment is None
         return self.format.max if stops else self.infinite
 

@@ -1,7 +1,7 @@
-"""Other libraries as backends, each with a statement of where it departs from our definition.
+"""Other libraries as backends, each with a list of where its results differ from our definition.
 
-An adapter translates a Quantizer into the library's own settings and calls it; it corrects nothing. It is never chosen
-unless a Quantizer names it. In: a tensor and a Quantizer. Out: what the library makes of them. It imports formats and
+An adapter translates a Quantizer into the library's own settings and calls it; it corrects nothing. It is used only if
+a Quantizer names it. In: a tensor and a Quantizer. Out: the library's result. It imports formats and
 quantization; conformance uses it.
 """
 

@@ -2,8 +2,8 @@
 
     print(conformance.check(formats.mxfp6_e3m2))
 
-`check` compares every backend at hand with the oracle, bit for bit, on the inputs that quantizers get wrong, and tests
-the laws that follow from the definitions: of the oracle, as it is what everything else is compared with.
+`check` compares every available backend with the oracle, bit for bit, on the inputs that quantizers often get wrong. It
+also tests the oracle itself, against the laws that follow from the definitions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The simulated machine: `simulate` runs a model's every operation as a recipe says, `audit` tells what became of it.
+"""The simulated machine: `simulate` runs every operation of a model as a recipe says; `audit` reports what was done.
 
-`recipes` say what a machine computes in, `ops` how each torch function is simulated, `module_paths` and `checkpoints`
-where a call stands, `telemetry` what rounding did. In: a model, unmodified, and a recipe. Out: rounded results and
-gradients, an audit, rows of telemetry. It imports formats, quantization and accumulators; nothing in lpsim imports it.
+`recipes` say which formats a machine computes in, `ops` how each torch function is simulated, `module_paths` and
+`checkpoints` which module a call belongs to, `telemetry` what rounding did. In: an unmodified model and a recipe. Out:
+rounded results and gradients, an audit, rows of telemetry. It imports formats, quantization and accumulators; no other
+room of lpsim imports it.
 """

@@ -1,8 +1,8 @@
 """What really ran: every function the simulation saw, and every matrix product in the aten ops underneath.
 
-Two counts that check each other. The rows come from the simulation's own decisions; the products are seen one level
-lower, by a TorchDispatchMode, in forward and backward, and each must belong to one of these decisions. One that does
-not has escaped: it ran in full precision without anybody deciding so.
+Two counts check each other. The rows are the simulation's own decisions. The matrix products are seen one level lower,
+by a TorchDispatchMode, in the forward and the backward pass, and each must belong to one of these decisions. A product
+that does not has escaped: it ran in full precision although no rule says so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class Audit:
-    """rows: the functions called. products: {(aten op, forward or backward, whose): count}. escaped: see the module."""
+    """rows: the functions called. products: {(aten op, "forward" or "backward", owner): count}, the owner being for
+    example "the recipe" or "the optimizer". escaped: the products that have no owner.
+    """
 
     rows: tuple[AuditRow, ...]
     products: dict[tuple[str, str, str], int]
@@ -77,9 +79,9 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 class Auditor(TorchDispatchMode):
-    """Counts aten matrix products while it is active, and asks to whom each belongs.
+    """Counts aten matrix products while it is active, and finds the owner of each.
 
-    module: asked for the path of the model's module that is running, None outside the model.
+    module: a function that gives the path of the running module; None outside the model.
     """
 
     def __init__(self, module: Callable[[], str | None]) -> None:
@@ -92,16 +94,16 @@ class Auditor(TorchDispatchMode):
         self.finished = False
         self._result: Audit | None = None
         self._owner: str | None = None
-        self._starts: list[int] = []  # sequence numbers of autograd nodes made by products left as they are
+        self._starts: list[int] = []  # sequence numbers of the autograd nodes made inside each `owned`, and its owner
         self._ends: list[int] = []
         self._owners: list[str] = []
 
     def count(self, op: str, kind: Kind, formats: str, reason: str) -> None:
-        """One call of an op, for the table."""
+        """Count one call of an op in the rows."""
         self.rows[kind, op, formats, reason] += 1
 
     def count_product(self, op: Op, sites: list[Site], reason: str) -> None:
-        """One call of a product, or of a composite by its parts."""
+        """Count one call of a product; a composite is counted part by part."""
         vectors = [f"{op.name}.{part}" for part in op.vector_parts]
         for site in sites:
             if site.op in vectors:
@@ -113,7 +115,7 @@ class Auditor(TorchDispatchMode):
 
     @contextmanager
     def owned(self, owner: str) -> Iterator[None]:
-        """Products run inside belong to `owner`, and so do those of the autograd nodes made inside."""
+        """A context whose products belong to `owner`, those in the backward pass of what runs inside included."""
         before, self._owner = self._owner, owner
         start = torch._C._autograd._get_sequence_nr()
         try:
@@ -129,7 +131,7 @@ class Auditor(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         is_product = name in self._names or any(family in name for family in _PRODUCT_FAMILIES)
-        if name == "_cdist_forward":  # (x1, x2, p, compute_mode), which multiplies as torch.cdist may
+        if name == "_cdist_forward":  # (x1, x2, p, compute_mode); it may multiply, as torch.cdist may
             is_product = cdist_has_products(*args)
         if is_product and any(map(_floating, pytree.tree_leaves((args, kwargs)))):
             self._attribute(name)
@@ -158,12 +160,12 @@ class Auditor(TorchDispatchMode):
         return self._owners[i] if i >= 0 and sequence_number < self._ends[i] else None
 
     def finish(self) -> None:
-        """No more is to be counted."""
+        """End counting; the result stays as it is."""
         self._result = self.result()
         self.finished = True
 
     def result(self) -> Audit:
-        """The table so far: products first, then by op."""
+        """The audit so far; its rows are sorted by class (products first) and op."""
         if self._result is not None:
             return self._result
         order = list(Kind)
@@ -176,7 +178,7 @@ class Auditor(TorchDispatchMode):
 
 
 def formats_of(site: Site) -> str:
-    """The formats of a product's operands and results, of those of its three Gemms that have any: "fprop lhs · rhs"."""
+    """The formats of a product's operands and results, "fprop lhs · rhs", for each of its Gemms that is not plain."""
     shown = []
     for name in ("fprop", "dgrad", "wgrad"):
         gemm = getattr(site.recipe, name)

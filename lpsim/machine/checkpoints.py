@@ -1,9 +1,9 @@
-"""Regions of torch.utils.checkpoint: what ran in one the first time, so that its recomputation is the same computation.
+"""Checkpointed calls (torch.utils.checkpoint), called regions: makes a recomputation repeat the first pass exactly.
 
-A recomputation happens in the backward pass, in any order with others and with new forward passes between. What must be
-the same in it stands in the program's state of then: the module that called the region, and the number of each call
-among those of its site, which keys its random bits. Torch's own objects identify a region, and the Python stack tells
-which regions are running; reentrant and non-reentrant ones, nested or not.
+A region is recomputed in the backward pass, possibly after other recomputations and new forward passes. To compute the
+same, it needs two things from the first pass: the module that called the region, and the call numbers at each site,
+which key the random bits. Torch's own objects identify a region, and the Python stack tells which regions are running:
+reentrant and non-reentrant ones, nested or not.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _MODULE = "torch.utils.checkpoint"
 
 
 class Region:
-    """One checkpointed call. origin: the frame it was called from, with the counts of then; None: no op asked yet.
+    """One checkpointed call. origin: the frame it was called from, with its counts at that time; None before its first
+    op or module.
 
-    The rest follows one recomputation, the latest: the graph task it belongs to, its frame, and how many of the draws
-    of each site it has repeated.
+    The other attributes belong to the latest recomputation: its graph task, its frame, and how many of each site's
+    draws it has repeated.
     """
 
     __slots__ = ("_draws", "_repeated", "_task", "frame", "origin")
@@ -38,17 +39,17 @@ class Region:
         self._repeated: dict[str, int] = {}
 
     def begin(self, task: int) -> None:
-        """The recomputation that a graph task asks for, unless it is already running."""
+        """Begin the recomputation that a graph task asks for, unless it is already running."""
         if task != self._task:
             self._task, self._repeated = task, {}
             self.frame = None if self.origin is None else self.origin.copy()
 
     def note(self, site: str, draw: tuple[int, int]) -> None:
-        """A draw of the first pass."""
+        """Record a draw of the first pass."""
         self._draws.setdefault(site, []).append(draw)
 
     def repeat(self, site: str) -> tuple[int, int] | None:
-        """The next draw of that site as it was the first time; None where the first time had no more."""
+        """The first pass's next draw at that site; None if it made no more."""
         draws, n = self._draws.get(site, ()), self._repeated.get(site, 0)
         self._repeated[site] = n + 1
         return draws[n] if n < len(draws) else None
@@ -68,9 +69,9 @@ class Regions:
         return region
 
     def draw(self, site: Site, step: int, calls: int, evaluation: bool) -> tuple[int, int]:
-        """(step, number) of a site's next call; in a recomputation those of the call that is repeated.
+        """(step, number) of a site's next call; in a recomputation those of the call that it repeats.
 
-        calls: how many consecutive numbers the call takes. evaluation: of those that evaluations count.
+        calls: how many consecutive numbers the call takes. evaluation: count it among the calls of evaluations.
         """
         running = []
         drawn = None
@@ -91,7 +92,7 @@ class Regions:
 def checkpoints_on_the_stack() -> Iterator[tuple[Any, bool, bool]]:
     """Each checkpointed call that is running, innermost first: (torch's object for it, reentrant, recomputed).
 
-    One that is recomputed is the last: what lies below it on the stack is the backward pass.
+    A recomputed call comes last: below it on the stack is the backward pass.
     """
     caller: Any = sys._getframe(1)
     while caller is not None:
@@ -113,7 +114,7 @@ def checkpoints_on_the_stack() -> Iterator[tuple[Any, bool, bool]]:
 
 
 def innermost_by_hooks() -> Any:
-    """Torch's object of the innermost non-reentrant region in its first pass, or None: without walking the stack."""
+    """Torch's object for the innermost non-reentrant region in its first pass, or None. Does not walk the stack."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None

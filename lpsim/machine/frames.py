@@ -28,7 +28,7 @@ class Frame:
         self.guard: AbstractContextManager[Any] | None = None  # entered for the time of the call
 
     def copy(self) -> Frame:
-        """The same call, with counts of its own from here on."""
+        """The same call; the copy counts on its own from here on."""
         return Frame(self.module, self.path, dict(self.counts), self.training)
 
     def repetition(self, op: str) -> int:

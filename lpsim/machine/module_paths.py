@@ -1,4 +1,4 @@
-"""Which module is running: paths of the current call, also where checkpointing runs it again in the backward pass."""
+"""Which module is running, and its path; also while checkpointing recomputes a call in the backward pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lpsim.machine.frames import OUTSIDE, ROOT, Frame
 class ModulePaths:
     """Follows the calls of a model's modules by torch's global forward hooks, while `follow` is entered.
 
-    A module used in several places has the path of the current call: below its caller where it is found there. Modules
-    that are not the model's have their caller's path. Calls in other threads have stacks of their own.
+    A module used in several places gets its path below the module that calls it, if it has one there. A module that is
+    not part of the model gets its caller's path. Each thread has its own stack of calls.
 
-    guard: asked at each call, with the module and its path, for a context to hold during the call.
+    guard: a function (module, path) -> context or None, called at each module call; the context is entered for it.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class ModulePaths:
         stack.callback(modules.register_module_forward_hook(self._leave, always_call=True).remove)
 
     def current(self) -> Frame | None:
-        """The running module's frame, or that of the code outside; None for code of the backward pass itself.
+        """The running module's frame, or the frame for code outside every module; None for code of the backward pass.
 
-        Raises RuntimeError in the recomputation of a reentrant checkpoint outside every module: torch does not say
-        where it was called.
+        Raises RuntimeError where a reentrant checkpoint recomputes ops outside every module: torch does not say where
+        it was called.
         """
         frames = self._frames()
         if frames:
@@ -59,9 +59,9 @@ class ModulePaths:
         return self._recomputed()
 
     def training(self) -> bool:
-        """Whether what runs belongs to a call that began with gradients enabled; in an evaluation it does not.
+        """Whether the running code is part of training: its outermost call began with gradients enabled.
 
-        A backward pass is training, and so is a reentrant checkpoint, whose first pass torch runs without gradients.
+        A backward pass is training. So is a reentrant checkpoint, although torch disables gradients in its first pass.
         """
         frames = self._frames()
         if frames:
@@ -120,7 +120,7 @@ class ModulePaths:
                 break
 
     def _has(self, module: nn.Module) -> bool:
-        """Whether a module is the model's: one that wraps it, compiled or distributed, is not."""
+        """Whether a module is part of the model; a compiled or distributed wrapper around the model is not."""
         return self._known.get(id(module), (None, ""))[0] is module
 
     def _path(self, parent: Frame, module: nn.Module) -> str:
@@ -139,10 +139,10 @@ class ModulePaths:
         return path
 
     def _note_origin(self, frame: Frame, reentrant: bool = False) -> None:
-        """Remember the caller of the checkpointed call that is running, at the first op or module of it."""
+        """At the first op or module of the checkpointed call that is running, remember its caller."""
         innermost = checkpoints.innermost_by_hooks()
         if innermost is None:
-            if not reentrant or torch.is_grad_enabled():  # a reentrant region's first pass runs without
+            if not reentrant or torch.is_grad_enabled():  # in a reentrant region's first pass they are disabled
                 return
         elif self.regions.of(innermost).origin is not None:
             return
@@ -152,9 +152,9 @@ class ModulePaths:
                 region.origin = frame.copy()
 
     def _recomputed(self, entering: bool = False) -> Frame | None:
-        """The frame that a recomputation runs in: that of its region's caller. None outside of recomputations.
+        """The frame that a recomputation runs in: that of its region's caller. None if none is running.
 
-        entering: a module is, whose first pass noted its caller even in a reentrant region.
+        entering: a module is being entered; then the caller is known even in a reentrant region.
         """
         for identity, reentrant, again in checkpoints.checkpoints_on_the_stack():
             if not again:

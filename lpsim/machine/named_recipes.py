@@ -1,7 +1,8 @@
-"""Recipes from the literature, each with its source and with what of it is not simulated.
+"""Recipes from the literature, each with its source and with the parts of it that are not simulated.
 
-Where a source quantizes the layers with weights only, so does its recipe: linear layers, addmm and convolutions; the
-products of attention stay in the compute dtype. To leave out more sites, put them first in `overrides`:
+If a source quantizes only layers that have weights, its recipe does too: it rounds linear layers, addmm and
+convolutions, and leaves the products of attention in the compute dtype. To leave out more sites, put them first in
+`overrides`:
 
     recipe = named_recipes.get("nvfp4").recipe
     recipe = dataclasses.replace(recipe, overrides={"lm_head": Recipe(), **recipe.overrides})
@@ -25,7 +26,7 @@ __all__ = ["ALL_RECIPES", "NamedRecipe", "get"]
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """recipe, where it was published, and the parts of the publication that it leaves out."""
+    """A recipe; source: where it was published; omits: the parts of the publication that it leaves out."""
 
     name: str
     recipe: Recipe
@@ -46,7 +47,7 @@ def _training(
 ) -> Recipe:
     """All three products quantized, each operand from its wide tensor."""
     a, w = Quantizer(activations), Quantizer(weights)
-    with warnings.catch_warnings():  # what clips does so in the source, too
+    with warnings.catch_warnings():  # the scales clip in the publication, too
         warnings.simplefilter("ignore", ScaleClipsWarning)
         g = Quantizer(gradients, rounding=gradient_rounding)
     return Recipe(Gemm(a, w), Gemm(g, w), Gemm(a, g), backward_operands=BackwardOperands.UNQUANTIZED)

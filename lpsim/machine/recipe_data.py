@@ -1,7 +1,7 @@
-"""Recipes as JSON-able data: complete, so that what ran is known from the data alone, and can be built from it again.
+"""Recipes as JSON-able data: complete, so that the data alone say what ran, and the recipe can be rebuilt from them.
 
-Every part of a recipe is a dataclass; its data are its fields by name. Formats are `formats.to_dict`'s, members of an
-enumeration are their values, and overrides a list of pairs, since their order decides.
+Each part of a recipe is a dataclass and becomes a dict of its fields. Formats are written by `formats.to_dict`, members
+of an enumeration as their values, and overrides as a list of pairs, because their order matters.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lpsim.quantization.quantizer import Quantizer, ScaleClipsWarning
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as data; `from_dict` gives an equal one back.
+    """The recipe as data; `from_dict` gives an equal recipe back.
 
-    Raises ValueError for what data cannot hold: a scale rule that is a function, an accumulator of the user's class.
+    Raises ValueError for what data cannot express: a scale rule that is a function, an accumulator class of your own.
     """
     data: dict[str, Any] = _plain(recipe)
     from_dict(data)
@@ -33,7 +33,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any]) -> Recipe:
     """The recipe that `to_dict` described. Raises ValueError for fields that are missing, unknown or of a wrong type.
 
-    Of scales that clip was warned, or deliberately not, where the recipe was first made.
+    Gives no ScaleClipsWarning: that was given, or deliberately silenced, when the recipe was first made.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScaleClipsWarning)

@@ -1,6 +1,6 @@
 """What a simulated machine computes in: the quantizers of the three matrix products, and of the vector unit.
 
-A recipe is data; how an op is simulated is said in `ops`, and which ops in `simulate`.
+A recipe is data: `ops` says how each op is simulated, and `simulate` applies it to a model's calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lpsim.quantization.quantizer import Quantizer
 
 
 class Accumulation(Protocol):
-    """How the sum of a dot product is formed, such as an Accumulator; None in a Gemm: as the compute dtype's matmul."""
+    """How the sum of a dot product is formed, such as an Accumulator. None in a Gemm: as torch.matmul forms it."""
 
     def matmul(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """lhs [..., M, K] times rhs [..., K, N], batch dimensions broadcast: [..., M, N] in their dtype."""
@@ -27,12 +27,12 @@ class Accumulation(Protocol):
 
 
 class BackwardOperands(enum.Enum):
-    """Which copy of an fprop operand the backward products start from; dgrad's and wgrad's quantizers come on top."""
+    """Which copy of an fprop operand the backward products start from, before dgrad's and wgrad's own quantizers."""
 
     QUANTIZED = "quantized"
-    """The one fprop multiplied: the gradient of the product that was computed (straight-through quantizers)."""
+    """The rounded tensor that fprop multiplied: gradients are those of the product that was really computed."""
     UNQUANTIZED = "unquantized"
-    """The tensor before fprop's quantizer, as where hardware casts one wide tensor twice, once along each axis."""
+    """The tensor before fprop's quantizer, as on hardware that rounds a wide tensor twice, once along each axis."""
 
 
 def _check_quantizer(name: str, value: object) -> None:
@@ -44,11 +44,11 @@ def _check_quantizer(name: str, value: object) -> None:
 class Gemm:
     """One matrix product lhs · rhs -> out: each operand's quantizer, the accumulator, and the result's quantizer.
 
-    None leaves the operand, the accumulation or the result in the compute dtype. Operands are blocked along the axis
-    this product sums over. A bias is added to the accumulated sum, before `out` rounds it.
+    None leaves the operand, the accumulation or the result in the compute dtype. The blocks of an operand lie along the
+    axis that this product sums over. A bias is added to the accumulated sum, before `out` rounds it.
 
-    Roles: fprop is lhs (activations) · rhs (weights); dgrad, the gradient of lhs, is lhs (the output's gradient) ·
-    rhs (weights); wgrad, the gradient of rhs, is lhs (activations) · rhs (the output's gradient).
+    What lhs and rhs are: in fprop, activations · weights; in dgrad, which gives the gradient of the activations, the
+    output's gradient · weights; in wgrad, which gives the gradient of the weights, activations · the output's gradient.
     """
 
     lhs: Quantizer | None = None
@@ -64,7 +64,7 @@ class Gemm:
 
     @property
     def plain(self) -> bool:
-        """Whether this product is left as the compute dtype does it."""
+        """Whether this product is left as torch computes it."""
         return self == Gemm()
 
 
@@ -74,11 +74,12 @@ class Recipe:
 
     fprop, dgrad, wgrad: see Gemm. backward_operands: what dgrad and wgrad start from.
     vector: rounds the result of every vector and reduction op, with a straight-through gradient; None leaves them.
-    overrides: {site pattern: Recipe}, the first match wins and replaces this recipe whole. A pattern without "/" is
-    matched against the module's path (`lm_head`, `h.*.attn`), one with "/" against `path/op` or `path/op#k`, k >= 1
-    counting repetitions of the op in one call of the module (`h.*/scaled_dot_product_attention.*`, `*/conv2d`).
-    Shell wildcards (fnmatch); `*` also crosses dots. Ops outside every module have the path `<outside>`, those of the
-    model's own forward `<model>`. A pattern that matches no site draws a warning, unless it begins with `*/`.
+    overrides: {site pattern: Recipe}; the first pattern that matches a site replaces this whole recipe there. A pattern
+    without "/" is matched against the module's path (`lm_head`, `h.*.attn`); one with "/" is matched against `path/op`,
+    or `path/op#k` for the k-th repetition of an op in one call of its module (`h.*/scaled_dot_product_attention.*`,
+    `*/conv2d`). Wildcards are the shell's (fnmatch); `*` also matches dots. Ops outside every module have the path
+    `<outside>`, those in the model's own forward `<model>`. A pattern that matches no site gives a warning, unless it
+    begins with `*/`.
     """
 
     fprop: Gemm = Gemm()

@@ -1,4 +1,4 @@
-"""What a simulation refuses, as it could not see it or would quantize something else: each with what to do instead."""
+"""What a simulation refuses, because it cannot see it or would round the wrong values. Each error says what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def check_module(path: str, module: nn.Module) -> None:
-    """Raises TypeError for a module whose ops torch functions do not show."""
+    """Raises TypeError for a module whose ops a TorchFunctionMode does not see."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"{path} is a scripted module: its ops cannot be seen. Simulate the model before torch.jit")
     if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
@@ -20,7 +20,7 @@ def check_module(path: str, module: nn.Module) -> None:
 
 
 def run_uncompiled(stack: ExitStack) -> None:
-    """Until `stack` ends, what torch.compile compiled runs as it was written: compiled code calls no torch function.
+    """Until `stack` ends, compiled functions run as ordinary Python: compiled code calls no torch function to be seen.
 
     Raises RuntimeError inside a compiled function.
     """
@@ -37,20 +37,21 @@ NORMS = ("norm", "linalg_norm", "linalg_matrix_norm")
 
 
 def refuse_singular_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError for a norm of NORMS that is of a matrix's singular values: an SVD is products."""
+    """Raises NotImplementedError for norms of a matrix's singular values: their SVD multiplies matrices inside."""
     order = args[1] if len(args) > 1 else kwargs.get("p" if name == "norm" else "ord")
     dim = args[2] if len(args) > 2 else kwargs.get("dim")
     of_matrices = len(dim) == 2 if isinstance(dim, tuple | list) else dim is None and args and args[0].dim() > 1
     if order == "nuc" or (name != "norm" and order in (2, -2) and (name == "linalg_matrix_norm" or of_matrices)):
         raise NotImplementedError(
-            f"{name} with the order {order!r} is of a matrix's singular values, whose products the recipe does not "
-            "reach: take the Frobenius norm, or call it inside `simulation.suspended()` if it is no part of the machine"
+            f"{name} with the order {order!r} is a norm of a matrix's singular values; computing them takes matrix "
+            "products that the recipe does not reach. Take the Frobenius norm, or, if the machine is not to simulate "
+            "it, call it inside `simulation.suspended()`"
         )
 
 
 def refuse_strange(x: Tensor) -> None:
-    """Raises NotImplementedError for an operand of a product that is complex, or stands for others: what would be
-    quantized is not what is multiplied.
+    """Raises NotImplementedError for an operand that is complex, or that only stands for the numbers multiplied in the
+    end (tensors of torch.func or a trace, nested and meta tensors).
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(

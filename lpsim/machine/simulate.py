@@ -1,19 +1,19 @@
 """`with simulate(model, recipe)`: every floating-point function called inside runs as the recipe's machine runs it.
 
-A TorchFunctionMode sees each call of a torch function, method or operator; `ops.WRAPPED` says
-what becomes of it. Nothing in torch is patched and no module is replaced: hooks, which live as long as the context,
-tell which module is running. Another thread's calls are not seen; what torch.compile compiled runs uncompiled.
+A TorchFunctionMode sees each call of a torch function, method or operator, and the table `ops.WRAPPED` says how to
+simulate it. Nothing in torch is patched and no module is replaced: forward hooks, registered while the context is
+entered, tell which module is running. Calls in other threads are not seen. Code compiled by torch.compile runs as
+ordinary Python.
 
-What is not the model's arithmetic is exempt by rule:
-- a function whose result, or all of whose arguments, hold no floating-point tensor (shapes, comparisons, indices), and
-  attributes;
-- everything in Optimizer.step under no_grad; the audit names its products;
-- outside every module, what is no part of a graph: clipping, weight averages, metrics, the preparation of data.
-  Matrix products there still follow the recipe, and what hides them (torch.linalg.solve, torch.cov) is an error;
-- vector ops of the backward pass (a hook's, a user's autograd.Function's): `vector` rounds forward results.
+Some calls are exempt by rule, because they are not the model's arithmetic:
+- functions that take no floating-point tensor or return none (shapes, comparisons, indices), and attribute access;
+- everything in Optimizer.step under no_grad; the audit still lists its matrix products;
+- calls outside every module that autograd does not record: clipping, weight averages, metrics, data preparation.
+  Matrix products there still follow the recipe, and functions that hide products (torch.linalg.solve, torch.cov) raise;
+- vector ops run by hooks or by a user's autograd.Function in the backward pass: `vector` rounds forward results only.
 
-torch evaluates nn.TransformerEncoder and nn.MultiheadAttention by fused kernels, unless it is watched as here. Where a
-recipe and its overrides leave everything, these modules run unwatched in evaluation, to give torch's very result.
+In evaluation, nn.TransformerEncoder and nn.MultiheadAttention use fused kernels, but not while a mode sees their calls.
+So where the recipe and all its overrides round nothing, these modules run unseen, and give exactly torch's result.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ _FUSED_IN_EVALUATION = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Mu
 
 
 class UnknownOpError(NotImplementedError):
-    """A floating-point function that the table does not know: it would have run in full precision."""
+    """The model called a floating-point function that the table does not list. It would have run in full precision."""
 
 
 class EscapedProductError(RuntimeError):
-    """Matrix products ran below what a simulation sees, in full precision, such as those of a compiled extension."""
+    """Matrix products ran in full precision where the simulation cannot see them, such as in a compiled extension."""
 
 
 class EscapedProductWarning(UserWarning):
-    """The same, where the simulation was asked to go on."""
+    """The same as a warning, for simulations with on_escape="warn"."""
 
 
 def simulate(
@@ -80,19 +80,20 @@ def simulate(
 ) -> Simulation:
     """A context in which `model` runs on the machine that `recipe` describes.
 
-    seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit), which costs some
-    microseconds an aten op until `step` is first changed. on_escape: matrix products that ran outside the recipe, in
-    what the audit counts, are told at the end of the `with`, as an EscapedProductWarning ("warn") or an
-    EscapedProductError ("raise") that names the aten op and the module it ran in.
+    seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit); this costs some
+    microseconds per aten op, until `step` first changes. on_escape: what to do at the end of the `with` if the audit
+    found matrix products that ran outside the recipe: "warn" gives an EscapedProductWarning, "raise" raises an
+    EscapedProductError. Both name the aten op and the module it ran in.
 
-    Raises ValueError for on_escape="raise" without an audit, which alone sees such products, and for an override whose
-    module path matches no module; TypeError for a model that cannot be simulated (compiled, scripted, DataParallel).
+    Raises ValueError for on_escape="raise" without an audit (only the audit sees such products) and for an override
+    whose module path matches no module; TypeError for a model that cannot be simulated (compiled, scripted,
+    DataParallel).
     """
     return Simulation(model, recipe, seed, audit, on_escape)
 
 
 class _Place:
-    """The sites of one product: {part: site}, or {op: site}; and whether the recipe leaves all of them alone."""
+    """The sites of one product: {part: site}, or {op: site}. left: whether the recipe rounds nothing at any of them."""
 
     __slots__ = ("first", "left", "sites")
 
@@ -122,14 +123,15 @@ class _Mode(TorchFunctionMode):
 
 
 class Simulation:
-    """The running machine; made by `simulate`, entered with `with`, as often as wanted but not inside another.
+    """The simulated machine; `simulate` makes it. It can be entered with `with` many times, but not inside another one.
 
     step: the training step. Random bits are keyed by (seed, site, step, call within the step), so that a resumed run
-    draws what it would have drawn. It follows the optimizers of the model by itself (`steps` says how, and which
-    optimizers a new process can resume), until it is set: then it is the training loop's to set in every step.
+    draws the same bits as an uninterrupted one. By default the step follows the model's optimizers (the module `steps`
+    says how, and which optimizers a new process can resume). Once you set it, you must set it in every step.
 
-    The calls of an evaluation, which begin without gradients, have numbers of their own and shift none of training.
-    Where the loop sets the step, they count with the others: evaluate after the update, before the step is set anew.
+    While the step follows the optimizers, evaluations (calls that begin with gradients disabled) are numbered apart, so
+    they do not change the bits of training. When you set the step yourself, they are numbered together with training:
+    then evaluate after the update and before you set the next step.
     """
 
     def __init__(
@@ -166,11 +168,11 @@ class Simulation:
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
         self._stepping: list[Any] = []  # the optimizers whose step is running
-        self._paused = False  # while it runs, as torch runs it
+        self._paused = False  # whether the mode is off for the time of such a step
         self._auditor: Auditor | None = Auditor(self._running_module) if audit else None
         self._on_escape = on_escape
         self._told: set[str] = set()  # escaped products of earlier `with`s
-        self._counting: Auditor | None = None  # the same, while it counts
+        self._counting: Auditor | None = None  # the auditor, as long as it counts
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Simulation:
@@ -207,9 +209,10 @@ class Simulation:
             self._told.update(escaped)
             if escaped:
                 message = (
-                    f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were "
-                    "called below torch's functions, as compiled extensions do. Call torch's function instead; or, if "
-                    "they are no part of the machine, call them inside `simulation.suspended()`"
+                    f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were not "
+                    "called by a Python function of torch, but for example by a compiled extension. Call torch's "
+                    "function instead; or, if the machine is not to simulate them, call them inside "
+                    "`simulation.suspended()`"
                 )
                 if self._on_escape == "raise":
                     raise EscapedProductError(message)
@@ -232,7 +235,7 @@ class Simulation:
         self._begin(value)
 
     def _begin(self, value: int) -> None:
-        """The step is `value` from here on."""
+        """Begin the step `value`."""
         if value != self._step and self._counting is not None and self._counting.rows:
             self._counting.finish()
             self._stop_audit()
@@ -242,7 +245,7 @@ class Simulation:
 
     @property
     def observer(self) -> Observer | None:
-        """Sees every tensor rounded and every result; None costs nothing."""
+        """A function that is called with every tensor that is rounded and every result; None costs nothing."""
         return self._observer
 
     @observer.setter
@@ -253,7 +256,7 @@ class Simulation:
 
     @property
     def sampler(self) -> Sampler | None:
-        """Chooses the observer of each step: called with the step now, and with every one that `step` is set to."""
+        """A function step -> observer: called with the current step when it is set, then with each new step."""
         return self._sampler
 
     @sampler.setter
@@ -262,11 +265,11 @@ class Simulation:
         self.observer = None if value is None else value(self._step)
 
     def advance(self) -> None:
-        """The next step."""
+        """Go to the next step."""
         self.step += 1
 
     def audit(self) -> Audit:
-        """What ran in the first step: op, class, count, formats and reason, and the matrix products that escaped.
+        """What ran in the first step: op, class, count, formats and reason; and which matrix products escaped.
 
         Raises RuntimeError where the simulation was made with audit=False.
         """
@@ -276,26 +279,26 @@ class Simulation:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Plain torch inside; the audit counts its products as run outside the simulation."""
+        """Inside, torch runs unsimulated; the audit counts the matrix products there as "outside the simulation"."""
         with torch._C.DisableTorchFunction(), self._owned("outside the simulation"):
             yield
 
     @contextmanager
     def _as_torch_does(self, name: str) -> Iterator[None]:
-        """A module whose ops are not looked at, because the recipe leaves everything."""
+        """A context in which a module runs unseen, because the recipe rounds nothing."""
         if self._counting is not None:
             self._counting.count(name, Kind.PRODUCT, "-", "left by the recipe, with torch's fused evaluation")
         with torch._C.DisableTorchFunction(), self._owned("left by the recipe"):
             yield
 
     def _fused(self, module: nn.Module, path: str) -> AbstractContextManager[None] | None:
-        """For modules that evaluate by a fused kernel of their own, which they leave out where functions are seen."""
+        """The context for a module that has a fused kernel for evaluation, which it uses only while unseen; or None."""
         if module.training or not isinstance(module, _FUSED_IN_EVALUATION):
             return None
         return self._as_torch_does(type(module).__name__)
 
     def _stop_audit(self) -> None:
-        """End counting, so that later steps cost nothing; unless another mode lies on top, which must end first."""
+        """End counting, so that later steps cost nothing. Not possible while another dispatch mode is on top."""
         if self._counting is not None and _get_current_dispatch_mode() is self._counting:
             self._counting.__exit__(None, None, None)
             self._counting = None
@@ -353,8 +356,9 @@ class Simulation:
             if self._bookkeeping(frame, args, kwargs):
                 raise UnknownOpError(
                     f"{_path(frame)}/{name}: {name!r} multiplies matrices inside, where the recipe does not reach, so "
-                    "they would stay in full precision unnoticed. If it is no part of the machine, call it inside "
-                    "`simulation.suspended()`; else write it as products, or add it to lpsim.machine.ops.WRAPPED"
+                    "they would silently stay in full precision. If the machine is not to simulate it, call it "
+                    "inside `simulation.suspended()`; otherwise write it as matrix products, or add it to "
+                    "lpsim.machine.ops.WRAPPED"
                 )
             raise _unknown(frame, name)
         result = func(*args, **kwargs)
@@ -368,7 +372,7 @@ class Simulation:
     def _optimizers(
         self, name: str, product: bool, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run an op of the optimizer in full precision; the audit has a row for those that multiply matrices."""
+        """Run an op of the optimizer in full precision; the audit gets a row if it multiplies matrices."""
         if product and self._counting is not None:
             self._counting.count(name, Kind.EXEMPT, "-", "the optimizer")
         with self._owned("the optimizer"):
@@ -457,7 +461,7 @@ class Simulation:
             return Composite(lambda part, calls: self._call(place.sites[part], calls))
         return self._call(place.sites[op.name], 1 if op.calls is None else op.calls(*args, **kwargs))
 
-    # Where, and under which rule
+    # Sites and steps
 
     def _place(self, op: Op) -> _Place:
         """Where a product is about to run: its site, or those of its parts."""
@@ -507,16 +511,16 @@ class Simulation:
         return Call(site, self.seed, step, occurrence, self._observer)
 
     def _catch_up(self, steps: OptimizerSteps) -> None:
-        """Before the first training step in which the step matters: go on where the optimizers' states stand."""
+        """Before the step is first used in training, take it from the optimizers' states, as in a resumed run."""
         self._resumed = True
         recorded = steps.recorded()
         if recorded > self._step:
-            self._step = recorded  # without ending the audit, which is of this step
+            self._step = recorded  # not by _begin, which would end the audit: it is still the first step
             if self._sampler is not None:
                 self.observer = self._sampler(recorded)
 
     def _bookkeeping(self, frame: Frame | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an op is not the model's: of the backward pass itself, or outside every module and of no graph."""
+        """Whether an op is not the model's: run by the backward pass, or outside every module and not recorded."""
         if frame is None:
             return True
         if frame.path != OUTSIDE:
@@ -524,16 +528,16 @@ class Simulation:
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in _floating((args, kwargs))))
 
     def _optimizing(self) -> bool:
-        """In Optimizer.step, but not in a closure that it calls."""
+        """Whether Optimizer.step is running, but not a closure that it calls."""
         return bool(self._stepping) and not self._paths.inside() and not torch.is_grad_enabled()
 
     def _enter_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """An optimizer's step begins: what it computes is not the machine's, and need not be seen once it was counted.
+        """An optimizer's step begins. Its arithmetic is not simulated, so once the audit has ended, the mode is off.
 
-        Its calls do not come here then, until it ends or a module is called, as after an exception in it. A step with
-        a closure, which calls the model, is seen.
+        The mode comes back when the step ends, or when a module is called (as after an exception in the step). It stays
+        on for a step with a closure, since the closure calls the model.
         """
-        self._forget(optimizer)  # an exception may have left it
+        self._forget(optimizer)  # an earlier step may have ended in an exception
         self._stepping.append(optimizer)
         with_closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
         if self._counting is None and not with_closure and torch.overrides._get_current_function_mode() is self._mode:
@@ -549,21 +553,21 @@ class Simulation:
             self._begin(self._step + 1)
 
     def _forget(self, optimizer: Any) -> None:
-        """This optimizer's step, and those inside it, no longer run."""
+        """Note that this optimizer's step has ended, and so have the steps that began inside it."""
         for i, other in enumerate(self._stepping):
             if other is optimizer:
                 del self._stepping[i:]
                 break
 
     def _resume(self) -> None:
-        """See the model's calls again."""
+        """Switch the mode on again, if an optimizer's step switched it off."""
         if self._paused:
             self._paused = False
             self._paths.before_call = None
             self._mode.__enter__()
 
     def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
-        """What runs inside is counted as `owner`'s, and the op by its sites."""
+        """A context whose products the audit counts as `owner`'s; with `op`, the call too is counted, at its sites."""
         if self._counting is None:
             return _UNCOUNTED
         if op is not None and place is not None:
@@ -578,8 +582,8 @@ def _path(frame: Frame | None) -> str:
 
 def _unknown(frame: Frame | None, name: str) -> UnknownOpError:
     return UnknownOpError(
-        f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would stay in "
-        "full precision unnoticed. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
+        f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would silently "
+        "stay in full precision. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
         "lpsim/machine/ops/table.py, and one function if it hides matrix products"
     )
 

@@ -1,13 +1,14 @@
-"""The training step that follows the optimizers by itself, where the training loop does not set it.
+"""The training step as counted from the optimizers, unless the training loop sets it.
 
-A training step ends when an optimizer that holds parameters of the model has stepped. Of several optimizers each may
-step once before that: a step ends when one of them steps again. A step that a gradient scaler skips is none, as the
-optimizer sees nothing of it; the next forward pass draws further random bits of the same step.
+A training step ends when an optimizer that holds parameters of the model has stepped. With several optimizers, the
+first to step ends it and the others may each step once without ending another; the next one ends when one of them steps
+again. A step that a gradient scaler skips does not count, because the optimizer is not called; the next forward pass
+draws further random bits of the same step.
 
-A new process goes on where the optimizer's state stands: torch's optimizers count in their state (`step`), LMD in its
-groups. An optimizer that keeps no count (SGD, Lion) cannot be followed across processes; set `simulation.step` then.
-With several optimizers that step in turn, a resumed run counts its steps right, but forward passes between two of their
-steps are not told apart: set the step there, too, where a resumed run must draw the same bits.
+A new process takes the step from the optimizer's state: torch's optimizers count in their state (`step`), LMD in its
+parameter groups. An optimizer that keeps no count (SGD, Lion) cannot be followed across processes; then set
+`simulation.step` yourself. With several optimizers that step in turn, a resumed run counts its steps right, but cannot
+tell apart the forward passes between two of their steps: set the step if a resumed run must draw the same bits there.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class OptimizerSteps:
         return True
 
     def recorded(self) -> int:
-        """The steps that the optimizers of this model have behind them, by their states; 0 where none says so.
+        """How many steps the optimizers of this model have taken, according to their states; 0 if none keeps a count.
 
-        The optimizers are looked for among all live objects, as nothing in torch leads from a parameter to them; that
+        They are searched for among all live objects, because torch has no link from a parameter to its optimizer; that
         takes some tenths of a second in a large program.
         """
         parameters = {id(p) for p in self._model.parameters()}

@@ -1,13 +1,13 @@
-"""What rounding did to every tensor of every site: sampled steps, one row a step, site and role.
+"""What rounding did to every tensor of every site: one row for each sampled step, site and role.
 
     with simulate(model, recipe) as sim:
         telemetry = Telemetry(sim, every=100)
         train(model)  # any training loop; its step follows the optimizer
     telemetry.write("telemetry.parquet")
 
-Between sampled steps nothing is observed and nothing is paid. A run that diverges is looked into by repeating its last
-step, bit for bit, with every=1, as the training loop does. Sums are float64 and computed by one thread, so that they do
-not depend on the number of threads. Only a model in training mode is observed.
+Between sampled steps nothing is observed, and it costs nothing. To examine a run that diverged, repeat its last step,
+which gives the same bits, with every=1; the training loop does so. Sums are computed in float64 by one thread, so that
+they do not depend on the number of threads. Only a model in training mode is observed.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ __all__ = ["COSINES", "NonFinite", "Row", "Telemetry"]
 
 @dataclass
 class Row:
-    """One role of one site in one step, all its calls together. Fractions are of `elements`, NaN and Inf included.
+    """What rounding x to q did, for one role of one site in one step, over all its calls.
 
-    format: of the quantizer, "" for a result that nothing rounds. sqnr_db: 10·log10(Σx² / Σ(q − x)²), over the finite
-    elements. bias: Σ(q − x) / Σ|x|. clipped: |x| above the largest magnitude of its block or format. underflowed: q is
-    0 and x is not. nan, inf: counts in x. scale_log2_*: of the block scales, NaN without blocks; those with the
-    smallest scale, which blocks of zeros have, are left out.
-    swallowed: of the weights that changed until the next step, the fraction whose rounded value did not; with an
-    optimizer that samples, of the samples. Of several calls in a step, the first counts.
-    origin: "nan" or "inf" in the one row where the first of all was seen (see NonFinite), "" in every other.
+    clipped and underflowed are fractions of `elements`, the number of all elements, NaN and Inf included.
+
+    format: the quantizer's; "" for a result that is not rounded. sqnr_db: signal to quantization noise ratio,
+    10·log10(Σx² / Σ(q − x)²), over the finite elements. bias: Σ(q − x) / Σ|x|. clipped: |x| is above the largest
+    magnitude that its block or format holds. underflowed: q is 0 and x is not. nan, inf: counts in x. scale_log2_*:
+    of the block scales, NaN without blocks; the smallest possible scale, which blocks of zeros get, is left out.
+    swallowed: of the weights that the optimizer changed between this step and the next, the fraction whose rounded
+    value stayed the same. If the optimizer samples weights, the samples are compared. Only a step's first call counts.
+    origin: "nan" or "inf" in the row where the first NaN or Inf was seen (see NonFinite), "" in all others.
     """
 
     step: int
@@ -105,7 +107,7 @@ class _Sums:
 class NonFinite:
     """The first NaN or Inf that was seen: in an operand before it was rounded, or in a result.
 
-    -Inf in the result of a vector op does not count: attention masks are made of it.
+    -Inf in the result of a vector op does not count, since attention masks contain it.
     """
 
     step: int
@@ -115,7 +117,7 @@ class NonFinite:
 
 
 class Telemetry:
-    """Observes a simulation every `every` steps, and keeps the rows.
+    """Observes every `every`-th step of a simulation, and keeps the rows.
 
     first_nonfinite: where and when the first NaN or Inf appeared among what was observed; None while there is none.
     """
@@ -134,7 +136,7 @@ class Telemetry:
         simulation.sampler = self._observer_at
 
     def rows(self) -> list[Row]:
-        """One a sampled step, site and role, in the order of their first call."""
+        """One row for each sampled step, site and role, in the order of their first calls."""
         with self.simulation.suspended():
             return [*self._rows, *(sums.finished() for sums in self._sums.values())]
 
@@ -172,7 +174,10 @@ class Telemetry:
         return files
 
     def write(self, path: str | Path) -> None:
-        """The table as Parquet, written to another name first; cosines, if any, beside it as NAME_cosines.parquet."""
+        """Write the table as Parquet, and cosines, if there are any, beside it as NAME_cosines.parquet.
+
+        Each file is written under another name and then renamed, so that it is never seen half-written.
+        """
         path = Path(path)
         for name, content in self.parquet().items():
             target = path.with_name(name.replace("telemetry", path.stem, 1) + ".parquet")
@@ -181,16 +186,17 @@ class Telemetry:
             partial.replace(target)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can hold it.
+        """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can store it.
 
-        tables: the Parquet files' bytes. weights: right after a sampled step, each one before and after rounding.
+        tables: the bytes of the Parquet files. weights: each weight before and after rounding, if a step was just
+        sampled.
         """
         tables = {name: torch.frombuffer(bytearray(file), dtype=torch.uint8) for name, file in self.parquet().items()}
         due = [(*key, x, q) for key, (row, x, q) in self._weights.items() if self.simulation.step - row.step in (0, 1)]
         return {"tables": tables, "weights": due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; what was observed so far is dropped."""
+        """Continue from a `state_dict`; all rows so far are dropped."""
         from pyarrow.parquet import read_table
 
         tables = {
@@ -211,9 +217,10 @@ class Telemetry:
         return self.simulation.step % self.every == 0
 
     def compare_gradients(self, loss: Callable[[], Tensor]) -> None:
-        """Compare the gradients in .grad with those that `loss()` has in full precision, parameter by parameter.
+        """Compare the gradients in .grad with the full-precision gradients of `loss()`, parameter by parameter.
 
-        loss: computes the loss of the same batch; it runs outside the simulation, with the random state of now.
+        loss: computes the loss of the same batch; it runs outside the simulation, from a copy of the current random
+        state.
         cosine is NaN where a gradient is zero; norm_ratio is |simulated| / |full precision|. Raises RuntimeError where
         no parameter has a gradient.
         """
@@ -232,7 +239,7 @@ class Telemetry:
                 self._cosines.append((self.simulation.step, name, cosine, ratio))
 
     def _observer_at(self, step: int) -> Callable[..., None] | None:
-        """What observes the step that begins: everything, the weights after a sampled step, or nothing."""
+        """The observer of a step: of all tensors in a sampled step, of the weights in the step after one, else None."""
         self._rows = self.rows()
         self._sums.clear()
         if step % self.every == 0:
@@ -270,7 +277,7 @@ class Telemetry:
             self.first_nonfinite = NonFinite(call.step, *key, row.origin)
 
     def _is_weight(self, x: Tensor) -> bool:
-        """Whether x lies in the memory of a parameter, as it is now: optimizers that sample put others in its place."""
+        """Whether x lies in a parameter's memory, which is looked up each time: optimizers that sample exchange it."""
         place = x.untyped_storage().data_ptr()
         return any(p.untyped_storage().data_ptr() == place for p in self._parameters)
 
@@ -297,7 +304,7 @@ class Telemetry:
     def _observe_weight(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
     ) -> None:
-        """A weight a step after it was sampled: did rounding swallow its update?"""
+        """Look at a weight in the step after a sampled one: did rounding swallow its update?"""
         key = (call.site.name, role.label)
         if key not in self._weights or self._weights[key][0].step + 1 != call.step:
             return

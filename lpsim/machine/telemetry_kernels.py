@@ -1,7 +1,7 @@
 """The sums of telemetry over the elements of a tensor, in Numba: one pass each, on the calling thread.
 
-Sums may be reassociated, so that they run in vector registers: the same on every run and number of threads, though not
-on every kind of machine.
+The compiler may reorder sums, to use vector registers. So results are the same in every run and for every number of
+threads, but may differ between kinds of processors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def census(x):  # type: ignore[no-untyped-def]
 
 @_compiled
 def rounding(x, q):  # type: ignore[no-untyped-def]
-    """(Σx², Σ(q − x)², Σ(q − x), Σ|x|, how many q are 0 where x is not); where both are finite."""
+    """(Σx², Σ(q − x)², Σ(q − x), Σ|x|, how many q are 0 where x is not), over the places where both are finite."""
     signal = noise = error = magnitude = 0.0
     underflowed = 0
     for i in range(x.size):

@@ -2,7 +2,7 @@
 
     stored = store(optimizer, {"parameters": bfloat16_stochastic, "exp_avg": float8}, seed=0)
 
-The step itself runs in the dtype of its tensors; what it leaves behind is rounded, as it would be on its way to memory.
+The step itself runs in the dtype of its tensors; its results are rounded afterwards, as if stored in memory.
 """
 
 from __future__ import annotations

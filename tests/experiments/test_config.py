@@ -17,7 +17,7 @@ from experiments.training.config import (
     model,
     named_recipe,
 )
-from experiments.training.data import Digits, ImageFolders, StdlibText, TokenFiles
+from experiments.training.data import Digits, Glyphs, ImageFolders, StdlibText, TokenFiles
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.optimizers import LMD, OPTIMIZERS, AdamW, Madam
 from experiments.training.settings import Settings
@@ -42,6 +42,7 @@ EVERY_PART = [
     *(text_config(recipe=forward("mxfp4_e2m1", vector="bfloat16", rounding=rounding)) for rounding in Rounding),
     text_config(model=MODELS["gpt2-124m"], data=TokenFiles(folder="openwebtext")),
     text_config(model=MODELS["vit-micro"], data=Digits()),
+    text_config(model=MODELS["vit-micro-glyphs"], data=Glyphs()),
     text_config(model=MODELS["vit-b/16"], data=ImageFolders(folder="imagenet")),
     text_config(recipe=all_products("mxfp4_e2m1", vector="bfloat16", rounding=Rounding.STOCHASTIC)),
     *(text_config(recipe=named_recipe(name)) for name in ALL_RECIPES),

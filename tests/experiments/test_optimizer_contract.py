@@ -2,19 +2,21 @@
 
 import copy
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from experiments.training.models.gpt2 import MICRO as GPT2_MICRO
 from experiments.training.optimizers import (
     LMD,
     OPTIMIZERS,
     SGD,
     AdamW,
     Lion,
+    LMDForModel,
     LMDSplit,
     LMDWithAdamW,
     Madam,
@@ -42,6 +44,7 @@ ENTRIES = [
     Entry(LMD(lr=0.1, weight_decay=0.0, noise_scale=0.0)),
     Entry(LMDSplit(lr=0.1, weight_decay=0.0)),
     Entry(LMDWithAdamW(lr=0.1, weight_decay=0.0)),
+    Entry(LMDForModel(lr=0.1, weight_decay=0.0)),
     Entry(SGD(lr=0.1, weight_decay=0.0)),
     Entry(Lion(lr=0.05, weight_decay=0.0)),
     Entry(Signum(lr=0.05, weight_decay=0.0)),
@@ -51,9 +54,10 @@ ENTRIES = [
 every_optimizer = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.settings.name}-{ENTRIES.index(e)}")
 
 
-def make(entry: Entry, *parameters: Tensor, weight_decay: float | None = None) -> Optimizer:
+def make(entry: Entry, *parameters: nn.Parameter, weight_decay: float | None = None) -> Optimizer:
+    """The optimizer of a model that holds these parameters."""
     decay = entry.settings.weight_decay if weight_decay is None else weight_decay
-    return entry.settings.make([{"params": list(parameters), "weight_decay": decay}], seed=0)
+    return replace(entry.settings, weight_decay=decay).build(nn.ParameterList(parameters), seed=0)
 
 
 class Regression:
@@ -67,7 +71,7 @@ class Regression:
             target = target.abs() * start.sign()
         self.inputs = torch.randn(64, 8, generator=random).to(dtype)
         self.target = target.clamp(-1.5, 1.5).to(dtype)
-        self.weight = start.to(dtype).requires_grad_()
+        self.weight = nn.Parameter(start.to(dtype))
 
     def loss(self) -> Tensor:
         return (self.inputs @ (self.weight - self.target)).square().mean()
@@ -138,7 +142,7 @@ def test_leaves_gradients_untouched(entry: Entry) -> None:
 def test_groups_have_their_own_rate_and_decay(entry: Entry) -> None:
     random = torch.Generator().manual_seed(1)
     values = torch.rand(4, 4, generator=random) + 0.5
-    moving, still, decayed = (values.clone().requires_grad_() for _ in range(3))
+    moving, still, decayed = (nn.Parameter(values.clone()) for _ in range(3))
     optimizer = make(entry, moving)
     optimizer.add_param_group({"params": [still], "lr": 0.0, "weight_decay": 0.0})
     if entry.decays:
@@ -187,7 +191,7 @@ def test_evaluates_a_closure_and_returns_its_loss(entry: Entry) -> None:
 @every_optimizer
 def test_leaves_parameters_without_a_gradient_alone(entry: Entry) -> None:
     problem = Regression(entry)
-    unused = torch.ones(1, 3, requires_grad=True)
+    unused = nn.Parameter(torch.ones(1, 3))
     optimizer = make(entry, problem.weight, unused, weight_decay=0.1 if entry.decays else None)
     problem.loss().backward()
     optimizer.step()
@@ -196,11 +200,11 @@ def test_leaves_parameters_without_a_gradient_alone(entry: Entry) -> None:
 
 @every_optimizer
 def test_a_zero_gradient_moves_nothing(entry: Entry) -> None:
-    weight = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
     optimizer = make(entry, weight)
-    weight.grad = torch.zeros(1, 3)
+    weight.grad = torch.zeros(2, 2)
     optimizer.step()
-    assert torch.allclose(weight, torch.tensor([[1.0, -2.0, 0.5]]), rtol=1e-6, atol=0)
+    assert torch.allclose(weight, torch.tensor([[1.0, -2.0], [0.5, 3.0]]), rtol=1e-6, atol=0)
 
 
 def test_madam_equals_its_equation() -> None:
@@ -231,3 +235,18 @@ def test_lion_and_signum_equal_their_equations() -> None:
     # Lion: directions sign(g1), sign(0.5 * 0.25 g1 + 0.5 g2); Signum: sign(0.25 g1), sign(0.75 * 0.25 g1 + 0.25 g2)
     assert torch.allclose(lion, torch.tensor([(0.95 - 0.1) * 0.95 + 0.1, (-0.95 + 0.1) * 0.95 - 0.1]).double())
     assert torch.allclose(signum, torch.tensor([(0.95 - 0.1) * 0.95 + 0.1, (-0.95 + 0.1) * 0.95 + 0.1]).double())
+
+
+def test_lmd_for_model_passes_its_settings_on() -> None:
+    model = GPT2_MICRO.build()
+    settings = LMDForModel(lr=0.02, weight_decay=0.3, noise_scale=0.1, kappa=2.0, betas=(0.8, 0.9), others_lr=0.01)
+    optimizer = settings.build(model, seed=7)
+    ours, *theirs = optimizer.param_groups
+    wanted = {"lr": 0.02, "weight_decay": 0.3, "noise_scale": 0.1, "kappa": 2.0, "betas": (0.8, 0.9), "seed": 7}
+    assert {name: ours[name] for name in wanted} == wanted
+    assert [group["lr"] for group in theirs] == [0.01, 0.01]
+    assert any(p is model.tokens.weight for p in theirs[0]["params"])
+    with pytest.raises(ValueError, match="mc_samples"):
+        LMDForModel(lr=0.02, mc_samples=2)
+    with pytest.raises(ValueError, match="others_lr"):
+        LMDForModel(lr=0.02, others_lr=0.0)

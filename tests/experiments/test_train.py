@@ -13,7 +13,7 @@ import torch
 
 from experiments.training import train as training
 from experiments.training.config import Config, RecipeConfig, all_products, forward, model, named_recipe
-from experiments.training.data import Digits
+from experiments.training.data import Digits, Glyphs
 from experiments.training.optimizers import LMD, OPTIMIZERS, SGD, AdamW
 from experiments.training.record import RunRecord
 from experiments.training.train import train
@@ -68,6 +68,7 @@ CONFIGS = {
     "adamw mxfp6": tiny_config(recipe=forward("mxfp6_e3m2", vector="bfloat16")),
     "adamw nvfp4 training": tiny_config(recipe=named_recipe("nvfp4")),
     "adamw all products": tiny_config(recipe=all_products("mxfp4_e2m1", rounding=Rounding.STOCHASTIC)),
+    "glyphs": tiny_config(model=model("vit-micro-glyphs"), data=Glyphs(validation_images=36)),
     "vit": tiny_config(model=model("vit-micro"), data=Digits(), batch_size=60, validate_every=9, recipe=STOCHASTIC),
 }
 

@@ -5,7 +5,7 @@ Initialization: truncated normal with standard deviation 0.02 (class token and p
 gains one. No dropout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,6 +46,8 @@ class ViTConfig(Settings):
 
 
 MICRO = ViTConfig(name="vit-micro", layers=2, heads=4, d_model=64, image_size=8, patch_size=2, channels=1, classes=10)
+# As MICRO, with as many patches, for the images and classes of the data set glyphs.
+MICRO_GLYPHS = replace(MICRO, name="vit-micro-glyphs", image_size=16, patch_size=4, classes=36)
 BASE = ViTConfig(
     name="vit-b/16", layers=12, heads=12, d_model=768, image_size=224, patch_size=16, channels=3, classes=1000
 )

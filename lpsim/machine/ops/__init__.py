@@ -1,8 +1,9 @@
-"""The ops of the simulated machine: the table WRAPPED, and the functions that stand in for matrix products.
+"""The ops of the simulated machine: the table WRAPPED, and the functions that replace torch's matrix products.
 
-`table` says what becomes of each op; `contraction`, `convolution`, `attention` and `recurrent` bring products to one
-form; `product` computes it with its three named GEMMs; `site` knows where it runs. In: a torch function's arguments.
-Out: its result, rounded as the recipe says. It imports recipes; simulate, audit and telemetry import it.
+`table` says how each op is simulated; `contraction`, `convolution`, `attention` and `recurrent` bring all kinds of
+products to one form; `product` computes that form with its three GEMMs, fprop, dgrad and wgrad; `site` says where in
+the model an op runs. In: a torch function's arguments. Out: its result, rounded as the recipe says. It imports recipes;
+simulate, audit and telemetry import it.
 """
 
 from lpsim.machine.ops.product import Product, Role, StraightThrough

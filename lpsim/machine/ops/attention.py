@@ -28,8 +28,9 @@ def scaled_dot_product_attention(
     """softmax(scale · query·keyᵀ + mask) · value, [..., H, L, V].
 
     query [..., H, L, E], key [..., H or Hkv, S, E], value [..., H or Hkv, S, V]; mask broadcasts to [..., H, L, S].
-    Parts: qk and pv are products, scores (scaled and masked) and softmax (with dropout) are vector ops. A row with
-    every position masked gives zeros, as in torch. With enable_gqa the query heads of one key head form one product.
+    Parts: the products qk and pv, and the vector ops scores (scaled and masked) and softmax (with dropout). A row in
+    which all positions are masked gives zeros, as in torch. With enable_gqa, query heads that share a key head are
+    multiplied in one product.
     """
     length, positions = query.shape[-2], key.shape[-2]
     bias = attn_mask
@@ -66,9 +67,9 @@ def _as_bias(left_out: Tensor, like: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """softmax(round(factor · scores + bias)) in the memory of scores.
+    """softmax(round(factor · scores + bias)), written over scores.
 
-    scores: as the product of the queries and keys left it; `shape` is [..., H, L, S], as the bias sees it.
+    scores: the result of the product qk, in its own shape. shape: [..., H, L, S], which the bias broadcasts to.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Matrix products by every name torch has for them, each brought to Product's form.
+"""All of torch's functions that are matrix products, each brought to the form of `Product`.
 
-Data only moves here (views, permutations); the products themselves, and so all rounding, are Call.product's.
-Where an op contracts several axes they are flattened, in the order they have in the left operand, into one.
+Here data is only moved (views, permutations); Call.product multiplies and rounds. If an op sums over several axes, they
+are flattened into one, in their order in the left operand.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def _product(call: Call, lhs: Tensor, rhs: Tensor) -> Tensor:
-    """torch.matmul's rules of dimensions, without rounding the result.
+    """torch.matmul for all its combinations of dimensions, without rounding the result.
 
-    An operand without batch dimensions against one with them is multiplied flat, so that the product that sums over
-    the batch (its gradient) is one product and not a sum of many.
+    If only one operand has batch dimensions, they are flattened. Then the other operand's gradient, which sums over the
+    batch, is one product instead of a sum of many.
     """
     if lhs.dim() == 1:
         return _product(call, lhs[None], rhs).squeeze(-1 if rhs.dim() == 1 else -2)
@@ -82,7 +82,7 @@ def vdot(call: Call, input: Tensor, other: Tensor) -> Tensor:
 
 
 def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta·input + alpha·(mat1 · mat2), the epilogue in the dtype of the accumulator."""
+    """beta·input + alpha·(mat1 · mat2); scaling and adding are in the compute dtype, before the result is rounded."""
     return call.out(_epilogue(_product(call, *_of_rank("addmm", mat1, 2, mat2, 2)), input, beta, alpha))
 
 
@@ -92,7 +92,7 @@ def addmv(call: Call, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 
 
 
 def baddbmm(call: Call, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta·input + alpha·(batch1 · batch2), product by product."""
+    """beta·input + alpha·(batch1 · batch2), for each matrix of the batch."""
     return call.out(_epilogue(_product(call, *_of_rank("baddbmm", batch1, 3, batch2, 3)), input, beta, alpha))
 
 
@@ -134,7 +134,7 @@ def inner(call: Call, input: Tensor, other: Tensor) -> Tensor:
 
 
 def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, dims_other: Any = None) -> Tensor:
-    """Σ over the paired axes, flattened in a's order as given; dims_other: b's axes, where aten gives them apart."""
+    """Σ over the paired axes, flattened in the order given; dims_other: b's axes, if aten passes them separately."""
     if dims_other is not None:
         dims = (dims, dims_other)
     if isinstance(dims, Tensor):
@@ -156,14 +156,14 @@ def tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, dims_other: Any =
 
 
 def matrices_in(*matrices: Any) -> int:
-    """The matrices of a chain_matmul or multi_dot."""
+    """The number of matrices in a chain_matmul or multi_dot."""
     return len(matrices) if isinstance(matrices[0], Tensor) else len(matrices[0])
 
 
 def chain_matmul(call: Call, *matrices: Any) -> Tensor:
     """The product of matrices from left to right, each partial product rounded by fprop.out.
 
-    torch picks the cheapest association; a machine needs one that does not depend on the shapes.
+    torch picks the order of products that costs least; here it must not depend on the shapes.
     """
     result, *others = matrices if isinstance(matrices[0], Tensor) else matrices[0]
     for i, matrix in enumerate(others):
@@ -172,14 +172,14 @@ def chain_matmul(call: Call, *matrices: Any) -> Tensor:
 
 
 def steps_of_power(input: Tensor, n: int) -> int:
-    """No fewer than the products of a matrix_power."""
+    """An upper bound on the number of products of a matrix_power."""
     return max(1, 2 * n.bit_length())
 
 
 def matrix_power(call: Call, input: Tensor, n: int) -> Tensor:
     """inputⁿ of square matrices by repeated squaring, in torch's order; each product rounded by fprop.out.
 
-    n = 0 is the identity and n = 1 a copy, without a product. Raises NotImplementedError for a negative n, whose
+    n = 0 gives the identity and n = 1 a copy, without a product. Raises NotImplementedError for a negative n, since an
     inverse is no matrix product, and ValueError for matrices that are not square.
     """
     if n < 0:
@@ -207,16 +207,16 @@ def matrix_power(call: Call, input: Tensor, n: int) -> Tensor:
 def cdist_has_products(
     x1: Any, x2: Any, p: float = 2.0, compute_mode: str | int | None = "use_mm_for_euclid_dist_if_necessary"
 ) -> bool:
-    """Whether torch.cdist may multiply matrices: Euclidean distances, unless it is told not to. See cdist."""
+    """Whether torch.cdist may multiply matrices: for Euclidean distances, unless compute_mode forbids it. See cdist."""
     return p == 2 and compute_mode not in ("donot_use_mm_for_euclid_dist", 2)
 
 
 def cdist(composite: Composite, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     """Euclidean distances of x1 [..., P, M] and x2 [..., R, M] as √(|x|² + |y|² - 2x·y): [..., P, R].
 
-    x·y is a product of the recipe. The vector unit computes the rest from the operands as they are: "norms" (|x|² and
-    |y|²) and "distance". A difference below zero counts as zero, where the gradient is zero as in torch; NaN stays.
-    torch multiplies matrices where a side has more than 25 rows; a machine needs a rule that does not depend on shapes.
+    x·y is a product, rounded by the recipe. The rest are vector ops on the unrounded operands: "norms" (|x|² and |y|²)
+    and "distance". A negative |x|² + |y|² - 2x·y counts as zero, and there the gradient is zero, as in torch; NaN stays
+    NaN. torch multiplies matrices only if a side has more than 25 rows; here the rule must not depend on the shapes.
     """
     for x in (x1, x2):
         if x.dim() < 2:
@@ -233,7 +233,7 @@ def cdist(composite: Composite, x1: Tensor, x2: Tensor, p: float = 2.0, compute_
 
 
 def groups_in(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, **_: Any) -> int:
-    """The products of a grouped_mm."""
+    """The number of products in a grouped_mm."""
     return 1 if offs is None else len(offs)
 
 
@@ -245,10 +245,11 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One product a group, as a mixture of experts needs them; offs: where each group ends.
+    """One product for each group, as a mixture of experts needs them; offs: where each group ends.
 
-    mat_a [S, K], mat_b [G, K, N]: rows are grouped, [S, N] (zeros after the last group). mat_a [G, M, K], mat_b [K, S]:
-    columns are, [M, S]. Both 2-D: the axis summed over is, [G, M, N]. Both 3-D: a batch, without offs.
+    mat_a [S, K], mat_b [G, K, N]: rows are grouped; result [S, N], zeros after the last group. mat_a [G, M, K], mat_b
+    [K, S]: columns are grouped; result [M, S]. Both 2-D: the axis summed over is grouped; result [G, M, N]. Both 3-D: a
+    batch of products, without offs.
     """
     if bias is not None:
         raise NotImplementedError("grouped_mm with a bias is not simulated; add it to the result")
@@ -280,16 +281,16 @@ def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: T
 
 
 def steps_in(*args: Any) -> int:
-    """Three roundings for each operand of an einsum: two sums and a product."""
+    """The number of calls of an einsum: for each operand at most two sums and a product."""
     return 3 * (1 + max(len(args), len(args[-1]) if isinstance(args[-1], list | tuple) else 0))
 
 
 def einsum(call: Call, *args: Any) -> Tensor:
     """torch.einsum of any number of operands, contracted pairwise from left to right.
 
-    The axes that the left operand shares with the next and nothing later needs are summed in one product. Where a pair
-    shares none, it is multiplied elementwise, which is the vector unit's work. Axes only one operand has and nobody
-    needs are summed first, as is a repeated axis's diagonal taken.
+    Axes that both operands of a pair have and nothing later needs are summed in one product. If there are none, the
+    pair is multiplied elementwise, as a vector op. Before that, the diagonals of repeated axes are taken, and axes that
+    only one operand has and nothing later needs are summed.
     """
     operands, inputs, output = _parse(*args)
     left, axes = _take_diagonals(operands[0], inputs[0])
@@ -305,7 +306,7 @@ def einsum(call: Call, *args: Any) -> Tensor:
 
 
 def _parse(*args: Any) -> tuple[list[Tensor], list[str], str]:
-    """The operands, their axes as letters without ellipsis, and the output's; axes of an ellipsis are digits."""
+    """The operands, the axes of each as one character per axis, and the output's axes. An ellipsis is expanded."""
     if isinstance(args[0], str):
         equation, operands = args[0].replace(" ", ""), list(args[1:])
         if len(operands) == 1 and not isinstance(operands[0], Tensor):
@@ -354,7 +355,7 @@ def _sum_unneeded(call: Call, x: Tensor, axes: str, needed: set[str]) -> tuple[T
 
 
 def _contract(call: Call, a: Tensor, a_axes: str, b: Tensor, b_axes: str, needed: set[str]) -> tuple[Tensor, str]:
-    """a and b over their shared axes that are not needed; axes of length one broadcast."""
+    """Multiply a and b, and sum over the axes that both have and nothing needs; axes of length one broadcast."""
     contracted = [c for c in a_axes if c in b_axes and c not in needed]
     for c in list(contracted):
         if a.shape[a_axes.index(c)] != b.shape[b_axes.index(c)]:  # one of them is 1: repeat it

@@ -1,9 +1,9 @@
-"""Convolutions as matrix products: the operand of a convolution is the matrix of its patches (im2col).
+"""Convolutions as matrix products: the left operand is the matrix of the input's patches (im2col).
 
-The axis summed over is (input channel, kernel position), flattened in this order, so that is what fprop's blocks run
-along; dgrad sums over output channels, wgrad over (batch, output position). A patch matrix repeats elements, and
-each copy belongs to its own row's blocks: this is the product a matrix unit executes, not a rounding of the image.
-Gathering patches (fold and unfold) moves data; overlapping gradients are added in the compute dtype.
+fprop sums over (input channel, kernel position), flattened in this order, so its blocks lie along that axis; dgrad sums
+over output channels, wgrad over (batch, output position). Patches overlap, so the matrix repeats elements, and each
+copy is rounded with the blocks of its own row, as in a matrix unit; the image itself is not rounded. Gathering patches
+(unfold) only moves data; the gradients of overlapping patches are added in the compute dtype.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _transposed_convolution(dims: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         """input [B, C, *size] or unbatched, weight [C, O / groups, *kernel], bias [O]: [B, O, *out].
 
-        The product sums over the input channels; the patches it yields are added in the compute dtype, then the bias.
+        The product sums over the input channels and gives patches; these and the bias are added in the compute dtype.
         """
         if input.dim() == dims + 1:
             return convolution(
@@ -101,7 +101,7 @@ def _sizes(value: Size, dims: int) -> tuple[int, ...]:
 def _padded(
     x: Tensor, kernel: Sequence[int], strides: Sequence[int], padding: Size | str, dilations: Sequence[int]
 ) -> Tensor:
-    """x with zeros around it; "same" puts the odd one at the end."""
+    """x with zeros around it; if "same" needs an odd number of them, the end gets one more."""
     if padding == "valid":
         return x
     if padding == "same":
@@ -150,7 +150,7 @@ def _added(
         image = _added(columns, (1, *full), (1, *grid), (1, *kernel), (1, *strides), (1, *dilations))
         return image.squeeze(2)
     if len(kernel) == 2:
-        # fold wants an image that the grid fills exactly; output padding adds rows no patch reaches
+        # F.fold needs an image that the patches fill exactly; output padding adds rows that no patch reaches
         filled = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(grid, strides, dilations, kernel, strict=True)]
         image = F.fold(columns, tuple(filled), tuple(kernel), dilation=tuple(dilations), stride=tuple(strides))
         return F.pad(image, (0, full[1] - filled[1], 0, full[0] - filled[0]))
@@ -161,7 +161,7 @@ def _added(
     planes = planes.view(batch, grid[0] * kernel[0], -1, math.prod(full[1:])).transpose(1, 2)  # [B, C, out * kd, H * W]
     channels = planes.shape[1]
     planes = planes.view(batch, channels, grid[0], kernel[0], -1).permute(0, 1, 4, 3, 2).flatten(0, 1)
-    image = _added(  # along depth, with each pixel's column an image of its own
+    image = _added(  # along the depth: each pixel's column is a 1-d image of its own
         planes.flatten(1, 2).view(-1, kernel[0], grid[0]), full[:1], grid[:1], kernel[:1], strides[:1], dilations[:1]
     )
     return image.view(batch, channels, *full[1:], full[0]).movedim(-1, 2)

@@ -1,10 +1,10 @@
-"""float32 products done by a bfloat16 unit, where that changes nothing but the order of the sum.
+"""float32 matrix products computed by the CPU's bfloat16 unit, where that changes nothing but the order of the sums.
 
-Values of the narrow formats have at most 8 significant bits, so they are exactly bfloat16, and the product of two of
-them is exactly float32. A bfloat16 matrix unit that accumulates in float32 then computes a dot product as a float32
-unit does: the same exact products, added with float32 rounding, in an order of its own. Such units (AMX, AVX-512
-BF16) take numbers below 2^-126 as zero; so nothing may be that small, neither an operand, nor a product, nor a sum.
-Every sum of products is a multiple of ulp(lhs)·ulp(rhs): where that is at least 2^-126, no subnormal number occurs.
+A value with at most 8 significant bits, as the narrow formats have, is exactly a bfloat16 number, and the product of
+two such values is exactly a float32 number. So a bfloat16 unit that accumulates in float32 computes a dot product as a
+float32 unit does: the same exact products, added with float32 rounding, only in another order. But such units (AMX,
+AVX-512 BF16) treat numbers below 2^-126 as zero, so no operand, product or sum may be that small. Every sum of products
+is a multiple of ulp(lhs)·ulp(rhs), the last bits of the operands: if that is at least 2^-126, no such number occurs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lpsim.formats import Codebook, FixedFormat, FloatFormat, Format
 
 MIN_EXPONENT = -126  # of a normal number, float32 and bfloat16 alike
 SIGNIFICANT_BITS = 8  # of bfloat16
-WORTHWHILE = 1 << 22  # multiplications; below, the switch costs what the faster product saves
-WIDE = 32  # rows · columns / (rows + columns) of the result; below, looking for small numbers costs what is saved
+WORTHWHILE = 1 << 22  # multiplications; with fewer, switching the precision costs more than the faster product saves
+WIDE = 32  # rows · columns / (rows + columns) of the result; below, the search for small numbers costs too much
 
 _precision: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009, the stubs lack it
 
 
 def significant_bits(fmt: Format) -> int | None:
-    """How many significant bits any finite value of the format needs at most; None where there is no bound."""
+    """How many significant bits a finite value of the format needs at most; None if there is no bound."""
     if isinstance(fmt, FloatFormat):
         return fmt.mantissa_bits + 1
     if isinstance(fmt, FixedFormat):
@@ -48,7 +48,9 @@ def _odd_part(value: float) -> int:
 
 
 def bits_of_product(lhs: Format, rhs: Format) -> int | None:
-    """How far below their leading bits the last bits of a value of each lie, added up; None if one is not bfloat16."""
+    """How far the last bit of a product lies below the leading bits of its operands, at most: the sum of their
+    significant bits less one. None if a format's values are not all exactly bfloat16.
+    """
     bits = [significant_bits(fmt) for fmt in (lhs, rhs)]
     if any(b is None or b > SIGNIFICANT_BITS for b in bits):
         return None
@@ -64,9 +66,9 @@ def unit_available() -> bool:
 
 
 def matmul(lhs: Tensor, rhs: Tensor, bits: int) -> Tensor:
-    """torch.matmul of two float32 tensors whose values are bfloat16, by the bfloat16 unit where it is exact.
+    """torch.matmul of two float32 tensors whose values are exactly bfloat16, by the bfloat16 unit where that is exact.
 
-    NaN and Inf behave as in torch.matmul. bits: bits_of_product of the formats that the values are from.
+    NaN and Inf behave as in torch.matmul. bits: bits_of_product of the formats that the values belong to.
     """
     rows, columns = lhs.shape[-2], rhs.shape[-1]
     if lhs.numel() * columns < WORTHWHILE or rows * columns < WIDE * (rows + columns):
@@ -95,7 +97,7 @@ def _min_exponent(x: Tensor) -> float:
 
 @functools.cache
 def _smallest_bits() -> Callable[[Any], int]:
-    """The bits of the smallest non-zero magnitude among float32 numbers given as bits; 0 where there is none."""
+    """A function: float32 bit patterns -> the bit pattern of the smallest non-zero magnitude; 0 if all are zero."""
     import numba
 
     @numba.njit(cache=True, nogil=True)

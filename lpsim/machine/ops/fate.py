@@ -1,8 +1,8 @@
-"""What becomes of every function of torch that can be overridden, as a table: docs/reference/operations.md.
+"""How each function of torch that can be overridden is simulated, as a table: docs/reference/operations.md.
 
-Built from WRAPPED, op_name and HIDES_PRODUCTS, which decide, so it cannot say anything else than what happens; only
-which functions return no floating-point tensor is written down here, and tested.
-`python -m lpsim.machine.ops.fate > docs/reference/operations.md` writes the page.
+The table is built from WRAPPED, op_name and HIDES_PRODUCTS, which the simulation itself uses, so it cannot differ from
+what happens. Only the lists of exempt functions below, such as those that return no floating-point tensor, are written
+by hand; a test checks them. `python -m lpsim.machine.ops.fate > docs/reference/operations.md` writes the page.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ _HIDING = "multiplies matrices inside; runs in the optimizer alone"
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one function.
+    """How one function is simulated.
 
-    name: as one calls it. op: its name in the table. kind: its class there, None where it has no entry.
+    name: its full name in torch. op: its name in the table. kind: its class there, None if it has no entry.
     what: product, vector, reduction, moved, exempt or raises. reason: why.
     """
 

@@ -1,7 +1,7 @@
-"""The autograd Functions of the machine: a matrix product with its three named GEMMs, and rounding.
+"""The machine's autograd Functions: `Product`, a matrix product and its gradients, and `StraightThrough`, a rounding.
 
-Every product of every op comes here. fprop, dgrad and wgrad are matrix products of their own, and each quantizes its
-operands along the axis it sums over.
+Every product of every op comes here. fprop (the forward product) and its gradients dgrad (for the left operand) and
+wgrad (for the right) are three matrix products. Each quantizes its operands along the axis that it sums over.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Role(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        """As written in a site's name: fprop.lhs."""
+        """As shown to the user: fprop.lhs."""
         return self.name.lower().replace("_", ".")
 
 
 class Bits(Protocol):
-    """Significant bits of each product where a narrow unit computes it exactly (exact.bits_of_product), else None."""
+    """The bits (see exact.bits_of_product) of each product whose operands are exactly bfloat16, else None."""
 
     fprop_bits: int | None
     dgrad_bits: int | None
@@ -61,7 +61,7 @@ class Quantizing(Protocol):
 def _matmul(gemm: Gemm, exact_bits: int | None, lhs: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
     """lhs [..., M, K] · rhs [..., K, N], or its transpose, with the product's accumulator.
 
-    exact_bits: see exact.bits_of_product. An accumulator gets the operands as the Gemm names them.
+    exact_bits: see exact.bits_of_product. An accumulator gets lhs and rhs untransposed, as the Gemm names them.
     """
     if gemm.accumulate is not None:
         out = gemm.accumulate.matmul(lhs, rhs)
@@ -72,13 +72,13 @@ def _matmul(gemm: Gemm, exact_bits: int | None, lhs: Tensor, rhs: Tensor, transp
 
 
 class Product(torch.autograd.Function):
-    """out = lhs · rhs (+ bias), its gradients dgrad and wgrad, each by its own Gemm of the recipe.
+    """out = lhs · rhs (+ bias), and its gradients dgrad and wgrad; each of the three has its own Gemm in the recipe.
 
-    lhs [..., M, K] with lhs_axis = -1, or [..., K, M] with -2; rhs [..., K, N] with rhs_axis = -2, or [..., N, K] with
-    -1: operands come in the layout their owner stores, so that random bits belong to the stored element. Batch
-    dimensions broadcast; the gradient of a broadcast operand is summed in the compute dtype. bias [N]. out [..., M, N].
+    lhs: [..., M, K] with lhs_axis = -1, or [..., K, M] with -2. rhs: [..., K, N] with rhs_axis = -2, or [..., N, K]
+    with -1. Operands are passed as they are stored, so that each stored element has its own random bits. bias: [N].
+    out: [..., M, N]. Batch dimensions broadcast; a broadcast operand's gradient is summed in the compute dtype.
 
-    Not differentiable twice: the second derivative of a rounded function has no convention to follow.
+    Not differentiable twice: there is no convention for the second derivative of a rounded function.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, so before anything is disabled
+        lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, which the mode must see
         with torch._C.DisableTorchFunction():  # what follows are the machine's ops, not the model's
             if torch.is_grad_enabled():  # create_graph=True
                 return once_differentiable(_backward)(ctx, lhs, rhs, grad)
@@ -143,12 +143,12 @@ def _summed_to(shape: torch.Size, grad: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """A result rounded by the recipe; its gradient passes unchanged, also where the rounding saturates."""
+    """A result rounded by the recipe. The gradient passes unchanged, even where the rounding saturates."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Quantizing, role: Role, quantizer: Quantizer) -> Tensor:
         result = call.quantize(role, quantizer, x)
-        if result._is_view():  # what a Function returns may be changed in place only if it is no view
+        if result._is_view():  # torch lets a Function's result be changed in place only if it is no view
             result = result.new_empty(0).set_(result)  # type: ignore[call-overload]
         return result
 

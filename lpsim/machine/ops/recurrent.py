@@ -1,8 +1,9 @@
-"""LSTM, GRU and plain recurrent layers as the products and vector ops they hide.
+"""LSTM, GRU and plain recurrent layers, written as the matrix products and vector ops that they consist of.
 
-Parts: "ih" (input · W_ihᵀ, all time steps in one product), "hh" (hidden · W_hhᵀ, one product a time step, so its wgrad
-sums over the batch and the steps are added in the compute dtype), "hr" (an LSTM's projection), and the vector ops
-"sum" (pre-activations), "gates" (activated), "cell" and "hidden". Layers and directions are calls of the same site.
+The products are "ih" (input · W_ihᵀ, one for all time steps), "hh" (hidden · W_hhᵀ, one for each time step) and "hr"
+(an LSTM's projection). Each wgrad of "hh" sums over the batch; the steps are then added in the compute dtype. The
+vector ops are "sum" (pre-activations), "gates" (after activation), "cell" and "hidden". All layers and directions are
+calls of the same sites.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class _Step:
         self.calls, self.layer, self.first = calls, n, n * steps
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The input's part of every pre-activation, x [T * B, I] -> [T * B, gates * H]."""
+        """What the inputs of all time steps contribute to the pre-activations: x [T * B, I] -> [T * B, gates * H]."""
         return self.calls["ih"].at(self.layer).gemm(x, self.w_ih, self.b_ih, rhs_axis=-1)
 
     def recurrent(self, t: int, h: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class _Step:
 
 
 def _calls(composite: Composite, layers: int, steps: int) -> dict[str, Call]:
-    """The first call of each part, of as many as all layers and time steps need."""
+    """The first call of each part; as many calls are reserved as all layers and time steps need."""
     calls = {part: composite.part(part, layers * steps) for part in ("hh", "hr", "sum", "gates", "cell", "hidden")}
     return {"ih": composite.part("ih", layers), **calls}
 
@@ -82,17 +83,17 @@ def _direction(
     initial: State,
     reverse: bool,
 ) -> tuple[Tensor, State]:
-    """One layer in one direction over packed steps x [Σ sizes, I], sizes not increasing: outputs and final state."""
+    """One layer in one direction over packed steps x [Σ sizes, I]: outputs and final state. `sizes` never increase."""
     chunks = step.inputs(x).split(list(sizes))
     outputs: list[Tensor] = []
     ended: list[State] = []
     state = tuple(s[: sizes[-1 if reverse else 0]] for s in initial)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         active = state[0].shape[0]
-        if sizes[t] < active:  # forward: these sequences are over
+        if sizes[t] < active:  # forward: the last sequences have ended
             ended.append(tuple(s[sizes[t] :] for s in state))
             state = tuple(s[: sizes[t]] for s in state)
-        elif sizes[t] > active:  # backward: these sequences begin
+        elif sizes[t] > active:  # backward: further sequences begin
             state = tuple(torch.cat([s, s0[active : sizes[t]]]) for s, s0 in zip(state, initial, strict=True))
         state = run(step, t, chunks[t], state)
         outputs.append(state[0])
@@ -101,7 +102,7 @@ def _direction(
 
 
 def _layers(run: Callable[[_Step, int, Tensor, State], State], states: int) -> Callable[..., tuple[Tensor, ...]]:
-    """torch.lstm, torch.gru and torch.rnn_*: both signatures, padded and packed."""
+    """torch.lstm, torch.gru and torch.rnn_*, with both signatures: for padded and for packed sequences."""
 
     def packed(
         composite: Composite,

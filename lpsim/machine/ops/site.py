@@ -1,7 +1,7 @@
-"""Where an op runs and what the recipe says there: sites, roles, random streams, and one call's quantizations.
+"""Sites: where an op runs, what the recipe says there, and how one call at a site rounds its tensors.
 
-A site is "module path/op", with "#k" when the op occurs again in the same call of the module. With a role it names one
-tensor of one op: an override, a telemetry row, a random stream.
+A site is named "module path/op", with "#k" if the op occurs again in the same call of the module. A site and a role
+together name one tensor of one op; overrides, telemetry rows and random bits refer to these names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ELEMENT_BITS, ROLE_BITS, OCCURRENCE_BITS = 38, 4, 20  # of Key.offset, which has
 
 
 class Site:
-    """One op at one place of the model, with the recipe that holds there.
+    """One op at one place of the model, with the recipe that applies there.
 
     `stream` is the CRC-32 of the name: stable across runs, processes and recipes, so that two arms of an ablation
     with the same seed draw the same bits at the same site.
@@ -64,9 +64,9 @@ class Site:
         self._evaluations = 0
 
     def reserve(self, step: int, calls: int = 1, evaluation: bool = False) -> int:
-        """How many calls this site saw before in this step; `calls` consecutive numbers are taken from there.
+        """Take `calls` consecutive call numbers of this step and give the first; they begin at 0 in each step.
 
-        evaluation: numbers of their own, from 2^19 on, so that evaluations leave those of training as they are.
+        evaluation: take them from 2^19 on instead, so that evaluations do not change the numbers of training.
         """
         if step != self._step:
             self._step, self._count, self._evaluations = step, 0, 0
@@ -86,14 +86,14 @@ class Site:
 
 
 def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
-    """For exact.matmul; None where an operand is not rounded to a format that fits bfloat16."""
+    """The `bits` of exact.matmul; None where an operand is not rounded to a format that fits bfloat16."""
     if lhs is None or rhs is None:
         return None
     return exact.bits_of_product(lhs.format, rhs.format)
 
 
 class Observer(Protocol):
-    """Called with every tensor that is rounded, and with every result that is not (quantizer None, result is x)."""
+    """Called with every tensor that is rounded, and with each result that is not: then quantizer is None, result x."""
 
     def __call__(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
@@ -118,12 +118,12 @@ class Call:
         return Call(self.site, self.seed, self.step, self.occurrence + n, self.observer)
 
     def key(self, role: Role) -> Key:
-        """The random bits of one role: stream and step, and an offset that no other role or call of the step shares."""
+        """The key of one role's random bits. Its offset differs from that of every other role and call of the step."""
         offset = (self.occurrence << ROLE_BITS | role) << ELEMENT_BITS
         return Key(self.seed, self.site.stream, self.step, offset)
 
     def quantize(self, role: Role, quantizer: Quantizer | None, x: Tensor, axis: int = -1) -> Tensor:
-        """x rounded by the role's quantizer, blocks along `axis`; x itself where there is none. Not differentiable."""
+        """x rounded by `quantizer`, with blocks along `axis`; x itself if that is None. Not differentiable."""
         if quantizer is None:
             if self.observer is not None and role in _RESULTS:
                 self.observer(self, role, None, axis, x, x)
@@ -147,11 +147,11 @@ class Call:
         return self.out(Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis))
 
     def out(self, x: Tensor) -> Tensor:
-        """A product's result rounded by fprop.out, straight-through gradient."""
+        """A product's result rounded by fprop.out; the gradient passes straight through."""
         return self._rounded(Role.FPROP_OUT, self.recipe.fprop.out, x)
 
     def vector(self, x: Tensor) -> Tensor:
-        """A vector op's result rounded to the vector format, straight-through gradient; other dtypes are left."""
+        """A vector op's result rounded to the vector format, if floating-point; straight-through gradient."""
         return self._rounded(Role.VECTOR, self.recipe.vector, x)
 
     def _rounded(self, role: Role, quantizer: Quantizer | None, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Call:
 
 
 class Composite:
-    """One execution of an op that hides products: hands out the calls of its parts, each part a site of its own."""
+    """One execution of an op that hides products. Each of its parts is a site of its own; `part` gives their calls."""
 
     __slots__ = ("_part",)
 
@@ -175,5 +175,5 @@ class Composite:
         self._part = part
 
     def part(self, name: str, calls: int = 1) -> Call:
-        """The call at the site "path/op.name"; with `calls`, the first of so many, see Call.at."""
+        """The call at the site "path/op.name"; with `calls` > 1 the first of that many, see Call.at."""
         return self._part(name, calls)

@@ -1,8 +1,8 @@
-"""WRAPPED: every op the simulated machine knows, its class, and why it is treated so. The single truth.
+"""WRAPPED: every op that the simulated machine knows, its class, and the reason for it. Nothing else decides this.
 
-An op is named as torch names its function, without the trailing underscore of the in-place form; torch.add,
-Tensor.add_, + and += are all "add". To add an op, add one entry here; for one that hides matrix products also one
-function, in terms of Call.gemm and Call.vector.
+An op has the name of torch's function, without the trailing underscore of the in-place form: torch.add and Tensor.add_
+are both "add". To add an op, add one entry here; if it hides matrix products, also write a function that computes it
+with Call.gemm and Call.vector.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from lpsim.machine.ops import attention, contraction, convolution, recurrent
 
 
 class Kind(enum.Enum):
-    """What becomes of an op's operands and result."""
+    """How an op's operands and result are treated."""
 
     PRODUCT = "product"
-    """Sums of products: operands quantized along the axis summed over, by the recipe's three Gemms."""
+    """Sums of products: the recipe's three Gemms quantize the operands along the axis summed over."""
     VECTOR = "vector"
-    """Elementwise, and normalizations: computed in the compute dtype, the result rounded to the vector format once."""
+    """Elementwise ops and normalizations: computed in the compute dtype, then rounded once to the vector format."""
     REDUCTION = "reduction"
-    """Many elements to few: computed in the compute dtype, the result rounded to the vector format once."""
+    """Many elements become few: computed in the compute dtype, then rounded once to the vector format."""
     MOVEMENT = "movement"
-    """The values of the result are values of the operands (or zero): nothing to round."""
+    """The result's values are values of the operands (or zero): there is nothing to round."""
     EXEMPT = "exempt"
     """Not the machine's arithmetic."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One entry of the table. `function` replaces a product; it takes a Call, or with `parts` a Composite.
+    """One entry of the table.
 
-    parts: the products that a composite is made of. vector_parts: the vector ops between them.
-    calls: how many products (at most) one call with these arguments makes, where that is not one; see Call.at.
-    transparent: torch's own Python body runs, and the functions it calls are the ops.
-    autocasts: autocast runs this op in its lower precision. widened: instead in float32.
-    multiplies: whether a call with these arguments makes products, where not all do; the others are vector ops.
+    function: computes a product in torch's place; its first argument is a Call, or a Composite if there are `parts`.
+    parts: the products that a composite op consists of. vector_parts: the vector ops between them.
+    calls: how many products (at most) a call with given arguments makes, if not always one; see Call.at.
+    transparent: torch's Python code for the function runs, and the functions it calls are simulated.
+    autocasts: autocast runs this op in its lower precision, or, if `widened`, in float32.
+    multiplies: whether a call with given arguments makes products, if not all do; the other calls are vector ops.
     """
 
     name: str
@@ -272,11 +273,11 @@ _HIDING = """
     quantized_rnn_tanh_cell
 """
 HIDES_PRODUCTS = frozenset(_HIDING.split())
-"""Functions that multiply matrices inside and have no entry: no rule exempts them, except the optimizer's."""
+"""Functions that multiply matrices inside and have no entry. Only an optimizer may call them; elsewhere they raise."""
 
 
 def op_name(func: Callable[..., Any]) -> str:
-    """The name of `func` in the table: its own, without the mark of the in-place form and without its namespace."""
+    """The name of `func` in the table: its own, without the underscore of the in-place form and without "aten::"."""
     if isinstance(func, torch._ops.OpOverload):
         func = func.overloadpacket
     if isinstance(func, torch._ops.OpOverloadPacket):
@@ -306,10 +307,10 @@ def inplace_argument(func: Callable[..., Any]) -> int | None:
 
 @cache
 def body(func: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's Python function `func` with its own check for overrides answered no.
+    """A copy of torch's Python function `func` in which its check for overrides always answers no.
 
-    Called under a TorchFunctionMode it runs its body, and the mode sees the functions the body calls instead of
-    `func` once more. The code object is torch's; only the names has_torch_function* resolve to something else.
+    So, called under a TorchFunctionMode, it runs its body and the mode sees the functions that the body calls, instead
+    of `func` once more. The code is torch's; only the names has_torch_function* are replaced.
     """
     import types
 
