@@ -54,6 +54,8 @@ class Plan(plain.Plan):
         for name, value in plain.kept(result).items():
             kept = [self.means[i] if name == "mean" else self.states[i][name] for i in chosen]
             torch._foreach_copy_(kept, self._parts(value, chosen))
+        if group["saturation"] == 0.0:
+            return
         for i, *us in zip(chosen, *(self._parts(u, chosen) for u in plain.directed(result)), strict=True):
             self.states[i]["rms"].copy_(update.root_mean_square(*us))
 

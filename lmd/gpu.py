@@ -68,9 +68,12 @@ def rotate(x, s, y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def direction(u, size):  # type: ignore[no-untyped-def]
-    """size sign(u); 0 for 0 and NaN for NaN."""
-    return tl.where(u > 0.0, size, tl.where(u < 0.0, -size, u))
+def direction(u, full):  # type: ignore[no-untyped-def]
+    """lmd/update.py's; NaN for NaN."""
+    usable = (full > 0.0) & (full < float("inf"))
+    r = u / tl.where(usable, full, 1.0)
+    r = tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, r))
+    return tl.where(usable, r, tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u)))
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -92,10 +95,11 @@ def combination_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=KEY)
 def step_shared_kernel(  # type: ignore[no-untyped-def]
-    mean, gradient, v, count, m0, scale, sigma, k0, k1, number, step, draw, lr, decay, beta1, beta2,
+    mean, gradient, v, rms, squares, count, m0, scale, prior_a, sigma, k0, k1, number, step, draw,
+    saturation, lr, decay, beta1, beta2,
     SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """lmd/update.py: step_shared; `decay` = lr weight_decay prior.linear."""
+    """lmd/update.py: step_shared; `decay` = lr weight_decay prior.linear. squares: the program's sum of u^2."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
     inside = at < count
@@ -109,7 +113,8 @@ def step_shared_kernel(  # type: ignore[no-untyped-def]
     g = tl.load(gradient + at, inside, 0.0) * total
     kept = tl.load(v + at, inside, 0.0)
     u = beta1 * kept + (1.0 - beta1) * g
-    y = decay * half_log_ratio(x, s) + direction(u, lr)
+    y = decay * (half_log_ratio(x, s) - prior_a) + lr * direction(u, saturation * tl.load(rms))
+    tl.store(squares + tl.program_id(0), tl.sum(tl.where(inside, u * u, 0.0), 0))
     tl.store(v + at, beta2 * kept + (1.0 - beta2) * g, inside)
     tl.store(mean + at, scale * rotate(x, s, y), inside)
 
@@ -122,8 +127,8 @@ def regularizer(d, linear, power, moment, offset):  # type: ignore[no-untyped-de
 
 @triton.jit(do_not_specialize=KEY)
 def step_split_kernel(  # type: ignore[no-untyped-def]
-    mean, gradient, v_plus, v_minus, log_center, count, m0, scale, sigma, k0, k1, number, step, draw,
-    lr, decay, beta1, beta2, linear, power, moment, offset,
+    mean, gradient, v_plus, v_minus, log_center, rms, squares, count, m0, scale, prior_a, sigma, k0, k1, number, step,
+    draw, saturation, lr, decay, beta1, beta2, linear, power, moment, offset,
     SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lmd/update.py: step_split."""
@@ -147,10 +152,12 @@ def step_split_kernel(  # type: ignore[no-untyped-def]
         g_plus *= tl.exp(c) * p * tl.where(x > 0.0, far, 1.0 / far)
         g_minus *= tl.exp(c) * q * tl.where(x > 0.0, 1.0 / far, far)
     kept_plus, kept_minus = tl.load(v_plus + at, inside, 0.0), tl.load(v_minus + at, inside, 0.0)
-    up = direction(beta1 * kept_plus + (1.0 - beta1) * g_plus, lr)
-    down = direction(beta1 * kept_minus + (1.0 - beta1) * g_minus, lr)
-    up += decay * regularizer(c + a, linear, power, moment, offset)
-    down += decay * regularizer(c - a, linear, power, moment, offset)
+    u_plus, u_minus = beta1 * kept_plus + (1.0 - beta1) * g_plus, beta1 * kept_minus + (1.0 - beta1) * g_minus
+    full = saturation * tl.load(rms)
+    off = a - prior_a
+    up = lr * direction(u_plus, full) + decay * regularizer(c + off, linear, power, moment, offset)
+    down = lr * direction(u_minus, full) + decay * regularizer(c - off, linear, power, moment, offset)
+    tl.store(squares + tl.program_id(0), tl.sum(tl.where(inside, u_plus * u_plus + u_minus * u_minus, 0.0), 0))
     tl.store(v_plus + at, beta2 * kept_plus + (1.0 - beta2) * g_plus, inside)
     tl.store(v_minus + at, beta2 * kept_minus + (1.0 - beta2) * g_minus, inside)
     c -= 0.5 * (up + down)
@@ -192,7 +199,9 @@ class Plan(plain.Plan):
         for i, (mean, gradient, state) in enumerate(zip(self.means, gradients, self.states, strict=True)):
             if gradient is None:
                 continue
-            common = (mean.numel(), *self._scales(group, i), sigma, *self._key(group, i, 0), lr)
+            squares = torch.empty(triton.cdiv(mean.numel(), BLOCK), dtype=mean.dtype, device=mean.device)
+            tensors = (state["rms"], squares, mean.numel(), *self._scales(group, i), state["prior_a"], sigma)
+            common = (*tensors, *self._key(group, i, 0), group["saturation"], lr)
             if group["parameterization"] == "shared":
                 arguments = (mean, gradient, state["v"], *common, decay * prior.linear, *group["betas"])
                 self._launch(step_shared_kernel, arguments, mean.numel(), **constants)
@@ -200,6 +209,9 @@ class Plan(plain.Plan):
                 moments = (state["v_plus"], state["v_minus"], state["log_center"])
                 arguments = (mean, gradient, *moments, *common, decay, *group["betas"], *terms)
                 self._launch(step_split_kernel, arguments, mean.numel(), **constants)
+            if group["saturation"] > 0.0 and mean.numel() > 0:
+                sides = 1 if group["parameterization"] == "shared" else 2
+                state["rms"].copy_((squares.sum() / (sides * mean.numel())).sqrt())
 
     def _scales(self, group: dict[str, Any], i: int) -> tuple[float, float]:
         """m0 and 2 m0 exp(sigma^2 / 2)."""

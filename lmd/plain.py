@@ -96,7 +96,8 @@ class Plan:
                 result = stepped(group, mean, state, gradient, state["m0"], noise, full, state["prior_a"])
                 for name, value in kept(result).items():
                     (mean if name == "mean" else state[name]).copy_(value)
-                state["rms"].copy_(update.root_mean_square(*directed(result)))
+                if group["saturation"] > 0.0:
+                    state["rms"].copy_(update.root_mean_square(*directed(result)))
 
     def publish(self, gradients: list[Tensor | None]) -> None:
         """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""

@@ -16,7 +16,7 @@ from lmd import LMD, gpu, plain
 from lmd.priors import PRIORS
 from lmd.random import NoiseKey, words
 from tests.lmd.test_kernels import (
-    M0,
+    NEW,
     SAMPLE_ULP,
     Case,
     check_step,
@@ -73,6 +73,17 @@ def test_a_step_is_the_readable_one_to_the_stated_ulp(kind, prior, sigma, at_sam
 
 
 @KINDS
+@pytest.mark.parametrize(
+    "settings",
+    [{"saturation": 0.0}, {"saturation": 3.0}, {"rms": None}, {"rms": 0.0}, {"rms": math.inf}, {"prior_a": 0.9}],
+    ids=str,
+)
+def test_the_length_of_a_step_and_the_priors_center_are_the_readable_ones(kind, settings):
+    case = make_case(kind, count=COUNT, sigma=0.3, lr=0.03, weight_decay=0.01, **settings)
+    check_step(case, True, plans(case)[1])
+
+
+@KINDS
 @pytest.mark.parametrize("at_sample", [True, False])
 def test_an_unscaled_step_is_the_readable_one_to_the_stated_ulp(kind, at_sample):
     case = make_case(kind, count=COUNT, sigma=0.3, lr=0.03, weight_decay=0.01, weight_scaling=False)
@@ -92,7 +103,7 @@ def test_a_nan_stays_a_nan(kind):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_finite_finds_one_value(value):
     tensors = [torch.zeros(5, device=DEVICE), torch.zeros(0, device=DEVICE), torch.full((3,), 3e38, device=DEVICE)]
-    plan = gpu.Plan([0, 1, 2], tensors, [{"m0": M0} for _ in tensors])
+    plan = gpu.Plan([0, 1, 2], tensors, [NEW for _ in tensors])
     assert plan.finite(tensors) and plan.finite([None, None, None])
     tensors[2][1] = value
     assert not plan.finite(tensors) and plan.finite([tensors[0], tensors[1], None])

@@ -158,7 +158,7 @@ def test_the_split_step_is_the_derivation(name):
     a = update.half_log_ratio(mean, M0, SIGMA)
     medians = M0 * torch.exp(a), M0 * torch.exp(-a)
     by_hand = (*medians, torch.zeros_like(mean), torch.zeros_like(mean))
-    ours = update.Split(mean, *(torch.zeros_like(mean) for _ in range(3)))
+    ours = update.Split(mean, *(torch.zeros_like(mean) for _ in range(5)))
     for step in range(60):
         g, noise = torch.randn(count, dtype=torch.float64), normals(count, step)
         by_hand = split_by_the_derivation(
@@ -184,7 +184,7 @@ def test_the_shared_step_is_the_derivation(name):
     mean = torch.randn(count, dtype=torch.float64)
     a = update.half_log_ratio(mean, M0, SIGMA)
     m_plus, m_minus, v = M0 * torch.exp(a), M0 * torch.exp(-a), torch.zeros_like(mean)
-    ours = update.Shared(mean, torch.zeros_like(mean))
+    ours = update.Shared(mean, *[torch.zeros_like(mean)] * 2)
     for step in range(60):
         g, noise = torch.randn(count, dtype=torch.float64), normals(count, step)
         gradient = g * (m_plus * torch.exp(SIGMA * noise[0]) + m_minus * torch.exp(SIGMA * noise[1]))
@@ -212,7 +212,7 @@ def test_shared_and_split_follow_one_trajectory_on_identical_signs():
         "noise_scale": SIGMA,
         "prior": PRIORS["log-normal"],
     }
-    shared, split = update.Shared(mean, torch.zeros_like(mean)), update.Split(mean, *[torch.zeros_like(mean)] * 3)
+    shared, split = update.Shared(mean, *[torch.zeros_like(mean)] * 2), update.Split(mean, *[torch.zeros_like(mean)] * 5)
     sign = torch.sign(torch.randn(500, dtype=torch.float64))
     for step in range(100):
         g, noise = sign * torch.rand(500, dtype=torch.float64), normals(500, step)
@@ -244,7 +244,7 @@ def test_without_weight_scaling_the_gradient_alone_moves_the_medians(parameteriz
         "weight_scaling": False,
     }  # fmt: skip
     mean = torch.randn(200, dtype=torch.float64)
-    shared, split = update.Shared(mean, torch.zeros_like(mean)), update.Split(mean, *[torch.zeros_like(mean)] * 3)
+    shared, split = update.Shared(mean, *[torch.zeros_like(mean)] * 2), update.Split(mean, *[torch.zeros_like(mean)] * 5)
     v, moved = torch.zeros_like(mean), torch.zeros_like(mean)
     for step in range(30):
         g = torch.randn(200, dtype=torch.float64)
@@ -267,14 +267,47 @@ def test_without_weight_scaling_the_gradient_alone_moves_the_medians(parameteriz
         torch.testing.assert_close(split.v_minus, -M0 * v, rtol=1e-12, atol=0.0)
 
 
-def test_zero_gradients_decay_and_nothing_else():
+def test_a_step_is_proportional_below_full_and_of_length_one_above():
+    u = torch.tensor([0.0, 0.25, -0.5, 1.0, -7.0, math.inf, math.nan], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.5, -1.0, 1.0, -1.0, 1.0, math.nan], dtype=torch.float64)
+    torch.testing.assert_close(update.direction(u, 0.5), expected, equal_nan=True, rtol=0.0, atol=0.0)
+    for none in (0.0, math.nan, math.inf):
+        torch.testing.assert_close(update.direction(u, none), torch.sign(u), equal_nan=True, rtol=0.0, atol=0.0)
+
+
+def test_the_scale_of_the_gradients_does_not_enter():
+    """`full` is a multiple of u's own root mean square: a loss in other units takes the same steps."""
+    torch.manual_seed(0)
+    mean, g = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    settings = {
+        "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.3, "noise_scale": SIGMA, "noise": None,
+        "prior": PRIORS["log-normal"],
+    }  # fmt: skip
+    ends = []
+    for unit in (1.0, 2.0**40):
+        state, rms = update.Shared(mean, *[torch.zeros_like(mean)] * 2), math.nan
+        for step in range(20):
+            gradient = unit * g.roll(step)
+            state = update.step_shared(state.mean, state.v, gradient, M0, full=0.5 * rms, **settings)
+            rms = update.root_mean_square(state.u).item()
+        ends.append(state.mean)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("prior_a", [0.0, 0.8])
+def test_without_gradients_weights_go_to_the_priors_medians(prior_a):
+    """Of both parameterizations, and at the rate lr weight_decay."""
     mean, zero = torch.randn(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
-    result = update.step_shared(
-        mean, zero, zero, M0,
-        lr=0.1, betas=(0.9, 0.99), weight_decay=2.0, noise_scale=SIGMA, noise=None, prior=PRIORS["log-normal"],
-    )  # fmt: skip
-    a = update.half_log_ratio(mean, M0, SIGMA)
-    torch.testing.assert_close(update.half_log_ratio(result.mean, M0, SIGMA), 0.8 * a)
+    settings = {
+        "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 2.0, "noise_scale": SIGMA, "noise": None,
+        "prior": PRIORS["log-normal"], "prior_a": prior_a,
+    }  # fmt: skip
+    shared = update.step_shared(mean, zero, zero, M0, **settings)
+    split = update.step_split(mean, zero, zero, zero, zero, M0, entropy=True, **settings)
+    a = update.half_log_ratio(mean, M0, SIGMA) - prior_a
+    for result in (shared, split):
+        torch.testing.assert_close(update.half_log_ratio(result.mean, M0, SIGMA) - prior_a, 0.8 * a)
+    torch.testing.assert_close(split.log_center, zero, rtol=0.0, atol=1e-15)
 
 
 # --- initialization ---
@@ -284,23 +317,27 @@ def test_the_center_is_the_spread_of_the_weights():
     torch.manual_seed(0)
     weights = 0.02 * torch.randn(300, 257)
     expected = weights.double().std(correction=0).item()
-    assert update.initial_center(weights, 1.0) == pytest.approx(expected, rel=1e-12)
-    assert update.initial_center(weights, 3.0) == pytest.approx(3.0 * expected, rel=1e-12)
+    assert update.start(weights, 1.0).m0 == pytest.approx(expected, rel=1e-12)
+    assert update.start(weights, 3.0).m0 == pytest.approx(3.0 * expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("weights", "expected"),
+    ("weights", "m0", "prior_a"),
     [
-        (torch.ones(64), 0.5),
-        (torch.zeros(64), 0.5e-3),
-        (torch.tensor(-3.0), 1.5),
-        (torch.tensor(0.0), 0.5e-3),
-        (torch.empty(0, 4), 0.5e-3),
-        (1.0 + 0.1 * torch.cos(torch.arange(64.0)), 0.5 * (1.0 + 0.1 * torch.cos(torch.arange(64.0))).mean().item()),
+        (torch.ones(64), 0.5, math.asinh(1.0)),
+        (-torch.ones(64), 0.5, -math.asinh(1.0)),
+        (torch.zeros(64), 0.05, 0.0),
+        (torch.full((4,), 0.01), 0.05, math.asinh(0.1)),
+        (torch.zeros(8, 10_000), 0.005, 0.0),
+        (torch.zeros(8, 4), 0.05, 0.0),
+        (torch.tensor(-3.0), 1.5, -math.asinh(1.0)),
+        (torch.tensor(0.0), 0.05, 0.0),
+        (torch.empty(0, 4), 0.05, 0.0),
+        (1.0 + 0.1 * torch.cos(torch.arange(64.0)), 0.5 * (1.0 + 0.1 * torch.cos(torch.arange(64.0))).mean().item(), math.asinh(1.0)),
     ],
 )
-def test_tensors_without_a_spread_get_half_their_size(weights, expected):
-    assert update.initial_center(weights, 7.0) == pytest.approx(expected, rel=1e-6)
+def test_tensors_without_a_spread_get_half_their_size_and_a_prior_about_their_mean(weights, m0, prior_a):
+    assert update.start(weights, 7.0) == pytest.approx((m0, prior_a), rel=1e-6)
 
 
 def test_the_center_does_not_depend_on_the_thread_count():
@@ -311,7 +348,7 @@ def test_the_center_does_not_depend_on_the_thread_count():
         centers = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            centers.append(update.initial_center(weights, 1.0))
+            centers.append(update.start(weights, 1.0).m0)
     finally:
         torch.set_num_threads(threads)
     assert len(set(centers)) == 1
@@ -319,4 +356,4 @@ def test_the_center_does_not_depend_on_the_thread_count():
 
 def test_a_weight_that_is_not_finite_has_no_scale():
     with pytest.raises(ValueError, match="finite"):
-        update.initial_center(torch.tensor([1.0, math.inf]), 1.0)
+        update.start(torch.tensor([1.0, math.inf]), 1.0)
