@@ -299,7 +299,7 @@ def test_kill_9_at_a_random_moment_changes_nothing(tmp_path: Path, uninterrupted
 def test_ctrl_c_stops_cleanly_and_says_how_to_resume(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     process = start(tmp_path, jobs="1")
     folder = tmp_path / "runs" / "tiny"
-    wait_until(lambda: logged(folder) >= 40)
+    wait_until(lambda: logged(folder) >= 8)  # early in the first of four runs
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers too
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
