@@ -1,8 +1,8 @@
 """The optimizers of an ablation: one table, name -> settings that build the optimizer. A new one is a class here and an
 entry.
 
-Every optimizer gets the same two parameter groups: tensors of two and more dimensions with its weight decay, and biases
-and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
+Every optimizer but LMD gets the same two parameter groups: tensors of two and more dimensions with its weight decay, and
+biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
 """
 
 from dataclasses import dataclass
@@ -72,12 +72,18 @@ class LMD(OptimizerSettings):
     prior: str = "log-normal"
     entropy: bool = True
     weight_scaling: bool = True
+    saturation: float = 0.1
     kappa: float = 1.0
     mc_samples: int = 1
 
     def check(self) -> None:
         super().check()
         self.make([{"params": [torch.zeros(1, 1, requires_grad=True)], "weight_decay": self.weight_decay}], seed=0)
+
+    def build(self, model: nn.Module, seed: int) -> Optimizer:
+        """All parameters in one group: LMD's prior draws biases and gains to their initial values, not to zero."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return self.make([{"params": parameters, "weight_decay": self.weight_decay}], seed)
 
     def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
         return LMDOptimizer(
@@ -88,6 +94,7 @@ class LMD(OptimizerSettings):
             prior=self.prior,
             entropy=self.entropy,
             weight_scaling=self.weight_scaling,
+            saturation=self.saturation,
             kappa=self.kappa,
             parameterization=self.parameterization,
             mc_samples=self.mc_samples,
@@ -149,6 +156,7 @@ class LMDForModel(LMD):
             prior=self.prior,
             entropy=self.entropy,
             weight_scaling=self.weight_scaling,
+            saturation=self.saturation,
             kappa=self.kappa,
             parameterization=self.parameterization,
             seed=seed,
