@@ -21,7 +21,7 @@ class _States(ChainMap[Any, Any]):
 class Combined(Optimizer):
     """`lmd` and `others`, each with parameters of its own:
 
-        optimizer = Combined(LMD(matrices, lr=0.03), AdamW(vectors, lr=0.003))
+        optimizer = Combined(LMD(matrices), AdamW(vectors, lr=0.003))
 
     It is used as LMD is: `sampled_params`, `step`, `zero_grad`. Its groups and its state are those of its parts, so
     schedulers, gradient clipping and GradScaler see them all. A group added later is LMD's; median_params and

@@ -12,7 +12,7 @@ from lmd.combined import Combined
 from lmd.optimizer import LMD
 
 # What for_model takes where its caller says nothing: LMD's settings, and the other optimizer's.
-LMD_DEFAULTS: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1, "noise_scale": 0.05, "kappa": 1.0}
+LMD_DEFAULTS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5, "noise_scale": 0.05, "kappa": 3.0}
 OTHERS_DEFAULTS: dict[str, Any] = {"lr": 0.003, "betas": (0.9, 0.99), "weight_decay": 0.0}
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -43,10 +43,11 @@ class LMD(Optimizer):
 
     Arguments (all but mc_samples, nonfinite, fused and foreach may be set per group):
         lr: alpha in [0, 1], in units of log-weight per step: a median moves by at most the factor exp(+-lr), decay
-            apart. 0.01 to 0.05.
+            apart. 0.005 to 0.03.
         betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
         weight_decay: delta >= 0, the strength of the prior relative to the unit step; lr * weight_decay < 1. Under
-            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.05 to 0.3.
+            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.3 to 0.6, with a
+            larger kappa the larger it is.
         noise_scale: sigma in [0, 4], the standard deviation of log theta; 0 draws nothing. 0 to 0.1. For a schedule
             assign group["noise_scale"] between steps; the means stay what they are.
         prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
@@ -74,16 +75,16 @@ class LMD(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.03,
+        lr: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.1,
+        weight_decay: float = 0.5,
         noise_scale: float = 0.05,
         *,
         prior: str = "log-normal",
         entropy: bool = True,
         weight_scaling: bool = True,
         saturation: float = 0.1,
-        kappa: float = 1.0,
+        kappa: float = 3.0,
         parameterization: str = "shared",
         mc_samples: int = 1,
         nonfinite: str = "raise",

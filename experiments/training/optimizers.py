@@ -67,13 +67,14 @@ class LMD(OptimizerSettings):
     name: ClassVar[str] = "lmd"
     parameterization: ClassVar[str] = "shared"
 
+    weight_decay: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
     noise_scale: float = 0.05
     prior: str = "log-normal"
     entropy: bool = True
     weight_scaling: bool = True
     saturation: float = 0.1
-    kappa: float = 1.0
+    kappa: float = 3.0
     mc_samples: int = 1
 
     def check(self) -> None:

@@ -262,7 +262,7 @@ def test_posterior_samples_average_to_the_mean():
     for sample in optimizer.posterior_samples(4000):
         with sample:
             total += p.detach().double()
-    m0 = update.start(p, 1.0).m0
+    m0 = update.start(p, optimizer.defaults["kappa"]).m0
     a = update.half_log_ratio(p.detach().double(), m0, 0.3)
     variance = 2.0 * m0**2 * torch.cosh(2.0 * a) * math.exp(0.09) * math.expm1(0.09)
     assert ((total / 4000 - p.detach()).abs() < 5.0 * (variance / 4000).sqrt()).all()
@@ -285,7 +285,7 @@ def test_a_step_scales_the_gradient_by_the_sample_it_was_taken_at(kind, fused):
         p.grad = g.clone()
         optimizer.step()
         assert torch.equal(p.grad, g)
-        m0 = update.start(mean, 1.0).m0
+        m0 = update.start(mean, optimizer.defaults["kappa"]).m0
         drawn = normal_pair(NoiseKey(0), mean.double()) if at_sample else None
         a = update.half_log_ratio(mean.double(), m0, 0.3)
         plus, minus = update.multipliers(a, m0, 0.3, drawn)
@@ -307,7 +307,7 @@ def test_averaged_samples_are_the_average_of_the_weight_scaled_gradients(noise_s
         with optimizer.sampled_params():
             (p * g).sum().backward()
     optimizer.step()
-    m0 = update.start(mean, 1.0).m0
+    m0 = update.start(mean, optimizer.defaults["kappa"]).m0
     a = update.half_log_ratio(mean.double(), m0, noise_scale)
     expected = torch.zeros(40, dtype=torch.float64)
     for draw, g in enumerate(gradients):
@@ -320,7 +320,7 @@ def test_averaged_samples_are_the_average_of_the_weight_scaled_gradients(noise_s
 def test_without_weight_scaling_averaged_samples_are_the_average_of_the_gradients(fused):
     torch.manual_seed(0)
     p, optimizer = one(torch.randn(40), noise_scale=0.2, mc_samples=3, weight_scaling=False, fused=fused)
-    m0, gradients = update.start(p.detach(), 1.0).m0, torch.randn(3, 40)
+    m0, gradients = update.start(p.detach(), optimizer.defaults["kappa"]).m0, torch.randn(3, 40)
     for g in gradients:
         with optimizer.sampled_params():
             (p * g).sum().backward()

@@ -212,7 +212,10 @@ def test_shared_and_split_follow_one_trajectory_on_identical_signs():
         "noise_scale": SIGMA,
         "prior": PRIORS["log-normal"],
     }
-    shared, split = update.Shared(mean, *[torch.zeros_like(mean)] * 2), update.Split(mean, *[torch.zeros_like(mean)] * 5)
+    shared, split = (
+        update.Shared(mean, *[torch.zeros_like(mean)] * 2),
+        update.Split(mean, *[torch.zeros_like(mean)] * 5),
+    )
     sign = torch.sign(torch.randn(500, dtype=torch.float64))
     for step in range(100):
         g, noise = sign * torch.rand(500, dtype=torch.float64), normals(500, step)
@@ -244,7 +247,10 @@ def test_without_weight_scaling_the_gradient_alone_moves_the_medians(parameteriz
         "weight_scaling": False,
     }  # fmt: skip
     mean = torch.randn(200, dtype=torch.float64)
-    shared, split = update.Shared(mean, *[torch.zeros_like(mean)] * 2), update.Split(mean, *[torch.zeros_like(mean)] * 5)
+    shared, split = (
+        update.Shared(mean, *[torch.zeros_like(mean)] * 2),
+        update.Split(mean, *[torch.zeros_like(mean)] * 5),
+    )
     v, moved = torch.zeros_like(mean), torch.zeros_like(mean)
     for step in range(30):
         g = torch.randn(200, dtype=torch.float64)
@@ -333,7 +339,11 @@ def test_the_center_is_the_spread_of_the_weights():
         (torch.tensor(-3.0), 1.5, -math.asinh(1.0)),
         (torch.tensor(0.0), 0.05, 0.0),
         (torch.empty(0, 4), 0.05, 0.0),
-        (1.0 + 0.1 * torch.cos(torch.arange(64.0)), 0.5 * (1.0 + 0.1 * torch.cos(torch.arange(64.0))).mean().item(), math.asinh(1.0)),
+        (
+            1.0 + 0.1 * torch.cos(torch.arange(64.0)),
+            0.5 * (1.0 + 0.1 * torch.cos(torch.arange(64.0))).mean().item(),
+            math.asinh(1.0),
+        ),
     ],
 )
 def test_tensors_without_a_spread_get_half_their_size_and_a_prior_about_their_mean(weights, m0, prior_a):
