@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lmd import plain, update
 
-
 CENTERS = ("m0", "prior_a")  # numbers of a parameter's state
 
 

@@ -55,8 +55,8 @@ class LMD(Optimizer):
         entropy: whether the half-normal and exponential priors keep the entropy's -1 (the exact KL).
         weight_scaling: whether gradients are scaled by the weights, G+- = +-g theta+-, as the posterior's objective
             has it; False takes G+- = +-g, for ablations.
-        saturation: >= 0; the size of u, in root mean squares of its tensor, from which a step has full length. Below, it
-            is proportional to u, so that a weight whose gradient is next to nothing keeps still. 0: the bare sign.
+        saturation: >= 0; the size of u, in root mean squares of its tensor, from which a step has full length. Below,
+            it is proportional to u, so that a weight whose gradient is next to nothing keeps still. 0: the bare sign.
         kappa: > 0; m0 = kappa times the standard deviation of the initial weights (lmd/update.py: start).
             Small is the sparse regime, large is close to an additive update. Read at a parameter's first step or
             sample, not again.

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from experiments.grids import quickstart
 from experiments.grids.tuning import Arm, LogUniform, Range, Tuning
-from experiments.training.optimizers import LMD, AdamW
+from experiments.training.optimizers import AdamW, LMDForModel
 from lpsim.formats import Format, mxfp4_e2m1, mxfp6_e3m2
 
-RATES: dict[type, Range] = {AdamW: LogUniform(3e-4, 0.02), LMD: LogUniform(2e-3, 0.13)}
+RATES: dict[type, Range] = {AdamW: LogUniform(3e-4, 0.02), LMDForModel: LogUniform(2e-3, 0.13)}
 
 
 def tune(formats: Sequence[Format] = (mxfp6_e3m2, mxfp4_e2m1)) -> Tuning:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 
 from experiments.training.config import Config, forward, model
 from experiments.training.data import Digits, StdlibText
-from experiments.training.optimizers import LMD, AdamW, OptimizerConfig
+from experiments.training.optimizers import AdamW, LMDForModel, OptimizerConfig
 from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
 TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
-    "gpt2-micro": (AdamW(lr=0.006), LMD(lr=0.03)),
-    "vit-micro": (AdamW(lr=0.0015), LMD(lr=0.0075)),
+    "gpt2-micro": (AdamW(lr=0.006), LMDForModel(lr=0.01)),
+    "vit-micro": (AdamW(lr=0.0015), LMDForModel(lr=0.01)),
 }
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from experiments.grids.quickstart import STEPS, TASKS, WARMUP_STEPS
 from experiments.training.config import Config
-from experiments.training.optimizers import LMD, AdamW
+from experiments.training.optimizers import AdamW, LMDForModel
 
-RATES = {AdamW: (0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012), LMD: (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)}
+RATES = {AdamW: (0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012), LMDForModel: (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)}
 SEEDS = (1000, 1001, 1002, 1003)
 
 

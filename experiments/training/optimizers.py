@@ -1,8 +1,8 @@
 """The optimizers of an ablation: one table, name -> settings that build the optimizer. A new one is a class here and an
 entry.
 
-Every optimizer but LMD gets the same two parameter groups: tensors of two and more dimensions with its weight decay, and
-biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
+Every optimizer but LMD gets the same two parameter groups: tensors of two and more dimensions with its weight decay,
+and biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
 """
 
 from dataclasses import dataclass
