@@ -351,11 +351,11 @@ def test_the_shipped_grids_load() -> None:
     arms = {(c.optimizer.name, c.recipe.format.name, c.model.name, c.seed) for c in configs}
     formats = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
     models = ("gpt2-micro", "vit-micro")
-    assert arms == {(o, f, m, s) for o in ("adamw", "lmd") for f in formats for m in models for s in (0, 1)}
+    assert arms == {(o, f, m, s) for o in ("adamw", "lmd-for-model") for f in formats for m in models for s in (0, 1)}
     tuned = load_grid("quickstart_tuning")[1]
     for name in models:
         rates = [
-            {c.optimizer.lr for c in tuned if (c.optimizer.name, c.model.name) == (o, name)} for o in ("adamw", "lmd")
+            {c.optimizer.lr for c in tuned if (c.optimizer.name, c.model.name) == (o, name)} for o in ("adamw", "lmd-for-model")
         ]
         assert len(rates[0]) == len(rates[1]) == 6
     assert not {c.seed for c in tuned} & {c.seed for c in configs}
