@@ -1,8 +1,8 @@
 """Does LMD lose less than AdamW to a low-precision forward pass? 24 runs: two optimizers, three formats, two micro
 models, two seeds. Other formats than MXFP6 and MXFP4: `lpsim run quickstart --formats NAME ...`.
 
-Small enough for a laptop, so the answer is a direction at most. The learning rates are those that
-`quickstart_tuning.py` found best in float32, the same number tried for each optimizer (FINDINGS.md).
+Small enough for a laptop, so the answer is a direction at most. AdamW's learning rates are those that
+`quickstart_tuning.py` found best in float32 (FINDINGS.md); LMD is `lmd.for_model` at its defaults, untuned.
 """
 
 from collections.abc import Iterator, Sequence
