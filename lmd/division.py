@@ -9,10 +9,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lmd.combined import Combined
-from lmd.optimizer import LMD
+from lmd.optimizer import LMD, LR, NOISE_SCALE, WEIGHT_DECAY
 
-# What for_model takes where its caller says nothing: LMD's settings, and the other optimizer's.
-LMD_DEFAULTS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5, "noise_scale": 0.05, "kappa": 3.0}
+# What the other optimizer takes where the caller of for_model says nothing.
 OTHERS_DEFAULTS: dict[str, Any] = {"lr": 0.003, "betas": (0.9, 0.99), "weight_decay": 0.0}
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -87,10 +86,10 @@ def divide(
 
 def for_model(
     model: nn.Module,
-    lr: float = LMD_DEFAULTS["lr"],
+    lr: float = LR,
     *,
-    weight_decay: float = LMD_DEFAULTS["weight_decay"],
-    noise_scale: float = LMD_DEFAULTS["noise_scale"],
+    weight_decay: float = WEIGHT_DECAY,
+    noise_scale: float = NOISE_SCALE,
     others_lr: float | None = None,
     others: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
     head: Chosen | None = "auto",
@@ -154,7 +153,6 @@ def for_model(
             f"no parameter that LMD would train is among the model's {len(named)}: for a model of a single layer use "
             "LMD(model.parameters()) or head=None; lmd.divide(model) tells where each one goes"
         )
-    settings = {"kappa": LMD_DEFAULTS["kappa"], **settings}
     lmd = LMD(matrices, lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, **settings)
     tables: list[Tensor] = []
     vectors: list[Tensor] = []

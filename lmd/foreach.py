@@ -50,13 +50,12 @@ class Plan(plain.Plan):
         noise = self._noise(group, chosen, 0) if at_sample and group["noise_scale"] > 0.0 else None
         gradient = join([gradient for gradient in gradients if gradient is not None])
         result = plain.stepped(group, mean, state, gradient, m0, noise, full, prior_a)
-        for name, value in plain.kept(result).items():
+        for name in ("mean", *state):
             kept = [self.means[i] if name == "mean" else self.states[i][name] for i in chosen]
-            torch._foreach_copy_(kept, self._parts(value, chosen))
-        if group["saturation"] == 0.0:
-            return
-        for i, *us in zip(chosen, *(self._parts(u, chosen) for u in plain.directed(result)), strict=True):
-            self.states[i]["rms"].copy_(update.root_mean_square(*us))
+            torch._foreach_copy_(kept, self._parts(getattr(result, name), chosen))
+        if group["saturation"] > 0.0:
+            for i, *us in zip(chosen, *(self._parts(u, chosen) for u in result.us), strict=True):
+                self.states[i]["rms"].copy_(update.root_mean_square(*us))
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[int], draw: int) -> update.Noise:
         pairs = [self.noise(group, i, draw) for i in chosen]

@@ -18,6 +18,7 @@ from lmd.priors import PRIORS
 
 PARAMETERIZATIONS = ("shared", "split")
 NONFINITE = ("raise", "skip")
+LR, WEIGHT_DECAY, NOISE_SCALE = 0.01, 0.5, 0.05  # defaults, here and in lmd.for_model
 POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
 
 # A TorchFunctionMode (a simulated machine, a default device) is for the model: the optimizer's own calls pass it by.
@@ -46,8 +47,7 @@ class LMD(Optimizer):
             apart. 0.005 to 0.03.
         betas: (beta1 for the step's direction, beta2 for the momentum kept), each in [0, 1).
         weight_decay: delta >= 0, the strength of the prior relative to the unit step; lr * weight_decay < 1. Under
-            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.3 to 0.6, with a
-            larger kappa the larger it is.
+            the log-normal prior |log(m / m0)| stays below 1 / weight_decay. 0.3 to 0.6; the larger, the larger kappa.
         noise_scale: sigma in [0, 4], the standard deviation of log theta; 0 draws nothing. 0 to 0.1. For a schedule
             assign group["noise_scale"] between steps; the means stay what they are.
         prior: "log-normal", "half-normal", "exponential", "flat" or "constant" (lmd/priors.py). The shared
@@ -64,7 +64,7 @@ class LMD(Optimizer):
         mc_samples: how many times `sampled_params` is entered per step; > 1 needs the shared parameterization.
         nonfinite: what `step` does when a gradient holds NaN or an infinity: "raise" FloatingPointError before
             anything changes, or "skip" the step and count it in `skipped_steps`.
-        fused: take the fused backend where there is one (lmd/kernels.py on CPU; lmd/gpu.py on GPU, with Triton).
+        fused: take the fused backend where there is one (lmd/cpu.py on CPU; lmd/gpu.py on GPU, with Triton).
         foreach: elsewhere take a group's parameters as one vector (lmd/foreach.py); False: one by one (lmd/plain.py).
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
@@ -75,10 +75,10 @@ class LMD(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.01,
+        lr: float = LR,
         betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.5,
-        noise_scale: float = 0.05,
+        weight_decay: float = WEIGHT_DECAY,
+        noise_scale: float = NOISE_SCALE,
         *,
         prior: str = "log-normal",
         entropy: bool = True,
@@ -266,10 +266,10 @@ class LMD(Optimizer):
         """The fused backend that serves p, loaded when it is first needed, or the readable one."""
         mean = self.state[p].get("master", p)
         if self.fused and mean.is_cpu:
-            from lmd import kernels
+            from lmd import cpu
 
-            if kernels.Plan.serves(mean):
-                return kernels.Plan
+            if cpu.Plan.serves(mean):
+                return cpu.Plan
         elif self.fused and mean.is_cuda and importlib.util.find_spec("triton"):
             from lmd import gpu
 

@@ -1,6 +1,6 @@
 """The readable backend: samples and steps of a group's parameters by the equations of lmd/update.py, one by one.
 
-Serves every device, dtype and layout. lmd/kernels.py and lmd/gpu.py have the same Plan, fused.
+Serves every device, dtype and layout. lmd/cpu.py and lmd/gpu.py have the same Plan, fused.
 """
 
 from typing import Any
@@ -94,10 +94,11 @@ class Plan:
                 noise = self.noise(group, i, 0) if at_sample and group["noise_scale"] > 0.0 else None
                 full = group["saturation"] * state["rms"]
                 result = stepped(group, mean, state, gradient, state["m0"], noise, full, state["prior_a"])
-                for name, value in kept(result).items():
-                    (mean if name == "mean" else state[name]).copy_(value)
+                for name, kept in (("mean", mean), *state.items()):
+                    if name in result._fields:
+                        kept.copy_(getattr(result, name))
                 if group["saturation"] > 0.0:
-                    state["rms"].copy_(update.root_mean_square(*directed(result)))
+                    state["rms"].copy_(update.root_mean_square(*result.us))
 
     def publish(self, gradients: list[Tensor | None]) -> None:
         """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""
@@ -124,13 +125,3 @@ def stepped(
         return update.step_shared(mean, state["v"], gradient, m0, **settings)
     moments = (state["log_center"], state["v_plus"], state["v_minus"])
     return update.step_split(mean, *moments, gradient, m0, entropy=group["entropy"], **settings)
-
-
-def kept(result: update.Shared | update.Split) -> dict[str, Tensor]:
-    """What of a step's result is the mean and the state, by name."""
-    return {name: value for name, value in result._asdict().items() if not name.startswith("u")}
-
-
-def directed(result: update.Shared | update.Split) -> list[Tensor]:
-    """The u that decided the step, of each side that has one."""
-    return [value for name, value in result._asdict().items() if name.startswith("u")]

@@ -78,11 +78,11 @@ def root_mean_square(*us: Tensor) -> Tensor:
 
 
 class Shared(NamedTuple):
-    """What a step of the shared parameterization leaves: the posterior mean and the momentum; and the step's u."""
+    """What a step of the shared parameterization leaves: the posterior mean and the momentum; and the u it went by."""
 
     mean: Tensor
     v: Tensor
-    u: Tensor
+    us: tuple[Tensor]
 
 
 def step_shared(
@@ -105,8 +105,8 @@ def step_shared(
 
     full: of `direction`; 0 is the sign. prior_a: the prior's medians are m0 exp(+-prior_a).
 
-    Without `weight_scaling` G = 2 g m0: the multipliers' center in their place, one number a tensor, so that the sign
-    is that of the plain gradient's momentum.
+    Without `weight_scaling` G = 2 g m0: the multipliers' center in their place, one number a tensor, so that the
+    direction is that of the plain gradient's momentum.
 
     `gradient` is dl/dw at the sample that `noise` gives, or at the mean where `noise` is None. Needs a prior with
     `keeps_product`: for those R is odd, so m+ and m- move by opposite factors. u = 0 moves nothing but the decay.
@@ -115,18 +115,17 @@ def step_shared(
     plus, minus = multipliers(a, m0, noise_scale, noise) if weight_scaling else (m0, m0)
     u, v = momentum(v, gradient * (plus + minus), betas)
     a = a - lr * (direction(u, full) + weight_decay * prior.regularizer(a - prior_a, noise_scale))
-    return Shared(posterior_mean(a, m0, noise_scale), v, u)
+    return Shared(posterior_mean(a, m0, noise_scale), v, (u,))
 
 
 class Split(NamedTuple):
-    """What a step of the split parameterization leaves: the mean, log(center / m0), two momenta; and the step's u."""
+    """What a step of the split parameterization leaves: the mean, log(center / m0), two momenta; and its u+-."""
 
     mean: Tensor
     log_center: Tensor
     v_plus: Tensor
     v_minus: Tensor
-    u_plus: Tensor
-    u_minus: Tensor
+    us: tuple[Tensor, Tensor]
 
 
 def step_split(
@@ -166,7 +165,7 @@ def step_split(
     a = a + 0.5 * (up - down)
     log_center = log_center + 0.5 * (up + down)
     mean = posterior_mean(a, m0 * torch.exp(log_center), noise_scale)
-    return Split(mean, log_center, v_plus, v_minus, u_plus, u_minus)
+    return Split(mean, log_center, v_plus, v_minus, (u_plus, u_minus))
 
 
 class Start(NamedTuple):

@@ -36,6 +36,7 @@ ARMS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW foreach": lambda params: AdamW(params, lr=1e-6, foreach=True),
     "LMD": lambda params: LMD(params, lr=1e-6),
     "LMD, no noise": lambda params: LMD(params, lr=1e-6, noise_scale=0.0),
+    "LMD, sign": lambda params: LMD(params, lr=1e-6, saturation=0.0),
     "LMD split": lambda params: LMD(params, lr=1e-6, parameterization="split"),
 }
 READABLE = {"LMD, readable": lambda params: LMD(params, lr=1e-6, fused=False)}

@@ -10,13 +10,11 @@ from experiments.grids.lmd_screening import TASKS
 from experiments.training.config import Config, forward
 from experiments.training.optimizers import LMD, LMDForModel
 
-LR = 0.01  # the default of both
-
 
 def grid() -> Iterator[Config]:
     for seed in (0, 1, 2):
         for network, data, batch_size in TASKS:
-            for optimizer in (LMD(LR), LMDForModel(LR)):
+            for optimizer in (LMD(), LMDForModel()):
                 for name in ("mxfp4_e2m1", "float32", "mxfp6_e3m2"):
                     yield Config(
                         model=network,

@@ -15,8 +15,8 @@ from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
 TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
-    "gpt2-micro": (AdamW(lr=0.006), LMDForModel(lr=0.01)),
-    "vit-micro": (AdamW(lr=0.0015), LMDForModel(lr=0.01)),
+    "gpt2-micro": (AdamW(lr=0.006), LMDForModel()),
+    "vit-micro": (AdamW(lr=0.0015), LMDForModel()),
 }
 
 

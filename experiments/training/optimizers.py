@@ -16,6 +16,7 @@ from experiments.training import baselines
 from experiments.training.settings import Settings
 from lmd import LMD as LMDOptimizer
 from lmd import Combined, for_model
+from lmd.optimizer import LR, NOISE_SCALE, WEIGHT_DECAY
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class LMD(OptimizerSettings):
     name: ClassVar[str] = "lmd"
     parameterization: ClassVar[str] = "shared"
 
-    weight_decay: float = 0.5
+    lr: float = LR
+    weight_decay: float = WEIGHT_DECAY
     betas: tuple[float, float] = (0.9, 0.99)
-    noise_scale: float = 0.05
+    noise_scale: float = NOISE_SCALE
     prior: str = "log-normal"
     entropy: bool = True
     weight_scaling: bool = True
@@ -87,20 +89,12 @@ class LMD(OptimizerSettings):
         return self.make([{"params": parameters, "weight_decay": self.weight_decay}], seed)
 
     def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
-        return LMDOptimizer(
-            groups,
-            lr=self.lr,
-            betas=self.betas,
-            noise_scale=self.noise_scale,
-            prior=self.prior,
-            entropy=self.entropy,
-            weight_scaling=self.weight_scaling,
-            saturation=self.saturation,
-            kappa=self.kappa,
-            parameterization=self.parameterization,
-            mc_samples=self.mc_samples,
-            seed=seed,
-        )
+        return LMDOptimizer(groups, self.lr, mc_samples=self.mc_samples, seed=seed, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """LMD's own settings, which a group may have."""
+        names = ("betas", "weight_decay", "noise_scale", "prior", "entropy", "weight_scaling", "saturation", "kappa")
+        return {name: getattr(self, name) for name in (*names, "parameterization")}
 
 
 @dataclass(frozen=True)
@@ -134,8 +128,7 @@ class LMDWithAdamW(LMD):
 
 @dataclass(frozen=True)
 class LMDForModel(LMD):
-    """`lmd.for_model`: LMD for hidden matrices and kernels, AdamW (lr `others_lr`, no decay) for embeddings, output
-    head, norms and biases."""
+    """`lmd.for_model`: LMD for hidden matrices, AdamW (lr `others_lr`, no decay) for the others."""
 
     name: ClassVar[str] = "lmd-for-model"
 
@@ -147,21 +140,7 @@ class LMDForModel(LMD):
         self.require(self.mc_samples == 1, "mc_samples must be 1 where another optimizer takes part")
 
     def build(self, model: nn.Module, seed: int) -> Optimizer:
-        return for_model(
-            model,
-            self.lr,
-            weight_decay=self.weight_decay,
-            noise_scale=self.noise_scale,
-            others_lr=self.others_lr,
-            betas=self.betas,
-            prior=self.prior,
-            entropy=self.entropy,
-            weight_scaling=self.weight_scaling,
-            saturation=self.saturation,
-            kappa=self.kappa,
-            parameterization=self.parameterization,
-            seed=seed,
-        )
+        return for_model(model, self.lr, others_lr=self.others_lr, seed=seed, **self.settings())
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class ModulePaths:
         self._outside = Frame(None, OUTSIDE)
         self._local = threading.local()
         self.regions = checkpoints.Regions()
-        self.before_call: Callable[[], None] | None = None  # called once, before the next module's call
+        self.before_call: Callable[[], None] | None = None  # called before a module's call
 
     def follow(self, stack: ExitStack) -> None:
         """Start; `stack` ends it."""
@@ -83,8 +83,7 @@ class ModulePaths:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self.before_call is not None:
-            before, self.before_call = self.before_call, None
-            before()
+            self.before_call()
         frames = self._frames()
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError("a scripted module is called in a simulation: its ops cannot be seen. Call the original")

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -50,7 +49,7 @@ from lpsim.machine.ops import (
 )
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.machine.refusals import NORMS, check_module, refuse_singular_values, refuse_strange, run_uncompiled
-from lpsim.machine.steps import OptimizerSteps
+from lpsim.machine.steps import OptimizerSteps, RunningSteps
 
 __all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
 
@@ -167,8 +166,7 @@ class Simulation:
         self._streams: dict[int, str] = {}
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
-        self._stepping: list[Any] = []  # the optimizers whose step is running
-        self._paused = False  # whether the mode is off for the time of such a step
+        self._stepping = RunningSteps(self._mode, self._paths, lambda: self._counting is None, self._after_step)
         self._auditor: Auditor | None = Auditor(self._running_module) if audit else None
         self._on_escape = on_escape
         self._told: set[str] = set()  # escaped products of earlier `with`s
@@ -182,9 +180,7 @@ class Simulation:
             stack.callback(self._handlers.clear)
             run_uncompiled(stack)
             self._paths.follow(stack)
-            stack.callback(torch_optimizer.register_optimizer_step_pre_hook(self._enter_step).remove)
-            stack.callback(torch_optimizer.register_optimizer_step_post_hook(self._leave_step).remove)
-            self._stepping = []
+            self._stepping.follow(stack)
             if self._auditor is not None and not self._auditor.finished:
                 stack.callback(self._stop_audit)
                 self._auditor.__enter__()
@@ -196,7 +192,7 @@ class Simulation:
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         stack, self._stack = self._stack, None
         assert stack is not None
-        self._resume()
+        self._stepping.resume()
         stack.__exit__(exc_type, exc, traceback)
         if exc_type is None and self._sites and self._unmatched:
             warnings.warn(
@@ -529,42 +525,11 @@ class Simulation:
 
     def _optimizing(self) -> bool:
         """Whether Optimizer.step is running, but not a closure that it calls."""
-        return bool(self._stepping) and not self._paths.inside() and not torch.is_grad_enabled()
+        return self._stepping.any() and not self._paths.inside() and not torch.is_grad_enabled()
 
-    def _enter_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """An optimizer's step begins. Its arithmetic is not simulated, so once the audit has ended, the mode is off.
-
-        The mode comes back when the step ends, or when a module is called (as after an exception in the step). It stays
-        on for a step with a closure, since the closure calls the model.
-        """
-        self._forget(optimizer)  # an earlier step may have ended in an exception
-        self._stepping.append(optimizer)
-        with_closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
-        if self._counting is None and not with_closure and torch.overrides._get_current_function_mode() is self._mode:
-            self._mode.__exit__(None, None, None)
-            self._paused = True
-            self._paths.before_call = self._resume
-
-    def _leave_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._forget(optimizer)
-        if not self._stepping:
-            self._resume()
+    def _after_step(self, optimizer: Any) -> None:
         if self._steps is not None and self._steps.ended(optimizer):
             self._begin(self._step + 1)
-
-    def _forget(self, optimizer: Any) -> None:
-        """Note that this optimizer's step has ended, and so have the steps that began inside it."""
-        for i, other in enumerate(self._stepping):
-            if other is optimizer:
-                del self._stepping[i:]
-                break
-
-    def _resume(self) -> None:
-        """Switch the mode on again, if an optimizer's step switched it off."""
-        if self._paused:
-            self._paused = False
-            self._paths.before_call = None
-            self._mode.__enter__()
 
     def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
         """A context whose products the audit counts as `owner`'s; with `op`, the call too is counted, at its sites."""

@@ -328,7 +328,7 @@ def by_hand(model: nn.Module) -> Combined:
     blocks = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
     adamw = torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    return Combined(LMD(blocks, **lmd.division.LMD_DEFAULTS), adamw)
+    return Combined(LMD(blocks), adamw)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"others_lr": 0.003, "seed": 0}], ids=["defaults", "named"])
@@ -349,8 +349,7 @@ def test_the_settings_reach_the_parts():
     wanted = {"lr": 0.02, "weight_decay": 0.3, "noise_scale": 0.1, "kappa": 2.0, "betas": (0.8, 0.9), "seed": 7}
     assert {name: ours[name] for name in wanted} == wanted
     assert all(group["lr"] == 0.01 and group["weight_decay"] == 0.0 for group in theirs)
-    for name, value in lmd.division.LMD_DEFAULTS.items():
-        assert lmd.for_model(model).lmd.param_groups[0][name] == value
+    assert lmd.for_model(model).lmd.defaults == LMD(model.parameters()).defaults
 
 
 def test_another_optimizer_takes_the_others_in_two_groups():
@@ -368,7 +367,7 @@ def test_another_optimizer_takes_the_others_in_two_groups():
 def test_there_may_be_nothing_for_the_others():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
     alone = copy.deepcopy(model)
-    optimizers: list[Any] = [lmd.for_model(model, head=None), LMD(alone.parameters(), **lmd.division.LMD_DEFAULTS)]
+    optimizers: list[Any] = [lmd.for_model(model, head=None), LMD(alone.parameters())]
     assert isinstance(optimizers[0], Combined) and optimizers[0].others == ()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     for net, optimizer in zip((model, alone), optimizers, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmd import LMD, foreach, kernels, plain
+from lmd import LMD, cpu, foreach, kernels, plain
 from lmd.priors import PRIORS
 
 M0 = 0.02
@@ -31,7 +31,7 @@ class Case:
     gradient: Tensor
     state: dict[str, Any]
 
-    def plan(self, backend: Any = kernels, number: int = 3) -> Any:
+    def plan(self, backend: Any = cpu, number: int = 3) -> Any:
         """Copies of everything in a plan of one parameter: in float64 for the readable backend, else in float32."""
         dtype = torch.float64 if backend is plain else torch.float32
         state = {k: x.to(dtype, copy=True) if isinstance(x, Tensor) else x for k, x in self.state.items()}
@@ -83,7 +83,7 @@ def largest(error: Tensor, unit: Tensor) -> float:
 @pytest.mark.parametrize("sigma", SAMPLE_ULP)
 def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(parameterization, sigma):
     case = make_case(parameterization, sigma=sigma)
-    exact, fused = case.plan(plain), case.plan(kernels)
+    exact, fused = case.plan(plain), case.plan(cpu)
     (total,) = exact.total(case.group, 7)
     for name in ("sample", "total"):
         (expected,), (got,) = getattr(exact, name)(case.group, 7), getattr(fused, name)(case.group, 7)
@@ -92,7 +92,7 @@ def test_samples_and_totals_are_the_readable_ones_to_the_stated_ulp(parameteriza
 
 def check_step(case: Case, at_sample: bool, fused: Any = None) -> None:
     """A step of `fused`, the CPU kernels' plan where None, is the readable one in float64 to the stated bounds."""
-    exact, fused = case.plan(plain), fused or case.plan(kernels)
+    exact, fused = case.plan(plain), fused or case.plan(cpu)
     sigma, lr = case.group["noise_scale"], case.group["lr"]
     exact.step(case.group, [case.gradient.double()], at_sample)
     fused.step(case.group, [case.gradient.to(fused.means[0].device)], at_sample)
@@ -163,7 +163,7 @@ def test_one_vector_for_a_group_is_its_parameters_one_by_one(parameterization, p
 def test_large_steps_and_decays_are_the_readable_ones(parameterization):
     """lr 1 and lr weight_decay near 1: the rotation by y loses e^(2 |y|) ulp of what it started from."""
     case = make_case(parameterization, lr=1.0, weight_decay=0.9)
-    exact, fused = case.plan(plain), case.plan(kernels)
+    exact, fused = case.plan(plain), case.plan(cpu)
     exact.step(case.group, [case.gradient.double()], True)
     fused.step(case.group, [case.gradient], True)
     unit = ulp(case.mean.abs().clamp(min=2.0 * M0)) * torch.exp(1.0 + 0.9 * torch.asinh(case.mean.abs() / (2.0 * M0)))
@@ -184,7 +184,7 @@ def left_by(plan: Any, i: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("parameterization", ["shared", "split"])
 def test_threads_do_not_change_a_bit(parameterization):
-    case = make_case(parameterization, count=3 * kernels.SERIAL + 13)
+    case = make_case(parameterization, count=3 * cpu.SERIAL + 13)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -219,7 +219,7 @@ def test_neighbours_in_memory_are_left_alone():
     views = [row[50:1051] for row in arena]
     for view, x in zip(views, (case.mean, case.gradient, case.state["v"]), strict=True):
         view.copy_(x)
-    plan = kernels.Plan([3], [views[0]], [{**case.state, "v": views[2], "rms": case.state["rms"].clone()}])
+    plan = cpu.Plan([3], [views[0]], [{**case.state, "v": views[2], "rms": case.state["rms"].clone()}])
     plan.step(case.group, [views[1]], True)
     _, mean, v, _ = bits(case)
     assert torch.equal(views[0], mean) and torch.equal(views[2], v) and torch.equal(views[1], case.gradient)
@@ -230,7 +230,7 @@ def test_neighbours_in_memory_are_left_alone():
 def test_many_tensors_in_a_call_are_each_as_if_alone(parameterization):
     cases = [make_case(parameterization, count=count) for count in (1, 700, kernels.TILE, 2, 3 * kernels.TILE + 5)]
     single = [case.plan() for case in cases]
-    together = kernels.Plan(
+    together = cpu.Plan(
         list(range(len(cases))), [plan.params[0] for plan in single], [plan.states[0] for plan in single]
     )
     samples = together.sample(cases[0].group, 0)
@@ -243,7 +243,7 @@ def test_many_tensors_in_a_call_are_each_as_if_alone(parameterization):
 def test_a_tensor_without_a_gradient_is_passed_over():
     cases = [make_case("shared", count=count) for count in (700, 3, 5000)]
     single = [case.plan() for case in cases]
-    plan = kernels.Plan([0, 1, 2], [one.params[0] for one in single], [one.states[0] for one in single])
+    plan = cpu.Plan([0, 1, 2], [one.params[0] for one in single], [one.states[0] for one in single])
     plan.step(cases[0].group, [cases[0].gradient, None, cases[2].gradient], True)
     for i, case in enumerate(cases):
         expected = [case.mean, case.state["v"], case.state["rms"]] if i == 1 else bits(case, number=i)[1:]
@@ -279,7 +279,7 @@ def test_an_infinite_mean_does_not_become_finite(value):
 def test_finite_finds_one_value_anywhere(value):
     tensors = [torch.zeros(5), torch.full((2 * kernels.TILE + 3,), 3e38), torch.zeros(1)]
     states = [{**NEW, "v": torch.zeros_like(tensor)} for tensor in tensors]
-    for backend in (plain, kernels):
+    for backend in (plain, cpu):
         plan = backend.Plan([0, 1, 2], tensors, states)
         assert plan.finite(tensors)
         for i in range(len(tensors)):
@@ -323,7 +323,7 @@ def test_a_forked_child_steps():
     """The threads of the pool do not survive a fork; the child makes its own. (torch makes none: the child avoids
     it.)
     """
-    case = make_case("shared", count=3 * kernels.SERIAL)
+    case = make_case("shared", count=3 * cpu.SERIAL)
     before, after = case.plan(), case.plan()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

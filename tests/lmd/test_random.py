@@ -32,7 +32,7 @@ def test_philox_gives_the_published_words(rounds, counter, key, expected):
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 63, 4097])
 def test_words_are_the_same_from_python_torch_and_numba(key, count):
-    from lmd import kernels
+    from lmd import cpu, kernels
 
     drawn = words(key, count)
     for i in range(count):
@@ -40,7 +40,7 @@ def test_words_are_the_same_from_python_torch_and_numba(key, count):
         assert int(drawn[i]) == philox4x32(counter, (key.seed & MASK, key.seed >> 32))[i % 4]
     group = {"seed": key.seed, "step": key.step, "noise_scale": 0.1}
     compiled = np.zeros(count + 3, np.uint32)
-    kernels.fill_words(compiled.ctypes.data, 0, count, key.parameter, kernels._noise(group, key.draw))
+    kernels.fill_words(compiled.ctypes.data, 0, count, key.parameter, cpu._noise(group, key.draw))
     assert compiled[:count].tolist() == drawn.tolist()
 
 
@@ -80,11 +80,11 @@ def test_normals_pass_tests_of_normality_and_independence(path):
     if path == "plain":
         plus, minus = (x.double().numpy() for x in normal_pair(NoiseKey(1, 2, 3), torch.empty(count)))
     else:
-        from lmd import kernels
+        from lmd import cpu, kernels
 
         factors = np.zeros((2, count), np.float32)
         group = {"seed": 1, "step": 3, "noise_scale": 1.0}
-        kernels.fill_noise(factors[0].ctypes.data, factors[1].ctypes.data, 0, count, 2, kernels._noise(group, 0))
+        kernels.fill_noise(factors[0].ctypes.data, factors[1].ctypes.data, 0, count, 2, cpu._noise(group, 0))
         plus, minus = np.log(factors.astype(np.float64))
     for sample in (plus, minus):
         assert stats.kstest(sample, "norm").pvalue > 1e-3

@@ -158,7 +158,7 @@ def test_the_split_step_is_the_derivation(name):
     a = update.half_log_ratio(mean, M0, SIGMA)
     medians = M0 * torch.exp(a), M0 * torch.exp(-a)
     by_hand = (*medians, torch.zeros_like(mean), torch.zeros_like(mean))
-    ours = update.Split(mean, *(torch.zeros_like(mean) for _ in range(5)))
+    ours = update.Split(mean, *(torch.zeros_like(mean) for _ in range(3)), (mean, mean))
     for step in range(60):
         g, noise = torch.randn(count, dtype=torch.float64), normals(count, step)
         by_hand = split_by_the_derivation(
@@ -184,7 +184,7 @@ def test_the_shared_step_is_the_derivation(name):
     mean = torch.randn(count, dtype=torch.float64)
     a = update.half_log_ratio(mean, M0, SIGMA)
     m_plus, m_minus, v = M0 * torch.exp(a), M0 * torch.exp(-a), torch.zeros_like(mean)
-    ours = update.Shared(mean, *[torch.zeros_like(mean)] * 2)
+    ours = update.Shared(mean, torch.zeros_like(mean), (mean,))
     for step in range(60):
         g, noise = torch.randn(count, dtype=torch.float64), normals(count, step)
         gradient = g * (m_plus * torch.exp(SIGMA * noise[0]) + m_minus * torch.exp(SIGMA * noise[1]))
@@ -213,8 +213,8 @@ def test_shared_and_split_follow_one_trajectory_on_identical_signs():
         "prior": PRIORS["log-normal"],
     }
     shared, split = (
-        update.Shared(mean, *[torch.zeros_like(mean)] * 2),
-        update.Split(mean, *[torch.zeros_like(mean)] * 5),
+        update.Shared(mean, torch.zeros_like(mean), (mean,)),
+        update.Split(mean, *[torch.zeros_like(mean)] * 3, (mean, mean)),
     )
     sign = torch.sign(torch.randn(500, dtype=torch.float64))
     for step in range(100):
@@ -248,8 +248,8 @@ def test_without_weight_scaling_the_gradient_alone_moves_the_medians(parameteriz
     }  # fmt: skip
     mean = torch.randn(200, dtype=torch.float64)
     shared, split = (
-        update.Shared(mean, *[torch.zeros_like(mean)] * 2),
-        update.Split(mean, *[torch.zeros_like(mean)] * 5),
+        update.Shared(mean, torch.zeros_like(mean), (mean,)),
+        update.Split(mean, *[torch.zeros_like(mean)] * 3, (mean, mean)),
     )
     v, moved = torch.zeros_like(mean), torch.zeros_like(mean)
     for step in range(30):
@@ -291,11 +291,11 @@ def test_the_scale_of_the_gradients_does_not_enter():
     }  # fmt: skip
     ends = []
     for unit in (1.0, 2.0**40):
-        state, rms = update.Shared(mean, *[torch.zeros_like(mean)] * 2), math.nan
+        state, rms = update.Shared(mean, torch.zeros_like(mean), (mean,)), math.nan
         for step in range(20):
             gradient = unit * g.roll(step)
             state = update.step_shared(state.mean, state.v, gradient, M0, full=0.5 * rms, **settings)
-            rms = update.root_mean_square(state.u).item()
+            rms = update.root_mean_square(*state.us).item()
         ends.append(state.mean)
     assert torch.equal(*ends)
 

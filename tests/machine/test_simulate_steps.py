@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_the_optimizer_computes_as_outside(fused: bool) -> None:
         model = mlp()
         optimizer = AdamW(model.parameters(), lr=0.01, fused=fused, foreach=not fused)
         for step in range(3):
-            with simulate(model, RECIPE) as sim:
+            with simulate(model, RECIPE, audit=False) as sim:
                 sim.step = step
                 gradients(model, step)
                 if inside:
@@ -218,28 +219,43 @@ def test_what_a_closure_computes_is_the_machines() -> None:
     assert same(*seen)
 
 
-def test_an_exception_in_the_optimizer_leaves_the_machine_on() -> None:
-    class Broken(SGD):
-        broken = True
+class Broken(SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise FloatingPointError
 
-        def step(self, closure: Any = None) -> Any:
-            if self.broken:
-                raise FloatingPointError
-            return super().step(closure)
+
+@pytest.mark.parametrize("calls", ["a module", "a function"])
+def test_an_exception_in_the_optimizer_leaves_the_machine_on(calls: str) -> None:
+    """For what is called next, whether in a module or outside of all."""
 
     def run(breaks: bool) -> list[Tensor]:
         model = mlp()
         optimizer = Broken(model.parameters(), lr=0.01)
-        with simulate(model, RECIPE) as sim:
+        with simulate(model, RECIPE, audit=False) as sim:
             sim.step = 0
             gradients(model, 0)
-            sim.step = 1  # the audit has ended
             if breaks:
-                with pytest.raises(FloatingPointError):
+                with contextlib.suppress(FloatingPointError):
                     optimizer.step()
-            return gradients(model, 1)
+            sim.step = 1
+            if calls == "a module":
+                return gradients(model, 1)
+            return [torch.nn.functional.linear(data(1), model[0].weight)]
 
     assert same(run(False), run(True))
+
+
+def test_a_mode_entered_after_an_exception_is_not_left_in_the_wrong_order() -> None:
+    model = mlp()
+    optimizer = Broken(model.parameters(), lr=0.01)
+    with simulate(model, RECIPE, audit=False):
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            with torch.device("cpu"), pytest.raises(RuntimeError, match="leave that mode first"):
+                model(data(0))
+        quantized = model(data(0))
+    assert not torch.equal(quantized, model(data(0)))
 
 
 def test_telemetry_follows_and_continues() -> None:
