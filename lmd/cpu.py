@@ -81,14 +81,14 @@ class Plan(plain.Plan):
 
     def _measured(self, group: dict[str, Any], squares: np.ndarray) -> None:
         """Keep the root mean square of u of each parameter that moved."""
-        moved = np.flatnonzero((self.table[:, GRADIENT] != 0) & (self.table[:, COUNT] != 0))
-        if not moved.size:
+        rows = np.flatnonzero(self.table[:, COUNT])
+        if not rows.size:
             return
-        ends = np.append(self.table[1:, FIRST_TILE], squares.size)
-        counts = self.table[moved, COUNT] * (2 if group["parameterization"] == "split" else 1)
-        sums = np.array([squares[self.table[i, FIRST_TILE] : ends[i]].sum() for i in moved])
-        for i, value in zip(moved, self._unit(group)[moved] * np.sqrt(sums / counts), strict=True):
-            self.rms[i][...] = value
+        counts = self.table[rows, COUNT] * (2 if group["parameterization"] == "split" else 1)
+        values = self._unit(group)[rows] * np.sqrt(np.add.reduceat(squares, self.table[rows, FIRST_TILE]) / counts)
+        for i, moved, value in zip(rows, self.table[rows, GRADIENT], values, strict=True):
+            if moved:
+                self.rms[i][...] = value
 
     def _place(self, gradients: list[Tensor | None]) -> None:
         self.table[:, GRADIENT] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
