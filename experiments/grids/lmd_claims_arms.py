@@ -1,23 +1,19 @@
-"""The settings of the arms that `lmd_claims` compares: each optimizer tuned in each format, with the same budget.
+"""The arms that `lmd_claims` compares: each optimizer tuned in each format, with the same budget.
 
-Every arm has 8 trials of 800 steps on seed 3000 (4 quasi-random, 4 proposed by TPE in two rounds); its best 2 are run
-again on seed 3001, and the better mean is chosen. The comparison runs 2400 steps: rates that suit 800 are a little too
-high for it, for every arm alike. 30 arms, 300 runs, about 70 minutes on two cores. Write the choice beside this file:
-
-    lpsim tune lmd_claims_tuning --output experiments/grids/lmd_claims_tuning.json
+`lmd_claims_gpt2_tuning` and `lmd_claims_vit_tuning` seek their settings. Every arm has 8 trials of 800 steps on seed
+3000 (4 quasi-random, 4 proposed by TPE in two rounds); its best 2 are run again on seed 3001, and the better mean is
+chosen. The comparison runs 2400 steps: rates that suit 800 may be a little too high for it, for every arm alike.
 """
-
-from collections.abc import Iterator
 
 from experiments.grids.tuning import Arm, LogUniform, Range, Tuning
 from experiments.training.config import Config, forward, model
-from experiments.training.data import Glyphs, StdlibText
+from experiments.training.data import DataConfig, Glyphs, ModelConfig, StdlibText
 from experiments.training.optimizers import LMD, AdamW, Lion, LMDForModel, Madam, OptimizerConfig
-from lpsim import formats
 
-GPT2 = (model("gpt2-micro"), StdlibText(), 16)
-VIT = (model("vit-micro-glyphs"), Glyphs(), 32)
-TASKS = (GPT2, VIT)
+Task = tuple[ModelConfig, DataConfig, int]  # and the batch size
+
+GPT2: Task = (model("gpt2-micro"), StdlibText(), 16)
+VIT: Task = (model("vit-micro-glyphs"), Glyphs(), 32)
 FORMATS = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
 
 ADAMW, FOR_MODEL, EVERYTHING = "AdamW", "LMD for_model", "LMD on everything"
@@ -55,30 +51,27 @@ for of_model in RANGES.values():
     of_model[NOISELESS] = of_model[FOR_MODEL]
 
 
-def arm(network: str, optimizer: str, name: str) -> str:
+def arm(network: ModelConfig, optimizer: str, format: str) -> str:
     """What the arm is called in the file of chosen values."""
-    return f"{network}, {optimizer}, {name}"
+    return f"{network.name}, {optimizer}, {format}"
 
 
-def arms(steps: int) -> Iterator[tuple[str, str, Config]]:
-    """(name of its arm, optimizer, config) of everything that is tuned, for runs of that many steps."""
-    for network, data, batch_size in TASKS:
-        for optimizer, settings in OPTIMIZERS.items():
-            for name in WHERE[optimizer]:
-                config = Config(
-                    model=network,
-                    data=data,
-                    optimizer=settings,
-                    recipe=forward(formats.get(name)),
-                    steps=steps,
-                    batch_size=batch_size,
-                    warmup_steps=100,
-                    validate_every=400,
-                    checkpoint_every=400,
-                )
-                yield arm(network.name, optimizer, name), optimizer, config
-
-
-def tune() -> Tuning:
-    tuned = [Arm(config, RANGES[config.model.name][name], label) for label, name, config in arms(steps=800)]
-    return Tuning(tuned, trials=8, seeds=(3000,), finalists=2, final_seeds=(3001,), rounds=3)
+def tuning(task: Task) -> Tuning:
+    """The tuning of one task's arms."""
+    network, data, batch_size = task
+    arms = []
+    for optimizer, settings in OPTIMIZERS.items():
+        for format in WHERE[optimizer]:
+            config = Config(
+                model=network,
+                data=data,
+                optimizer=settings,
+                recipe=forward(format),
+                steps=800,
+                batch_size=batch_size,
+                warmup_steps=100,
+                validate_every=400,
+                checkpoint_every=400,
+            )
+            arms.append(Arm(config, RANGES[network.name][optimizer], arm(network, optimizer, format)))
+    return Tuning(arms, trials=8, seeds=(3000,), finalists=2, final_seeds=(3001,), rounds=3)
