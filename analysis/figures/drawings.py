@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures import plots
+from analysis.statistics.claims import VERDICTS
 from analysis.statistics.stability import LEARNING_RATE
 from analysis.statistics.tables import BASELINE, TASK, counted, higher_is_better, text
 
@@ -180,6 +181,24 @@ def forest(rows: pd.DataFrame, roles: Roles, title: str, label: str, caption: st
             frame, figure.subplots(), hue=roles.hue, colours=roles.colours, label=f"{label}; {side} of 0 is worse"
         )
         return Drawing(title, caption, svg(figure))
+
+
+def predictions(rows: pd.DataFrame) -> Drawing | None:
+    """The predictions about losses with their intervals and bounds (a table of statistics.claims). None without any."""
+    shown = rows[(rows["metric"] == "validation_loss") & rows["mean"].notna()]
+    if shown.empty:
+        return None
+    names = shown["claim"] + ": " + shown["prediction"]
+    frame = shown.assign(name=names, difference=shown["mean"], verdict=shown["verdict"].map(VERDICTS))
+    colours = dict(zip(VERDICTS.values(), (plots.DISTINCT[2], plots.DISTINCT[4], plots.FAINT), strict=True))
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(frame)), layout="constrained")
+        ax = plots.forest(frame, figure.subplots(), hue="verdict", colours=colours, label="difference of losses (nats)")
+        plots.bounds(frame, ax)
+        handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
+        figure.legend(handles, list(colours), loc="outside upper left", ncols=3)
+        caption = "Mean over seeds with its 95% interval; the claim predicts that the mean lies left of the tick."
+        return Drawing("What was predicted, and what came", caption, svg(figure))
 
 
 def _panels(

@@ -150,6 +150,13 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     return ax
 
 
+def bounds(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """A tick at `below` in every row of a forest."""
+    for place, bound in enumerate(frame["below"]):
+        ax.plot([bound, bound], [place - 0.32, place + 0.32], "-", color=INK, linewidth=2.2)
+    return ax
+
+
 def far_apart(differences: pd.Series) -> bool:
     """Whether the largest is so far above the median that a linear axis would show nothing of the others."""
     sizes = differences.abs()

@@ -18,11 +18,12 @@ from analysis import load
 from analysis.figures import drawings as figures
 from analysis.figures.plots import LABELS
 from analysis.load import Results
+from analysis.page import claims as claims_part
 from analysis.page import html as page
 from analysis.page import summary, telemetry, terms
 from analysis.page.html import Column
 from analysis.page.summary import count, plain, signed, task_name
-from analysis.statistics import stability, tables
+from analysis.statistics import claims, stability, tables
 from analysis.statistics.tables import BASELINE, TASK
 
 LONG = ("metrics", "telemetry", "telemetry_cosines")  # tables that are written as Parquet alone
@@ -77,9 +78,19 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "stability": stability.by_arm(runs, per_run),
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
+        **_claims(results, per_run),
         **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
         **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
     }
+
+
+def _claims(results: Results, per_run: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of the claims that the grid made, where it made any."""
+    made = results.grid.get("claims", [])
+    if not made:
+        return {}
+    predicted = claims.predictions(made, results.runs, per_run)
+    return {"predictions": predicted, "claims": claims.verdicts(made, predicted)}
 
 
 def render(results: Results, frames: dict[str, pd.DataFrame], written_at: datetime) -> str:
@@ -91,13 +102,20 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     sections.append(("incomplete", "Runs that did not finish", list(_incomplete(results))))
     sections.append(("where", "What ran where", list(_provenance(results))))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
+    statements = [page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)]
+    if "claims" in frames:
+        answer = [*claims_part.section(frames["claims"], frames["predictions"])]
+        answer.append(page.folded("Every comparison in words, claimed or not", "".join(statements)))
+    else:
+        answer = statements
     stamp = written_at.strftime("%Y-%m-%d %H:%M UTC")
     source = results.grid.get("source") or "not recorded"
     body = [
         page.heading(1, f"Grid {name}"),
+        *(page.paragraph(text, "lead") for text in summary.question(results)),
         page.paragraph(f"Grid file {source} · report written at {stamp}", "meta"),
         page.paragraph(summary.lead(results), "lead" if summary.complete(results) else "lead warn"),
-        *(page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)),
+        *answer,
         page.paragraph(
             "Brackets are 95% intervals over seeds. Each statement is about these runs, at these settings and this "
             "number of steps; terms are explained at the end. The tables lie beside this file in tables/, as CSV and "

@@ -6,6 +6,7 @@ The words for numbers stand here too, so that a sentence and a table write the s
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,15 @@ def lead(results: Results) -> str:
     )
     left_out += [f"{count(len(results.not_started), 'run')} not started"] if results.not_started else []
     return sentence + (f" {'; '.join(left_out)}." if left_out else "")
+
+
+def question(results: Results) -> list[str]:
+    """What the grid asks: the first paragraph of its file's docstring; nothing where there is none."""
+    try:
+        text = ast.get_docstring(ast.parse(str(results.grid.get("source_text") or "")))
+    except (SyntaxError, ValueError):  # of a file that is no Python, or holds null bytes
+        return []
+    return [" ".join(text.split("\n\n")[0].split())] if text else []
 
 
 def complete(results: Results) -> bool:

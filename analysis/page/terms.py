@@ -34,6 +34,19 @@ LEGEND = (
         "metric.",
     ),
     (
+        "claim, prediction, p corrected",
+        "A claim stands in the grid's file before its runs. It predicts that the means over seeds of some differences "
+        "lie below a bound. p is that of a two-sided t test of the mean against its bound, corrected for all "
+        "predictions about one model (Holm). Below 0.05 a prediction came true or false, by the side on which the "
+        "mean lies; else it is undecided. It cannot come true where a run of it diverged. A claim is supported when "
+        "all its predictions came true, refuted when one came out false.",
+    ),
+    (
+        "seeds to decide",
+        "The number of seeds with which that test would decide with a chance of 80%, at the level of the strictest of "
+        "the corrected tests, were the mean and the spread measured the true ones.",
+    ),
+    (
         "loss to the format",
         "How much the metric changes from float32 to the format. Comparing optimizers: (format − float32) of one "
         "minus (format − float32) of the other, paired by seed. A reference with several settings takes part with the "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
     from experiments.grids.adaptive import Adaptive
+    from experiments.grids.claims import Claim
     from experiments.running.executors import StoppableExecutor
     from experiments.running.grid import Row
     from experiments.training.config import Config
@@ -192,11 +193,12 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
-    from experiments.grids import load_grid
+    from experiments.grids import load_claims, load_grid
 
     with user_errors():
-        source, configs = load_grid(options.grid, chosen_formats(options))
-        return 0 if run_all(configs, source, options) else 1
+        formats = chosen_formats(options)
+        source, configs = load_grid(options.grid, formats)
+        return 0 if run_all(configs, source, options, load_claims(options.grid, formats)) else 1
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -240,14 +242,16 @@ def chosen_formats(options: argparse.Namespace) -> "list[Format] | None":
     return None if options.formats is None else [formats.get(name) for name in options.formats]
 
 
-def run_all(configs: "list[Config] | Adaptive", source: Path, options: argparse.Namespace) -> bool:
+def run_all(
+    configs: "list[Config] | Adaptive", source: Path, options: argparse.Namespace, claims: "Sequence[Claim]" = ()
+) -> bool:
     """Run a grid where the options say, print how it ended, write the report. Whether every run came to its end."""
     from experiments.grids.adaptive import Adaptive
     from experiments.running.grid import DONE, run_grid
 
     folder = options.runs / source.stem
     with make_executor(options, folder) as executor:
-        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every)
+        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims)
     print(f"{folder}: {summary(rows)}")
     done = all(row.status in DONE for row in rows)
     if not done and isinstance(configs, Adaptive):

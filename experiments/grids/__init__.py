@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grids.adaptive import Adaptive, only_configs
+from experiments.grids.claims import Claim
 from experiments.grids.source_files import GridError, blamed, execute
 from experiments.training.config import Config
 from experiments.training.settings import names_near
@@ -40,6 +41,18 @@ def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Pat
         configs = [*first, *started]
     only_configs(configs, path)
     return path, configs
+
+
+def load_claims(source: str, formats: Sequence[Format] | None = None) -> list[Claim]:
+    """What the file's `claims` returns; nothing where it defines none, or where `formats` replace those it is about.
+
+    Raises: SourceError with file and line.
+    """
+    path = find(source)
+    if formats is not None or re.search(r"^def claims\(", path.read_text(), re.MULTILINE) is None:
+        return []
+    with blamed(path):
+        return list(function(path, "claims", "list[Claim]", None)())
 
 
 def find(source: str) -> Path:

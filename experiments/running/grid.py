@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.grids.adaptive import Adaptive, Outcome
+from experiments.grids.claims import Claim, resolve
 from experiments.grids.source_files import GridError
 from experiments.running.executors import StoppableExecutor, stop_requested
 from experiments.training import record, train
@@ -80,17 +81,18 @@ def run_grid(
     source: Path | None = None,
     argv: Sequence[str] = (),
     telemetry_every: int | None = None,
+    claims: Sequence[Claim] = (),
 ) -> list[Row]:
     """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
 
     A run whose folder is damaged is a failed row that says how to mend it; the others are run. An adaptive grid gets
     the results of a round when all its runs have finished or diverged; while one has failed or was interrupted, the
     grid stops there, so that what it asks for next never depends on an accident. telemetry_every: replaces the
-    configs' own, where given.
+    configs' own, where given. claims: what the grid is to decide, written to grid.json for the report.
 
-    Raises: GridError for no or equal configs, of any rounds; RunFolderError, before anything of a round is run, when
-    the folder is in use, of another version or was filled from other data; KeyboardInterrupt, after all running runs
-    have written a checkpoint, on Ctrl-C.
+    Raises: GridError for no or equal configs, of any rounds, and for a claim about runs that the grid has not;
+    RunFolderError, before anything of a round is run, when the folder is in use, of another version or was filled from
+    other data; KeyboardInterrupt, after all running runs have written a checkpoint, on Ctrl-C.
     """
     rounds = configs.rounds() if isinstance(configs, Adaptive) else _one_round(configs)
     changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
@@ -110,11 +112,15 @@ def run_grid(
     mine = resolved(asked or ())
     if not asked or not mine:
         raise GridError(f"the grid {folder.name} has no runs")
+    if claims and isinstance(configs, Adaptive):
+        raise GridError(f"the grid {folder.name} looks at its runs; claims need a grid whose runs are known before")
+    resolved_claims = resolve(claims, by_signature, source or folder)
     description: dict[str, Any] = {
         "version": VERSION,
         "grid": folder.name,
         "source": None if source is None else str(source),
         "source_text": None if source is None else source.read_text(),
+        **({"claims": resolved_claims} if resolved_claims else {}),
     }
 
     def describe() -> None:
