@@ -26,6 +26,8 @@ from experiments.grids.lmd_claims_arms import (
     FOR_MODEL,
     FORMATS,
     GPT2,
+    LION,
+    MADAM,
     NOISELESS,
     OPTIMIZERS,
     WHERE,
@@ -75,9 +77,13 @@ def arms(task: Task, tuning: str, seed: int) -> Arms:
 
 
 def grid() -> Iterator[Config]:
+    """What the claims rest on first, a seed after the other; then Lion and Madam."""
     for tuning, task in TASKS.items():
-        for seed in SEEDS:
-            yield from arms(task, tuning, seed).values()
+        for last in (False, True):
+            for seed in SEEDS:
+                for (optimizer, _), config in arms(task, tuning, seed).items():
+                    if (optimizer in (LION, MADAM)) == last:
+                        yield config
 
 
 def claims() -> Iterator[Claim]:
