@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from experiments.training.data import DATA, DataConfig, ModelConfig
-from experiments.training.models import gpt2, vit
+from experiments.training.models import gpt2, huggingface, vit
 from experiments.training.optimizers import OPTIMIZERS, OptimizerConfig
 from experiments.training.settings import Settings, choose, from_table, names_near
 from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats
@@ -21,7 +21,15 @@ from lpsim.machine.recipes import BackwardOperands
 
 VERSION = 1  # of the run folder and of what the training loop computes from a config; part of the signature
 
-MODEL_FAMILIES: dict[str, type[Settings]] = {family.family: family for family in (gpt2.GPT2Config, vit.ViTConfig)}
+MODEL_FAMILIES: dict[str, type[Settings]] = {
+    family.family: family
+    for family in (
+        gpt2.GPT2Config,
+        vit.ViTConfig,
+        huggingface.TransformersCausalLM,
+        huggingface.TransformersImageClassifier,
+    )
+}
 MODELS: dict[str, ModelConfig] = {
     model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.MICRO_GLYPHS, vit.BASE)
 }
@@ -191,8 +199,8 @@ class Config(Settings):
         self.require(self.divergence_factor > 1, "divergence_factor must be above 1")
         self.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), is {self.seed}")
         self.require(
-            self.data.model_family == self.model.family,
-            f"{self.data.name} trains a {self.data.model_family}, {self.model.name} is a {self.model.family}",
+            self.data.inputs == self.model.inputs,
+            f"{self.data.name} gives {self.data.inputs}, {self.model.name} takes {self.model.inputs}",
         )
         self.data.check_model(self.model)
 

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from experiments.training import glyphs
 from experiments.training.models.gpt2 import GPT2Config
+from experiments.training.models.huggingface import TransformersCausalLM, TransformersImageClassifier
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
 
-ModelConfig = GPT2Config | ViTConfig
+ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier
 Batch = tuple[Tensor, Tensor]  # inputs, targets
 
 # Modules of every Python from 3.11 to 3.14, 5.4 MB together; none that distributions package apart.
@@ -75,7 +76,7 @@ def generator(seed: int, step: int) -> np.random.Generator:
 class Tokens:
     """Windows of two token streams (uint8 or uint16): inputs (B, T) and targets, one token on, both int64."""
 
-    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: GPT2Config, validation_windows: int) -> None:
+    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: Any, validation_windows: int) -> None:
         self.train, self.held_out = train, held_out
         self.context, self.classes = model.context, model.vocab_size
         for name, stream in (("training", train), ("validation", held_out)):
@@ -121,7 +122,7 @@ class StdlibText(Settings):
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "stdlib-text"
-    model_family: ClassVar[str] = "gpt2"
+    inputs: ClassVar[str] = "tokens"
 
     validation_windows: int = 256
 
@@ -163,7 +164,7 @@ class Digits(Settings):
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "digits"
-    model_family: ClassVar[str] = "vit"
+    inputs: ClassVar[str] = "images"
 
     def check_model(self, model: Any) -> None:
         wanted = (8, 1, 10)
@@ -204,7 +205,7 @@ class Glyphs(Settings):
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "glyphs"
-    model_family: ClassVar[str] = "vit"
+    inputs: ClassVar[str] = "images"
 
     validation_images: int = 1800
 
@@ -272,7 +273,7 @@ class TokenFiles(Settings):
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "token-files"
-    model_family: ClassVar[str] = "gpt2"
+    inputs: ClassVar[str] = "tokens"
 
     folder: str
     validation_windows: int = 256
@@ -317,7 +318,7 @@ class ImageFolders(Settings):
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "image-folders"
-    model_family: ClassVar[str] = "vit"
+    inputs: ClassVar[str] = "images"
 
     folder: str
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
-PACKAGES = ("lpsim", "torch", "numpy", "numba", "pandas", "scikit-learn", "matplotlib")
+PACKAGES = ("lpsim", "torch", "numpy", "numba", "pandas", "scikit-learn", "matplotlib", "transformers")
 
 
 class RunFolderError(Exception):

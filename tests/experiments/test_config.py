@@ -236,7 +236,7 @@ def test_construction_is_as_strict_as_reading() -> None:
         forward("mxfp4_e2m")
     with pytest.raises(ValueError, match="unknown model 'gpt2micro'; there are: gpt2-micro"):
         model("gpt2micro")
-    with pytest.raises(ValueError, match="stdlib-text trains a gpt2, vit-micro is a vit"):
+    with pytest.raises(ValueError, match="stdlib-text gives tokens, vit-micro takes images"):
         text_config(model=model("vit-micro"))
     with pytest.raises(ValueError, match="digits need image_size, channels, classes"):
         text_config(model=model("vit-b/16"), data=Digits())

@@ -22,6 +22,7 @@ class GPT2Config(Settings):
 
     tag: ClassVar[str] = "family"
     family: ClassVar[str] = "gpt2"
+    inputs: ClassVar[str] = "tokens"
 
     name: str
     layers: int

@@ -22,6 +22,7 @@ class ViTConfig(Settings):
 
     tag: ClassVar[str] = "family"
     family: ClassVar[str] = "vit"
+    inputs: ClassVar[str] = "images"
 
     name: str
     layers: int
