@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,25 @@ def forest(rows: pd.DataFrame, roles: Roles, title: str, label: str, caption: st
             frame, figure.subplots(), hue=roles.hue, colours=roles.colours, label=f"{label}; {side} of 0 is worse"
         )
         return Drawing(title, caption, svg(figure))
+
+
+def costs(rows: pd.DataFrame, names: Sequence[str]) -> Drawing | None:
+    """What each format costs each optimizer (rows of tables.differences): a line an arm, named by `name`, with
+    intervals. None where there are no or too many arms to be told apart.
+    """
+    measured = rows[rows["difference"].notna()]
+    arms = list(dict.fromkeys(measured["name"]))
+    if not arms or len(arms) > len(plots.DISTINCT):
+        return None
+    metric = measured["metric"].iloc[0]
+    side = "down" if higher_is_better(metric) else "up"
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(0.7 * WIDTH, 3.1), layout="constrained")
+        colours = dict(zip(arms, plots.DISTINCT, strict=False))
+        label = f"change from {BASELINE} ({plots.UNITS[metric]})\n{side} is worse"
+        plots.costs(measured, figure.subplots(), formats=names, colours=colours, label=label)
+        caption = f"Mean over seeds of format − {BASELINE} with its 95% interval, none for n = 1."
+        return Drawing("What each format costs", caption, svg(figure))
 
 
 def predictions(rows: pd.DataFrame) -> Drawing | None:

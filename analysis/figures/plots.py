@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from analysis.statistics.tables import BASELINE, higher_is_better, interval
 
 LABELS = {"validation_loss": "validation loss (nats)", "validation_accuracy": "validation accuracy (share correct)"}
+UNITS = {"validation_loss": "nats", "validation_accuracy": "share correct"}
 DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
@@ -147,6 +148,24 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     ax.grid(visible=False, axis="y")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def costs(frame: pd.DataFrame, ax: Axes, *, formats: Sequence[str], colours: Mapping[str, Any], label: str) -> Axes:
+    """`difference` with `low` to `high` against the format, float32 first at 0; a line for each `name`."""
+    places = {name: place for place, name in enumerate([BASELINE, *formats])}
+    for number, (name, colour) in enumerate(colours.items()):
+        rows = frame[frame["name"] == name].drop_duplicates("format")
+        shift = 0.06 * (number - (len(colours) - 1) / 2)
+        x = np.array([0, *(places[each] for each in rows["format"])]) + shift
+        ax.plot(x, [0, *rows["difference"]], "o-", color=colour, linewidth=1.6, markersize=5, label=name)
+        for place, low, high in zip(x[1:], rows["low"], rows["high"], strict=True):
+            ax.plot([place, place], [low, high], "-", color=colour, linewidth=1.6)
+    ax.axhline(0, color=INK, linewidth=1)
+    ax.set_xticks(range(len(places)), list(places))
+    ax.set(ylabel=label, xlim=(-0.4, len(places) - 0.6))
+    ax.grid(visible=False, axis="x")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

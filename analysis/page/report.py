@@ -18,6 +18,7 @@ from analysis import load
 from analysis.figures import drawings as figures
 from analysis.figures.plots import LABELS
 from analysis.load import Results
+from analysis.page import answer as answers
 from analysis.page import claims as claims_part
 from analysis.page import html as page
 from analysis.page import summary, telemetry, terms
@@ -102,12 +103,11 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     sections.append(("incomplete", "Runs that did not finish", list(_incomplete(results))))
     sections.append(("where", "What ran where", list(_provenance(results))))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
-    statements = [page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)]
-    if "claims" in frames:
-        answer = [*claims_part.section(frames["claims"], frames["predictions"])]
-        answer.append(page.folded("Every comparison in words, claimed or not", "".join(statements)))
-    else:
-        answer = statements
+    statements = "".join(
+        page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)
+    )
+    claimed = claims_part.section(frames["claims"], frames["predictions"]) if "claims" in frames else []
+    answer = [*claimed] or [*_answers(frames)]
     stamp = written_at.strftime("%Y-%m-%d %H:%M UTC")
     source = results.grid.get("source") or "not recorded"
     body = [
@@ -122,11 +122,29 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
             "Parquet.",
             "note",
         ),
+        page.folded("Every comparison in words", statements),
         page.contents((anchor, title) for anchor, title, _ in sections),
     ]
     for anchor, title, parts in sections:
         body += [page.heading(2, title, anchor), *parts]
     return page.document(f"Grid {name}", body)
+
+
+def _answers(frames: dict[str, pd.DataFrame]) -> Iterator[str]:
+    """For every task what it shows, a picture of it, and what else is decided."""
+    rows = frames["differences"]
+    for (_, group), answer in zip(
+        frames["arms"].groupby(list(TASK), dropna=False, sort=False), answers.answers(frames), strict=True
+    ):
+        yield page.heading(3, answer.title)
+        yield page.paragraph(" ".join(answer.sentences), "lead")
+        of_task = _of_task(rows, (group["model"].iloc[0], group["data"].iloc[0]))
+        if len(of_task):
+            names = [name for name in summary.varying(group) if name != "format"]
+            named = of_task.assign(name=[summary.arm_name(row, names) for row in of_task.to_dict("records")])
+            yield from _figure(figures.costs(named, list(dict.fromkeys(of_task["format"]))))
+        yield page.bullets(answer.decided) if answer.decided else ""
+        yield page.paragraph(answer.undecided, "note") if answer.undecided else ""
 
 
 def _task(

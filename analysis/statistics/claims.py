@@ -6,7 +6,6 @@ statsmodels'; both are imported when there are claims.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.statistics.power import seeds_to_decide
 from analysis.statistics.stability import wilson_interval
 from analysis.statistics.tables import CONFIDENCE, TASK, counted, interval
 
-POWER = 0.8  # the chance to decide that `seeds_needed` gives, if the true mean is what was measured
-MOST_SEEDS = 1000  # beyond it, "more than" is said
 TRUE, FALSE, UNDECIDED = "true", "false", "undecided"
 VERDICTS = {TRUE: "supported", FALSE: "refuted", UNDECIDED: "undecided"}
 PREDICTIONS = ("claim", *TASK, "prediction", "metric", "below", "runs", "n", "missing", "mean", "low", "high", "sd")
@@ -147,11 +145,4 @@ def _seeds_needed(row: pd.Series, verdict: str, tests: int) -> float:
     """See `predictions`; the level is that of the strictest of the corrected tests."""
     if verdict != UNDECIDED:
         return 0.0
-    if not row["sd"] > 0 or row["mean"] == row["below"]:
-        return math.nan
-    from statsmodels.stats.power import TTestPower
-
-    effect, level, power = abs(row["mean"] - row["below"]) / row["sd"], (1 - CONFIDENCE) / tests, TTestPower()
-    numbers = range(2, MOST_SEEDS + 1)
-    place = bisect.bisect_left(numbers, POWER, key=lambda n: power.power(effect, n, level))
-    return float(numbers[place]) if place < len(numbers) else math.inf
+    return seeds_to_decide(row["mean"] - row["below"], row["sd"], (1 - CONFIDENCE) / max(tests, 1))

@@ -104,7 +104,7 @@ def test_the_page_needs_nothing_else(quick: Path) -> None:
 
 def test_no_figure_is_missing(quick: Path) -> None:
     page = Page((quick / "report.html").read_text())
-    assert len(page.images) == 2 * 6  # final metric, two forests, two losses, weight growth, for each model
+    assert len(page.images) == 2 * 7  # what formats cost, final metric, two forests, two losses, weight growth, a model
     assert all(image.startswith(b"<?xml") and b"<path" in image for image in page.images)
     assert all(b"<dc:date>" not in image for image in page.images)
 
