@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from analysis.statistics.tables import BASELINE, higher_is_better, interval
 
-LABELS = {"validation_loss": "validation loss (nats)", "validation_accuracy": "validation accuracy (share correct)"}
 UNITS = {"validation_loss": "nats", "validation_accuracy": "share correct"}
+LABELS = {metric: f"{metric.replace('_', ' ')} ({unit})" for metric, unit in UNITS.items()}
 DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic

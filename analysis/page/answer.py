@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.page.summary import arm_name, count, effect_name, plain, varying, verdict
+from analysis.page.summary import arm_name, count, effect_name, of_task, plain, task_title, varying, verdict
 from analysis.statistics.power import sd_of_interval, seeds_to_decide
 from analysis.statistics.tables import BASELINE, TASK, best_arm, higher_is_better
 
@@ -48,13 +48,8 @@ class Answer:
 def answers(frames: Mapping[str, pd.DataFrame]) -> Iterator[Answer]:
     """The answer of every task; `frames` holds the tables of the report."""
     for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False):
-        metric = table["metric"].iloc[0]
-        better = "higher" if higher_is_better(metric) else "lower"
-        title = f"{task[0]} on {task[1]}: {metric.replace('_', ' ')}, {better} is better"
-        mine = {
-            name: frames[name][(frames[name][list(TASK)] == list(task)).all(axis=1)]
-            for name in ("differences", "contrasts", "effects", "against_first")
-        }
+        title = task_title(task, table["metric"].iloc[0])
+        mine = {name: of_task(frames[name], task) for name in ("differences", "contrasts", "effects", "against_first")}
         comparisons = [*_comparisons(mine, varying(table))]
         sentences = [*_headline(mine, comparisons), *_best(table), *_lost(table)]
         rest = [c for c in comparisons if c.decided and c.sentence not in sentences]

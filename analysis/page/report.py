@@ -23,7 +23,7 @@ from analysis.page import claims as claims_part
 from analysis.page import html as page
 from analysis.page import summary, telemetry, terms
 from analysis.page.html import Column
-from analysis.page.summary import count, plain, signed, task_name
+from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables
 from analysis.statistics.tables import BASELINE, TASK
 
@@ -133,16 +133,16 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
 def _answers(frames: dict[str, pd.DataFrame]) -> Iterator[str]:
     """For every task what it shows, a picture of it, and what else is decided."""
     rows = frames["differences"]
-    for (_, group), answer in zip(
+    for (task, group), answer in zip(
         frames["arms"].groupby(list(TASK), dropna=False, sort=False), answers.answers(frames), strict=True
     ):
         yield page.heading(3, answer.title)
         yield page.paragraph(" ".join(answer.sentences), "lead")
-        of_task = _of_task(rows, (group["model"].iloc[0], group["data"].iloc[0]))
-        if len(of_task):
+        mine = of_task(rows, task)
+        if len(mine):
             names = [name for name in summary.varying(group) if name != "format"]
-            named = of_task.assign(name=[summary.arm_name(row, names) for row in of_task.to_dict("records")])
-            yield from _figure(figures.costs(named, list(dict.fromkeys(of_task["format"]))))
+            named = mine.assign(name=[summary.arm_name(row, names) for row in mine.to_dict("records")])
+            yield from _figure(figures.costs(named, list(dict.fromkeys(mine["format"]))))
         yield page.bullets(answer.decided) if answer.decided else ""
         yield page.paragraph(answer.undecided, "note") if answer.undecided else ""
 
@@ -151,7 +151,7 @@ def _task(
     results: Results, frames: dict[str, pd.DataFrame], task: tuple[str, str], runs: pd.DataFrame
 ) -> Iterator[str]:
     """One model on one data set: what it reached, against float32, optimizers compared, settings, curves, stability."""
-    mine = {name: _of_task(frame, task) for name, frame in frames.items() if set(TASK) <= set(frame.columns)}
+    mine = {name: of_task(frame, task) for name, frame in frames.items() if set(TASK) <= set(frame.columns)}
     metric = runs["metric"].iloc[0]
     label = LABELS[metric]
     better = "higher" if tables.higher_is_better(metric) else "lower"
@@ -415,10 +415,6 @@ def _follows(runs: pd.DataFrame, name: str, factors: list[str]) -> str:
             firsts = [(", ".join(map(tables.text, key)), group.iloc[0]) for key, group in groups]
             return "; ".join(f"{key}: {tables.text(value)}" for key, value in firsts)
     return "differs within arms"
-
-
-def _of_task(frame: pd.DataFrame, task: tuple[str, str]) -> pd.DataFrame:
-    return frame[(frame["model"] == task[0]) & (frame["data"] == task[1])]
 
 
 def _named(rows: pd.DataFrame) -> pd.DataFrame:

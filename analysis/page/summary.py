@@ -66,6 +66,11 @@ def task_name(task: Sequence[Any]) -> str:
     return f"{task[0]} on {task[1]}"
 
 
+def task_title(task: Sequence[Any], metric: str) -> str:
+    better = "higher" if higher_is_better(metric) else "lower"
+    return f"{task_name(task)}: {LABELS[metric]}, {better} is better"
+
+
 def statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, list[str]]]:
     """For each task its name, and in sentences: the best arm; what each optimizer changes by in each format; which
     optimizer loses less to a format; what its settings change. `frames` holds the tables of the report.
@@ -73,8 +78,7 @@ def statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, list[s
     for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False):
         names = varying(table)
         metric = table["metric"].iloc[0]
-        better = "higher" if higher_is_better(metric) else "lower"
-        title = f"{task_name(task)}: {LABELS[metric]}, {better} is better"
+        title = task_title(task, metric)
         best = best_arm(table)
         if best is None:
             yield title, ["No run has finished with a finite value."]
@@ -82,16 +86,17 @@ def statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, list[s
         spread = f", sd {plain(best['sd'])}" if best["n"] > 1 else ""
         among = f", the best of {len(table)} arms" if len(table) > 1 else ""
         sentences = [f"Mean {plain(best['mean'])} with {arm_name(best, names)} (n = {best['n']}{spread}){among}."]
-        for optimizer, rows in _of_task(frames["differences"], task).groupby("optimizer", sort=False):
+        for optimizer, rows in of_task(frames["differences"], task).groupby("optimizer", sort=False):
             sentences += _changes(str(optimizer), rows, [name for name in names if name != "optimizer"])
-        for optimizer, rows in _of_task(frames["contrasts"], task).groupby("optimizer", sort=False):
+        for optimizer, rows in of_task(frames["contrasts"], task).groupby("optimizer", sort=False):
             sentences += _comparison(str(optimizer), rows, [name for name in names if name != "optimizer"])
-        for optimizer, rows in _of_task(frames["effects"], task).groupby("optimizer", sort=False):
+        for optimizer, rows in of_task(frames["effects"], task).groupby("optimizer", sort=False):
             sentences += _settings(str(optimizer), rows)
         yield title, sentences
 
 
-def _of_task(frame: pd.DataFrame, task: Sequence[Any]) -> pd.DataFrame:
+def of_task(frame: pd.DataFrame, task: Sequence[Any]) -> pd.DataFrame:
+    """The rows of one (model, data)."""
     return frame[(frame[list(TASK)] == list(task)).all(axis=1)]
 
 

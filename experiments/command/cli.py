@@ -251,7 +251,7 @@ def run_all(
 
     folder = options.runs / source.stem
     with make_executor(options, folder) as executor:
-        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims)
+        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims=claims)
     print(f"{folder}: {summary(rows)}")
     done = all(row.status in DONE for row in rows)
     if not done and isinstance(configs, Adaptive):

@@ -29,10 +29,10 @@ from experiments.grids.lmd_claims_arms import (
     LION,
     MADAM,
     NOISELESS,
-    OPTIMIZERS,
     WHERE,
     Task,
     arm,
+    config,
 )
 from experiments.grids.tuning import tuned
 from experiments.training.config import Config, forward
@@ -50,29 +50,17 @@ Arms = dict[tuple[str, str], Config]  # by (optimizer, format or rounding)
 
 def arms(task: Task, tuning: str, seed: int) -> Arms:
     """Every arm of a task, for one seed."""
-    network, data, batch_size = task
     chosen, found = tuned(tuning), Arms()
-    for optimizer, settings in OPTIMIZERS.items():
-        for format in WHERE[optimizer]:
-            config = Config(
-                model=network,
-                data=data,
-                optimizer=settings,
-                recipe=forward(format),
-                seed=seed,
-                steps=2400,
-                batch_size=batch_size,
-                warmup_steps=100,
-                validate_every=300,
-                checkpoint_every=1200,
-            )
-            found[optimizer, format] = chosen.config(config, arm(network, optimizer, format))
+    for optimizer, names in WHERE.items():
+        for format in names:
+            run = config(task, optimizer, format, seed=seed, steps=2400, validate_every=300, checkpoint_every=1200)
+            found[optimizer, format] = chosen.config(run, arm(task[0], optimizer, format))
     noiseless = found[NOISELESS, MXFP4]
     found[NOISELESS, NEAREST] = replace(noiseless, recipe=forward(UNCLIPPED))
     found[NOISELESS, STOCHASTIC] = replace(noiseless, recipe=forward(UNCLIPPED, rounding=Rounding.STOCHASTIC))
     for format in (FLOAT32, MXFP4):
-        config = found[FOR_MODEL, format]
-        found[NO_PRIOR, format] = replace(config, optimizer=replace(config.optimizer, weight_decay=0.0))
+        run = found[FOR_MODEL, format]
+        found[NO_PRIOR, format] = replace(run, optimizer=replace(run.optimizer, weight_decay=0.0))
     return found
 
 
@@ -81,9 +69,9 @@ def grid() -> Iterator[Config]:
     for tuning, task in TASKS.items():
         for last in (False, True):
             for seed in SEEDS:
-                for (optimizer, _), config in arms(task, tuning, seed).items():
+                for (optimizer, _), run in arms(task, tuning, seed).items():
                     if (optimizer in (LION, MADAM)) == last:
-                        yield config
+                        yield run
 
 
 def claims() -> Iterator[Claim]:

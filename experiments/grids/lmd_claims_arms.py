@@ -5,6 +5,8 @@
 chosen. The comparison runs 2400 steps: rates that suit 800 may be a little too high for it, for every arm alike.
 """
 
+from typing import Any
+
 from experiments.grids.tuning import Arm, LogUniform, Range, Tuning
 from experiments.training.config import Config, forward, model
 from experiments.training.data import DataConfig, Glyphs, ModelConfig, StdlibText
@@ -47,8 +49,6 @@ RANGES: dict[str, dict[str, dict[str, Range]]] = {
         MADAM: {LR: LogUniform(0.003, 0.1)},
     },
 }
-for of_model in RANGES.values():
-    of_model[NOISELESS] = of_model[FOR_MODEL]
 
 
 def arm(network: ModelConfig, optimizer: str, format: str) -> str:
@@ -56,22 +56,30 @@ def arm(network: ModelConfig, optimizer: str, format: str) -> str:
     return f"{network.name}, {optimizer}, {format}"
 
 
-def tuning(task: Task) -> Tuning:
-    """The tuning of one task's arms."""
+def config(task: Task, optimizer: str, format: str, **settings: Any) -> Config:
+    """A run of an arm, at settings that are not tuned; `settings` are Config's: steps, seed, ..."""
     network, data, batch_size = task
-    arms = []
-    for optimizer, settings in OPTIMIZERS.items():
-        for format in WHERE[optimizer]:
-            config = Config(
-                model=network,
-                data=data,
-                optimizer=settings,
-                recipe=forward(format),
-                steps=800,
-                batch_size=batch_size,
-                warmup_steps=100,
-                validate_every=400,
-                checkpoint_every=400,
-            )
-            arms.append(Arm(config, RANGES[network.name][optimizer], arm(network, optimizer, format)))
+    return Config(
+        model=network,
+        data=data,
+        optimizer=OPTIMIZERS[optimizer],
+        recipe=forward(format),
+        batch_size=batch_size,
+        warmup_steps=100,
+        **settings,
+    )
+
+
+def tuning(task: Task) -> Tuning:
+    """The tuning of one task's arms; without noise the ranges are those of for_model."""
+    network, ranges = task[0], RANGES[task[0].name]
+    arms = [
+        Arm(
+            config(task, optimizer, format, steps=800, validate_every=400, checkpoint_every=400),
+            ranges[FOR_MODEL if optimizer == NOISELESS else optimizer],
+            arm(network, optimizer, format),
+        )
+        for optimizer, formats in WHERE.items()
+        for format in formats
+    ]
     return Tuning(arms, trials=8, seeds=(3000,), finalists=2, final_seeds=(3001,), rounds=3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.command import cli
-from experiments.grids import load_claims
+from experiments.grids import load_claims, load_grid
 from experiments.grids.claims import Claim, Contrast, resolve
 from experiments.grids.source_files import GridError, SourceError
 from experiments.training.optimizers import SGD
@@ -83,6 +83,20 @@ def test_claims_are_left_out_where_other_formats_are_chosen_and_absent_where_non
     (tmp_path / "rates.py").write_text(GRID + "    raise KeyError('x')\n")
     with pytest.raises(SourceError, match=r"rates\.py:\d+: KeyError"):
         load_claims(str(tmp_path / "rates.py"))
+
+
+@pytest.mark.parametrize("name", ["lmd_claims", "lmd_outsiders"])
+def test_the_shipped_claims_are_about_arms_of_their_grids(name: str) -> None:
+    if name == "lmd_outsiders":
+        pytest.importorskip("transformers")
+    path, configs = load_grid(name)
+    assert isinstance(configs, list)
+    runs = {config.signature(): config for config in configs}
+    assert len(runs) == len(configs)
+    for claim in resolve(load_claims(name), runs, path):
+        for contrast in claim["contrasts"]:
+            seeds = [set(term["runs"]) for term in contrast["terms"]]
+            assert all(each == seeds[0] == {config.seed for config in configs} for each in seeds)
 
 
 def test_the_seeds_of_the_claims_about_lmd_tuned_nothing() -> None:
