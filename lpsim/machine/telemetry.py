@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpsim.formats import BlockFormat
+from lpsim.formats import BlockFormat, Format
 from lpsim.machine.ops import Call, Role
 from lpsim.quantization import storage
 from lpsim.quantization.quantizer import Quantizer
@@ -282,24 +282,16 @@ class Telemetry:
         return any(p.untyped_storage().data_ptr() == place for p in self._parameters)
 
     def _note_rounding(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor, result: Tensor) -> None:
-        arrays = _array(x), _array(result)
-        signal, noise, error, magnitude, underflowed = _kernels().rounding(*arrays)
+        signal, noise, error, magnitude, underflowed = rounding_sums(x, result)
         sums.signal += signal
         sums.noise += noise
         sums.error += error
         sums.magnitude += magnitude
         sums.underflowed += underflowed
-        fmt = quantizer.format
-        if isinstance(fmt, BlockFormat):
-            wide = x if x.dtype is torch.float64 else x.float()
-            axis %= max(x.dim(), 1)
-            scale, outer = storage.block_scales(wide, fmt, axis)
-            limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
-            used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
-            sums.scales.append((scale * outer)[used].flatten())
-            sums.clipped += _kernels().above(arrays[0], _array(limit))
-        else:
-            sums.clipped += _kernels().above(arrays[0], np.broadcast_to(arrays[0].dtype.type(fmt.max), arrays[0].shape))
+        clipped, scales = clipping(x, quantizer.format, axis)
+        sums.clipped += clipped
+        if scales is not None:
+            sums.scales.append(scales)
 
     def _observe_weight(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
@@ -312,6 +304,28 @@ class Telemetry:
         changed = x.detach() != before
         n = int(changed.sum())
         row.swallowed = int((changed & (result.detach() == rounded)).sum()) / n if n else math.nan
+
+
+def rounding_sums(x: Tensor, q: Tensor) -> tuple[float, float, float, float, int]:
+    """(Σx², Σ(q − x)², Σ(q − x), Σ|x|, how many q are 0 where x is not), over the places where both are finite."""
+    sums: tuple[float, float, float, float, int] = _kernels().rounding(_array(x), _array(q))
+    return sums
+
+
+def clipping(x: Tensor, fmt: Format, axis: int) -> tuple[int, Tensor | None]:
+    """How many |x| are above the largest magnitude that their block or format holds; and the block scales.
+
+    The scales are None without blocks. The smallest possible scale, which blocks of zeros get, is left out.
+    """
+    array = _array(x)
+    if not isinstance(fmt, BlockFormat):
+        return _kernels().above(array, np.broadcast_to(array.dtype.type(fmt.max), array.shape)), None
+    wide = x if x.dtype is torch.float64 else x.float()
+    axis %= max(x.dim(), 1)
+    scale, outer = storage.block_scales(wide, fmt, axis)
+    limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
+    used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
+    return _kernels().above(array, _array(limit)), (scale * outer)[used].flatten()
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:
