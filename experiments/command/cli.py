@@ -1,4 +1,4 @@
-"""The `lpsim` command: formats, run, tune, report, bench.
+"""The `lpsim` command: formats, evaluate, run, tune, report, bench.
 
 A mistake of the user gives one message and exit code 2; a grid with failed runs exits with 1, an interrupted one with
 130.
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from experiments.command import compare, evaluate
 
 if TYPE_CHECKING:  # torch takes seconds to import: `lpsim report` and `--help` do without
     from experiments.grids.adaptive import Adaptive
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lpsim", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_formats(commands)
+    add_evaluate(commands)
     add_run(commands)
     add_tune(commands)
     add_report(commands)
@@ -58,13 +61,15 @@ def add_formats(commands: Any) -> None:
         "formats",
         help="the number formats that exist, as a table; drawn; proved",
         usage="lpsim formats [--plot FILE] [--define FILE] [NAME ...]\n"
-        "       lpsim formats check NAME [--define FILE] [--exhaustive]",
+        "       lpsim formats check NAME [--define FILE] [--exhaustive]\n"
+        "       lpsim formats compare NAME ... [--tensors FILE | --run RUN | --distribution NAME] [--plot FILE]",
     )
     parser.add_argument("words", nargs="*", metavar="NAME", help="formats (default: all of them, some to draw)")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw value lines and relative errors (.png, .svg, .pdf)"
     )
     parser.add_argument("--exhaustive", action="store_true", help="check: walk all 2^32 float32 inputs, in minutes")
+    compare.add_options(parser)
     add_define(parser)
     parser.set_defaults(function=run_formats)
 
@@ -96,6 +101,11 @@ def run_formats(options: argparse.Namespace) -> int:
     from lpsim.conformance import ConformanceError
 
     define(options.define)
+    if options.words[:1] == ["compare"]:
+        with user_errors():
+            return compare.run(options)
+    if misplaced := compare.misplaced(options):
+        raise UserError(misplaced)
     checked = options.words[:1] == ["check"]
     if checked and len(options.words) != 2:
         raise UserError("check takes the name of one format: lpsim formats check NAME")
@@ -118,6 +128,20 @@ def run_formats(options: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     print(result)
     return 0
+
+
+# --- evaluate ---
+
+
+def add_evaluate(commands: Any) -> None:
+    parser = evaluate.add(commands)
+    add_define(parser)
+    parser.set_defaults(function=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    with user_errors():
+        return evaluate.run(options, chosen_formats(options) or [])
 
 
 # --- run, tune ---
