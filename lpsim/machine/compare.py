@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpsim.formats import BlockFormat, Element, Format, cost, float32
 from lpsim.formats.rounding import Rounding
+from lpsim.machine.ops import Role
+from lpsim.machine.recipes import Recipe
+from lpsim.machine.simulate import simulate
 from lpsim.machine.telemetry import clipping, rounding_sums
 from lpsim.quantization import storage
 from lpsim.quantization.quantizer import Quantizer
@@ -18,7 +21,7 @@ from lpsim.quantization.quantizer import Quantizer
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["compare", "pareto_front"]
+__all__ = ["compare", "pareto_front", "product_counts"]
 
 
 def compare(
@@ -97,3 +100,24 @@ def pareto_front(frame: pandas.DataFrame, price: str, gain: str = "qsnr_db") -> 
     rows = rows.sort_values([price, gain], ascending=[True, False], kind="stable")
     best = rows[gain].cummax().shift(fill_value=-math.inf)
     return rows[rows[gain] > best]
+
+
+@torch.no_grad()
+def product_counts(model: nn.Module, *inputs: Any) -> tuple[int, int]:
+    """(weights, activations) that the products of `model(*inputs)` take as operands: the counts of cost.step_bytes.
+
+    A weight that two products use, such as a tied embedding's head, counts in each; a product of two activations, as in
+    attention, counts both.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    counts = [0, 0]
+
+    def observe(call: Any, role: Role, quantizer: Any, axis: int, x: Tensor, result: Tensor) -> None:
+        if role in (Role.FPROP_LHS, Role.FPROP_RHS):
+            counts[x.untyped_storage().data_ptr() not in parameters] += x.numel()
+
+    with simulate(model, Recipe.forward(float32), audit=False) as simulation:
+        simulation.observer = observe
+        model(*inputs)
+        simulation.observer = None
+    return counts[0], counts[1]

@@ -45,7 +45,7 @@ def check(subject: Subject) -> None:
     assert frame["logits_sqnr_db"].iloc[1] > frame["logits_sqnr_db"].iloc[2]
 
 
-def test_a_run_is_evaluated_on_its_validation_split(tmp_path: Path) -> None:
+def test_a_run_is_evaluated_on_its_validation_split(tmp_path: Path, capsys: Any) -> None:
     config, record = tiny_config(), RunRecord(tmp_path)
     record.begin(config.to_dict(), {})
     assert train(config, record) is not None
@@ -54,6 +54,9 @@ def test_a_run_is_evaluated_on_its_validation_split(tmp_path: Path) -> None:
     check(subject)
     data = config.data.load(config.model)
     assert evaluate(subject, [])["loss"].iloc[0] == validate(config, subject.module, data)["loss"]
+    assert cli.main(["formats", "compare", "mxfp4_e2m1", "--run", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[1] for row in rows] == list(subject.module.state_dict())
     (tmp_path / "checkpoint.pt").unlink()
     assert cli.main(["evaluate", str(tmp_path), "--formats", "mxfp4_e2m1"]) == 2
 

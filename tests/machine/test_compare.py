@@ -12,7 +12,7 @@ import torch
 from scipy import integrate, stats
 
 from lpsim import BlockFormat, FixedFormat, formats
-from lpsim.compare import compare, pareto_front
+from lpsim.compare import compare, pareto_front, product_counts
 from lpsim.formats import reference
 
 RNG = np.random.default_rng(0)
@@ -95,3 +95,8 @@ def test_no_row_of_the_front_is_beaten_and_every_other_is() -> None:
         at_most = front[front["area"] <= row["area"]]
         assert at_most["qsnr_db"].max() >= row["qsnr_db"]
     assert front["qsnr_db"].is_monotonic_increasing and front["area"].is_monotonic_increasing
+
+
+def test_what_products_take_is_counted() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    assert product_counts(model, torch.randn(8, 64)) == (64 * 16 + 16 * 4, 8 * 64 + 8 * 16)
