@@ -300,7 +300,8 @@ def _sensitivity(rows: pd.DataFrame) -> Iterator[str]:
     yield page.heading(3, "If diverged runs counted as the worst")
     yield page.paragraph(
         "The comparisons above, and what they become if every diverged run had ended with the worst value that any "
-        "run of this task ended with. A verdict that changes rests on which runs diverged.",
+        "run of this task ended with (bold: the verdict changes). Intervals take that value as if it were measured: "
+        "read the second half as a check of the first, not as a result of its own.",
         "note",
     )
     names = [name for name in summary.varying(rows.drop(columns="comparison")) if name not in NAMING]
