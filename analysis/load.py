@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ class Results:
     not_listed: list[str]  # folders of runs that the grid does not list: of other formats, or an earlier version
     telemetry: pd.DataFrame  # signature, and the columns of lpsim's telemetry; empty where no run has any
     cosines: pd.DataFrame  # signature, step, parameter, cosine, norm_ratio
+    parts: tuple[Results, ...] = ()  # the grids that `read_all` put together
+
+    def grid_of(self, signature: str) -> tuple[Path, dict[str, Any]]:
+        """The folder and the grid.json of the grid that a run comes from."""
+        holds = [part for part in self.parts if (part.runs["signature"] == signature).any()]
+        return (holds[0].folder, holds[0].grid) if holds else (self.folder, self.grid)
 
 
 def runs(folder: str | Path) -> pd.DataFrame:
@@ -132,6 +138,60 @@ def read(folder: str | Path) -> Results:
         telemetry=observed[0],
         cosines=observed[1],
     )
+
+
+def read_all(folders: Sequence[str | Path]) -> Results:
+    """Several grids as one, in the order given; one folder is `read`.
+
+    A run that two grids share, with the same signature, is taken from the first. `runs` has the column `grid`, which
+    tells apart what nothing else does. Claims stay with their own grids. Raises ValueError when a folder is no grid
+    folder.
+    """
+    if len(folders) == 1:
+        return read(folders[0])
+    parts: list[Results] = []
+    seen: set[str] = set()
+    for folder in folders:
+        part = _without(read(folder), seen)
+        part.runs["grid"] = part.runs.get("grid", part.folder.name)
+        seen |= set(part.runs["signature"])
+        parts.append(part)
+    names = [str(part.grid.get("grid", part.folder.name)) for part in parts]
+    return Results(
+        folder=parts[0].folder.parent / "+".join(part.folder.name for part in parts),
+        grid={"grid": " + ".join(names), "source": ", ".join(str(part.grid.get("source")) for part in parts)},
+        runs=_with_primary_metric(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts])),
+        metrics=pd.concat([part.metrics for part in parts], ignore_index=True),
+        environment=_together([part.environment for part in parts]),
+        problems=pd.concat(
+            [part.problems.assign(folder=part.folder.name + "/" + part.problems["folder"]) for part in parts],
+            ignore_index=True,
+        ),
+        not_started=[name for part in parts for name in part.not_started if name not in seen],
+        not_listed=[name for part in parts for name in part.not_listed],
+        telemetry=_below([part.telemetry for part in parts]),
+        cosines=_below([part.cosines for part in parts]),
+        parts=tuple(parts),
+    )
+
+
+def _without(part: Results, signatures: set[str]) -> Results:
+    """The results without these runs."""
+    tables = ("runs", "metrics", "environment", "telemetry", "cosines")
+    frames = {name: getattr(part, name) for name in tables}
+    return replace(part, **{name: frame[~frame["signature"].isin(signatures)].copy() for name, frame in frames.items()})
+
+
+def _together(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One frame below the other, with one type a column."""
+    records = [row for frame in frames for row in frame.to_dict("records")]
+    rows = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in records]
+    return _frame(rows, list(dict.fromkeys(name for frame in frames for name in frame.columns)))
+
+
+def _below(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    filled = [frame for frame in frames if len(frame)]
+    return pd.concat(filled, ignore_index=True) if filled else frames[0]
 
 
 def config_columns(runs: pd.DataFrame) -> list[str]:

@@ -37,12 +37,15 @@ def lead(results: Results) -> str:
 
 
 def question(results: Results) -> list[str]:
-    """What the grid asks: the first paragraph of its file's docstring; nothing where there is none."""
-    try:
-        text = ast.get_docstring(ast.parse(str(results.grid.get("source_text") or "")))
-    except (SyntaxError, ValueError):  # of a file that is no Python, or holds null bytes
-        return []
-    return [" ".join(text.split("\n\n")[0].split())] if text else []
+    """What every grid asks: the first paragraph of its file's docstring; nothing where there is none."""
+    asked = []
+    for part in results.parts or (results,):
+        try:
+            text = ast.get_docstring(ast.parse(str(part.grid.get("source_text") or "")))
+        except (SyntaxError, ValueError):  # of a file that is no Python, or holds null bytes
+            continue
+        asked += [" ".join(text.split("\n\n")[0].split())] if text else []
+    return list(dict.fromkeys(asked))
 
 
 def complete(results: Results) -> bool:

@@ -46,7 +46,8 @@ def factors(runs: pd.DataFrame) -> list[str]:
     """
     chosen = list(ALWAYS_FACTORS)
     columns = [name for name in config_columns(runs) if name not in chosen and name.split(".")[-1] != "seed"]
-    for name in sorted(columns, key=lambda name: "." in name):  # a setting of the whole run before one of its parts
+    # a setting of the whole run before one of its parts; of which grid a run is, only where nothing else tells
+    for name in sorted(columns, key=lambda name: (name == "grid", "." in name)):
         if (
             runs[name].nunique(dropna=False) > 1
             and runs.groupby(chosen, dropna=False)[name].nunique(dropna=False).max() > 1

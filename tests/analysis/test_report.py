@@ -168,7 +168,7 @@ def test_tables_of_a_resumed_grid_equal_those_of_an_uninterrupted_one(quick: Pat
         made.write_json(run / "result.json", json.loads((run / "result.json").read_text()) | {"time_s": 77.0})
     report.write_report(again)
     assert without_times(again) == without_times(quick)
-    assert len(without_times(again)) == 2 * 11
+    assert len(without_times(again)) == 2 * 12
 
 
 def test_the_files_hold_the_frames(quick: Path) -> None:
