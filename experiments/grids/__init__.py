@@ -71,7 +71,7 @@ def find(source: str) -> Path:
 
 def function(path: Path, name: str, returns: str, formats: Sequence[Format] | None) -> Callable[[], Any]:
     """The function of that name in a file, with the chosen formats filled in. Call it inside `blamed`."""
-    module = execute(path, f"grid_{path.stem}")
+    module = execute(path, f"grid_{path.stem.replace('.', '_')}")
     found = getattr(module, name, None)
     if not callable(found):
         tuning = "; it is a tuning: lpsim tune" if callable(getattr(module, "tune", None)) else ""

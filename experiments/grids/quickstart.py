@@ -5,36 +5,26 @@ Small enough for a laptop, so the answer is a direction at most. AdamW's learnin
 `quickstart_tuning.py` found best in float32 (FINDINGS.md); LMD is `lmd.for_model` at its defaults, untuned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from experiments.grids.product import product
 from experiments.training.config import Config, forward, model
 from experiments.training.data import Digits, StdlibText
-from experiments.training.optimizers import AdamW, LMDForModel, OptimizerConfig
+from experiments.training.optimizers import AdamW, LMDForModel
 from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
-TUNED: dict[str, tuple[OptimizerConfig, ...]] = {
-    "gpt2-micro": (AdamW(lr=0.006), LMDForModel()),
-    "vit-micro": (AdamW(lr=0.0015), LMDForModel()),
-}
+TUNED = {"gpt2-micro": AdamW(lr=0.006), "vit-micro": AdamW(lr=0.0015)}
+SCHEDULE = {"steps": STEPS, "warmup_steps": WARMUP_STEPS, "validate_every": 50, "checkpoint_every": 50}
 
 
-def grid(formats: Sequence[Format] = (mxfp6_e3m2, mxfp4_e2m1)) -> Iterator[Config]:
+def grid(formats: Sequence[Format] = (mxfp6_e3m2, mxfp4_e2m1)) -> list[Config]:
     """formats: beside the float32 that they are compared to."""
-    for seed in (0, 1):
-        for network, data, batch_size in TASKS:
-            for optimizer in TUNED[network.name]:
-                for fmt in dict.fromkeys((float32, *formats)):
-                    yield Config(
-                        model=network,
-                        data=data,
-                        optimizer=optimizer,
-                        recipe=forward(fmt),
-                        seed=seed,
-                        steps=STEPS,
-                        batch_size=batch_size,
-                        warmup_steps=WARMUP_STEPS,
-                        validate_every=50,
-                        checkpoint_every=50,
-                    )
+    return product(
+        Config(*TASKS[0][:2], LMDForModel(), **SCHEDULE),
+        seed=(0, 1),
+        task=[dict(zip(("model", "data", "batch_size"), task, strict=True)) for task in TASKS],
+        optimizer=lambda config: (TUNED[config.model.name], LMDForModel()),
+        recipe=[forward(fmt) for fmt in dict.fromkeys((float32, *formats))],
+    )

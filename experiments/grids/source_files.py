@@ -4,7 +4,6 @@ They are executed because the user asked for them by name; a mistake in one is t
 define reaches the workers, and the run folders, as data.
 """
 
-import importlib.util
 import os
 import traceback
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from experiments.training import own
 from lpsim import formats
 from lpsim.formats import Format
 
@@ -41,12 +41,9 @@ def blamed(path: Path) -> Iterator[None]:
 
 
 def execute(path: Path, name: str) -> ModuleType:
-    """The module that the file is. Call it inside `blamed`."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module that the file is; the modules beside it can be imported by name. Call it inside `blamed`."""
+    own.enter(path.parent)
+    return own.execute(path, name)
 
 
 def define_formats(path: Path) -> list[Format]:

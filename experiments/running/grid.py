@@ -23,7 +23,7 @@ from experiments.grids.adaptive import Adaptive, Outcome
 from experiments.grids.claims import Claim, resolve
 from experiments.grids.source_files import GridError
 from experiments.running.executors import StoppableExecutor, stop_requested
-from experiments.training import record, train
+from experiments.training import own, record, train
 from experiments.training.config import Config
 from experiments.training.record import DamagedFolderError, RunFolderError, RunRecord
 
@@ -138,7 +138,10 @@ def run_grid(
             }
             if None in rows.values():
                 describe()
-                _run_missing(by_signature, names, rows, folder, executor)
+                sources = own.keep(
+                    (part for each in mine.values() for part in each.own_parts().values()), folder, source
+                )
+                _run_missing(by_signature, names, rows, folder, executor, sources)
             ended = [row for row in (rows[signature] for signature in mine) if row is not None and row.status in DONE]
             if len(ended) < len(mine):
                 break
@@ -209,6 +212,7 @@ def _run_missing(
     rows: dict[str, Row | None],
     folder: Path,
     executor: StoppableExecutor,
+    sources: Path | None,
 ) -> None:
     """Run every config that has no row yet and fill in its row."""
     futures: dict[Future[Any], str] = {}
@@ -216,7 +220,8 @@ def _run_missing(
         try:
             for signature, config in configs.items():
                 if rows[signature] is None:
-                    futures[executor.submit(run_one, config.to_dict(), str(folder / signature))] = signature
+                    told = [] if sources is None else [str(sources)]
+                    futures[executor.submit(run_one, config.to_dict(), str(folder / signature), *told)] = signature
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -256,29 +261,31 @@ def _outcome(config: Config, name: str, future: Future[Any]) -> Row:
     return Row(config.signature(), name, "interrupted") if result is None else _row(config, name, result)
 
 
-def run_one(config_json: dict[str, Any], folder: str) -> dict[str, Any] | None:
+def run_one(config_json: dict[str, Any], folder: str, sources: str | None = None) -> dict[str, Any] | None:
     """In a worker: train one run and write its result.json. Returns what that holds, None when asked to stop.
 
-    An exception of the training is a result ("failed", with its traceback).
+    An exception of the training is a result ("failed", with its traceback). sources: the grid's copy of the source of
+    classes that are not shipped.
     Raises: RunFolderError when the folder is at fault.
     """
     import torch
 
     torch.set_num_threads(1)  # as train does; so that env.json says so
-    config = Config.from_dict(config_json)
+    config = Config.from_dict(config_json, None if sources is None else Path(sources))
     run = RunRecord(Path(folder))
     if stop_requested():
         return None
     try:
         with run.exclusive():
-            return _train(config, run)
+            return _train(config, run, {} if sources is None else {"sources": Path(sources).name})
     finally:
         run.close()
 
 
-def _train(config: Config, run: RunRecord) -> dict[str, Any] | None:
+def _train(config: Config, run: RunRecord, made_from: dict[str, str]) -> dict[str, Any] | None:
     try:
-        run.begin(config.to_dict(), {**record.environment(), "data_sha256": config.data.fingerprint()})
+        made_in = {**record.environment(), **made_from, "data_sha256": config.data.fingerprint()}
+        run.begin(config.to_dict(), made_in)
         result = train.train(config, run, stop_requested)
     except RunFolderError:
         raise

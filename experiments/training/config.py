@@ -8,11 +8,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from experiments.training import own
 from experiments.training.data import DATA, DataConfig, ModelConfig
 from experiments.training.models import gpt2, huggingface, vit
 from experiments.training.optimizers import OPTIMIZERS, OptimizerConfig
+from experiments.training.schedules import SCHEDULES, Cosine, Schedule
 from experiments.training.settings import Settings, choose, from_table, names_near
 from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats
 from lpsim.formats import Format
@@ -167,7 +170,7 @@ class Config(Settings):
     steps: int = 1000
     batch_size: int = 16
     warmup_steps: int = 50  # the learning rate rises linearly to the optimizer's lr ...
-    final_lr_fraction: float = 0.1  # ... then falls along a half cosine to this fraction of it at the last step
+    final_lr_fraction: float = 0.1  # ... then goes as the schedule says, to this fraction of it at the last step
     clip_norm: float | None = 1.0  # of the whole gradient's 2-norm, before the optimizer sees it
     log_every: int = 1
     validate_every: int = 100
@@ -178,11 +181,13 @@ class Config(Settings):
     telemetry_every: int | None = None
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
+    schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules; written where it is no Cosine
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
         "model": (MODEL_FAMILIES, "model"),
         "data": (DATA, "data set"),
         "optimizer": (OPTIMIZERS, "optimizer"),
+        "schedule": (SCHEDULES, "schedule"),
     }
 
     def check(self) -> None:
@@ -198,24 +203,41 @@ class Config(Settings):
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or None")
         self.require(self.divergence_factor > 1, "divergence_factor must be above 1")
         self.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), is {self.seed}")
+        for section, part in self.own_parts().items():
+            table, what = self.sections[section]
+            own.check(part, what, () if section == "model" else table)
         self.require(
             self.data.inputs == self.model.inputs,
             f"{self.data.name} gives {self.data.inputs}, {self.model.name} takes {self.model.inputs}",
         )
         self.data.check_model(self.model)
 
+    def own_parts(self) -> dict[str, Settings]:
+        """The parts, by their fields, whose classes are not shipped."""
+        parts = {section: getattr(self, section) for section in self.sections}
+        return {name: part for name, part in parts.items() if type(part) not in self.sections[name][0].values()}
+
     def to_dict(self) -> dict[str, Any]:
-        return {"version": VERSION, **super().to_dict()}
+        data = {"version": VERSION, **super().to_dict()}
+        if self.schedule == Cosine():
+            del data["schedule"]  # there was no other schedule once, and its runs keep their signatures
+        return data | {section: own.to_dict(part) for section, part in self.own_parts().items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The config that `to_dict` wrote. Raises ValueError for another version, an unknown name, a wrong type."""
+    def from_dict(cls, data: Mapping[str, Any], sources: Path | None = None) -> Self:
+        """The config that `to_dict` wrote. Raises ValueError for another version, an unknown name, a wrong type.
+
+        sources: where classes that are not shipped are imported from, a folder that `own.keep` made.
+        """
         if data.get("version") != VERSION:
             raise ValueError(f"config of version {data.get('version')!r}; this is version {VERSION}")
         parts = {name: value for name, value in data.items() if name != "version"}
+        parts.setdefault("schedule", Cosine().to_dict())
         for name, (table, what) in cls.sections.items():
             if name in parts:
-                parts[name] = from_table(table, parts[name], what)
+                mine = isinstance(parts[name], Mapping) and own.DEFINITION in parts[name]
+                read = own.from_dict(parts[name], sources, what) if mine else from_table(table, parts[name], what)
+                parts[name] = read
         if "recipe" in parts:
             if not isinstance(parts["recipe"], Mapping):
                 raise ValueError(f"recipe must be an object, is {parts['recipe']!r}")

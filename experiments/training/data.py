@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.training import glyphs
+from experiments.training import glyphs, own
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.huggingface import TransformersCausalLM, TransformersImageClassifier
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
 
-ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier
+ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier | own.Model
 Batch = tuple[Tensor, Tensor]  # inputs, targets
 
 # Modules of every Python from 3.11 to 3.14, 5.4 MB together; none that distributions package apart.
@@ -406,4 +406,4 @@ class ImageFiles:
 
 
 DATA: dict[str, type[Settings]] = {data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders)}
-DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders
+DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | own.DataSet

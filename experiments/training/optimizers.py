@@ -1,5 +1,5 @@
 """The optimizers of an ablation: one table, name -> settings that build the optimizer. A new one is a class here and an
-entry.
+entry; one of your own is a subclass of `OptimizerSettings` in a grid's file, with a `name` and `make`.
 
 Every optimizer but LMD gets the same two parameter groups: tensors of two and more dimensions with its weight decay,
 and biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
@@ -45,6 +45,7 @@ class OptimizerSettings(Settings):
         return self.make([group for group in groups if group["params"]], seed)
 
     def make(self, groups: list[dict[str, Any]], seed: int) -> Optimizer:
+        """The optimizer of these parameter groups at rate `lr`; its state_dict holds all that a resumed run needs."""
         raise NotImplementedError
 
 
@@ -205,7 +206,7 @@ class MadamUnclamped(Madam):
     clamp: ClassVar[float | None] = None
 
 
-OptimizerConfig = AdamW | LMD | LMDSplit | LMDWithAdamW | LMDForModel | SGD | Lion | Signum | Madam | MadamUnclamped
+OptimizerConfig = OptimizerSettings
 OPTIMIZERS: dict[str, type[Settings]] = {
     entry.name: entry
     for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, LMDForModel, SGD, Lion, Signum, Madam, MadamUnclamped)

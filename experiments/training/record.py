@@ -4,7 +4,7 @@
 where telemetry is on, `telemetry.parquet` and `telemetry_cosines.parquet`, replaced with every checkpoint. Whole files
 are written beside their place, synced and renamed; so kill -9 leaves a folder that is read as it was, less the steps
 since the last checkpoint. Nothing found in a folder is executed: JSON, Parquet, and checkpoints with
-`weights_only=True`.
+`weights_only=True`. What a worker imports from a grid's `sources` is what the running command has put there (`own`).
 """
 
 import fcntl

@@ -124,13 +124,12 @@ def build(config: Config) -> tuple[nn.Module, Optimizer]:
 
 
 def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
-    """Set every group's rate for update `step` (from 0): linear warm-up, then a half cosine. Returns the first's."""
+    """Set every group's rate for update `step` (from 0): linear warm-up, then the schedule. Returns the first's."""
     if step < config.warmup_steps:
         fraction = (step + 1) / config.warmup_steps
     else:
         progress = (step + 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        fraction = config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+        fraction = config.schedule.factor(progress, config.final_lr_fraction)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * fraction
     return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,63 @@
+"""An MLP-Mixer, images of stripes, and torch's Adagrad: nothing of it is shipped."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from experiments.config import Config, forward
+from experiments.grids.product import product
+from experiments.training.data import ImageArrays
+from experiments.training.optimizers import OptimizerSettings
+from experiments.training.own import DataSet, Model
+
+
+class Block(nn.Module):
+    def __init__(self, patches, width):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(patches), nn.LayerNorm(patches)])
+        self.tokens, self.channels = nn.Linear(patches, patches), nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + self.tokens(self.norms[0](x)).relu()  # (B, channels, patches): mixes patches
+        return x + self.channels(self.norms[1](x).transpose(1, 2)).relu().transpose(1, 2)  # mixes channels
+
+
+@dataclass(frozen=True)
+class Mixer(Model):
+    name: str = "mixer"
+    width: int = 16
+    inputs: ClassVar[str] = "images"
+
+    def build(self):
+        body = [Block(4, self.width), nn.Flatten(), nn.Linear(4 * self.width, 2)]
+        return nn.Sequential(nn.Conv2d(1, self.width, 2, stride=2), nn.Flatten(2), *body)
+
+
+@dataclass(frozen=True)
+class Stripes(DataSet):
+    """Images of 4x4 pixels, striped across or down, with noise."""
+
+    name: ClassVar[str] = "stripes"
+    inputs: ClassVar[str] = "images"
+
+    def load(self, model):
+        labels = torch.arange(256) % 2
+        stripes = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(4, 4)
+        images = torch.where(labels.view(-1, 1, 1) == 0, stripes, stripes.T)
+        noisy = (images + torch.randn(256, 4, 4, generator=torch.Generator().manual_seed(0))).unsqueeze(1)
+        return ImageArrays((noisy[:192], labels[:192]), (noisy[192:], labels[192:]), classes=2)
+
+
+@dataclass(frozen=True)
+class Adagrad(OptimizerSettings):
+    name: ClassVar[str] = "adagrad"
+
+    def make(self, groups, seed):
+        return torch.optim.Adagrad(groups, lr=self.lr)
+
+
+def grid():
+    base = Config(Mixer(), Stripes(), Adagrad(lr=0.05), steps=40, warmup_steps=4, validate_every=20, checkpoint_every=5)
+    return product(base, seed=range(2), recipe=[forward("float32"), forward("mxfp4_e2m1")])
