@@ -1,20 +1,26 @@
-"""Which rate should AdamW's part of `lmd.for_model` have by default? A screening: one seed, so a direction, no result.
+"""Which rate should AdamW's part of `lmd.for_model` have by default?
 
-The Llama and the ViT of `lmd_outsiders` in float32, 1200 steps; LMD at two rates, its other settings at their defaults,
-AdamW's part at three. 12 runs, 5 minutes on two cores.
+Three rates, all else at the defaults; a Llama and a ViT of transformers, gpt2-micro and vit-micro on glyphs, in float32
+and MXFP4. 1200 steps, 2 seeds that no comparison uses: 48 runs, 20 minutes on two cores.
+
+The rule, fixed before the runs: of the rates at which no run diverges, the one whose final validation loss lies least
+above the best of the three, on the mean over models, formats and seeds; of two that differ by less than 0.01 nats, the
+lower.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from experiments.grids.lmd_outsiders import outsiders
+from experiments.grids.lmd_claims_arms import GPT2, VIT
+from experiments.grids.lmd_outsiders import TASKS, at_defaults
 from experiments.training.config import Config
 from experiments.training.optimizers import LMDForModel
 
+RATES = (0.003, 0.006, 0.012)
+
 
 def grid() -> Iterator[Config]:
-    for config in outsiders(seed=100):
-        if config.recipe.name == "float32":
-            for lr in (0.01, 0.018):
-                for others_lr in (0.003, 0.006, 0.012):
-                    yield replace(config, optimizer=LMDForModel(lr=lr, others_lr=others_lr))
+    for seed in (100, 101):
+        for config in at_defaults((*TASKS, GPT2, VIT), seed):
+            for rate in RATES:
+                yield replace(config, optimizer=LMDForModel(others_lr=rate))

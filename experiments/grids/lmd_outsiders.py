@@ -5,10 +5,11 @@ AdamW the learning rate that `lmd_outsiders_tuning` found for each model and for
 minutes on two cores. Wanted: to end within 0.05 nats of AdamW.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from experiments.grids.claims import Claim, Contrast
+from experiments.grids.lmd_claims_arms import Task
 from experiments.grids.tuning import tuned
 from experiments.training.config import Config, forward
 from experiments.training.data import Glyphs, StdlibText
@@ -28,9 +29,9 @@ TASKS = (
 )
 
 
-def outsiders(seed: int) -> Iterator[Config]:
-    """Each model in each format, with LMD at its defaults."""
-    for network, data, batch_size in TASKS:
+def at_defaults(tasks: Iterable[Task], seed: int) -> Iterator[Config]:
+    """Each task in each format, with LMD at its defaults."""
+    for network, data, batch_size in tasks:
         for format in ("float32", "mxfp4_e2m1"):
             yield Config(
                 model=network,
@@ -49,7 +50,7 @@ def outsiders(seed: int) -> Iterator[Config]:
 def pairs(seed: int) -> Iterator[tuple[Config, Config]]:
     """LMD and AdamW."""
     chosen = tuned("lmd_outsiders_tuning")
-    for config in outsiders(seed):
+    for config in at_defaults(TASKS, seed):
         yield config, chosen.config(replace(config, optimizer=AdamW(lr=0.003)))
 
 

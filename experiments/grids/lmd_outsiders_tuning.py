@@ -7,7 +7,7 @@
 
 from dataclasses import replace
 
-from experiments.grids.lmd_outsiders import STEPS, outsiders
+from experiments.grids.lmd_outsiders import STEPS, TASKS, at_defaults
 from experiments.grids.tuning import Arm, LogUniform, Tuning
 from experiments.training.optimizers import AdamW
 
@@ -15,6 +15,6 @@ from experiments.training.optimizers import AdamW
 def tune() -> Tuning:
     arms = [
         Arm(replace(config, optimizer=AdamW(lr=0.003), steps=STEPS // 2), {"optimizer.lr": LogUniform(0.0007, 0.02)})
-        for config in outsiders(seed=0)
+        for config in at_defaults(TASKS, seed=0)
     ]
     return Tuning(arms, trials=5, seeds=(3000,), finalists=2, final_seeds=(3001,), rounds=1)

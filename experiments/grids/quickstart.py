@@ -16,13 +16,15 @@ from lpsim.formats import Format, float32, mxfp4_e2m1, mxfp6_e3m2
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro"), Digits(), 64))  # model, data, batch size
 STEPS, WARMUP_STEPS = 400, 40
 TUNED = {"gpt2-micro": AdamW(lr=0.006), "vit-micro": AdamW(lr=0.0015)}
-SCHEDULE = {"steps": STEPS, "warmup_steps": WARMUP_STEPS, "validate_every": 50, "checkpoint_every": 50}
 
 
 def grid(formats: Sequence[Format] = (mxfp6_e3m2, mxfp4_e2m1)) -> list[Config]:
     """formats: beside the float32 that they are compared to."""
+    network, data, _ = TASKS[0]
     return product(
-        Config(*TASKS[0][:2], LMDForModel(), **SCHEDULE),
+        Config(
+            network, data, LMDForModel(), steps=STEPS, warmup_steps=WARMUP_STEPS, validate_every=50, checkpoint_every=50
+        ),
         seed=(0, 1),
         task=[dict(zip(("model", "data", "batch_size"), task, strict=True)) for task in TASKS],
         optimizer=lambda config: (TUNED[config.model.name], LMDForModel()),

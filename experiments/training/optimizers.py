@@ -133,7 +133,7 @@ class LMDForModel(LMD):
 
     name: ClassVar[str] = "lmd-for-model"
 
-    others_lr: float = 0.003
+    others_lr: float = 0.012
 
     def check(self) -> None:
         super().check()

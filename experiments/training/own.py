@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn as nn
 
@@ -41,6 +41,11 @@ class Model(Settings):
 
     inputs: ClassVar[str]  # "tokens", "images", or a word of your own
 
+    if TYPE_CHECKING:  # a field or a class attribute of the subclass
+
+        @property
+        def name(self) -> str: ...
+
     def build(self) -> nn.Module:
         """The model with fresh weights, drawn from torch's global random state, which is seeded by the run's seed.
 
@@ -54,6 +59,11 @@ class DataSet(Settings):
     """Base of a data set of your own: a `name`, `inputs` and `load`."""
 
     inputs: ClassVar[str]
+
+    if TYPE_CHECKING:  # a field or a class attribute of the subclass
+
+        @property
+        def name(self) -> str: ...
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError, by `self.require`, for a model that does not fit."""
