@@ -1,4 +1,4 @@
-"""The `lpsim` command: formats, evaluate, run, tune, report, bench.
+"""The `lpsim` command: formats, evaluate, new, run, tune, report, bench.
 
 A mistake of the user gives one message and exit code 2; a grid with failed runs exits with 1, an interrupted one with
 130.
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_formats(commands)
     add_evaluate(commands)
+    add_new(commands)
     add_run(commands)
     add_tune(commands)
     add_report(commands)
@@ -144,7 +145,26 @@ def _evaluate(options: argparse.Namespace) -> int:
         return evaluate.run(options, chosen_formats(options) or [])
 
 
-# --- run, tune ---
+# --- new, run, tune ---
+
+
+def add_new(commands: Any) -> None:
+    parser = commands.add_parser("new", help="write a grid file to start from")
+    parser.add_argument("name", metavar="NAME", help="of the grid: NAME.py is written, never over another file")
+    parser.set_defaults(function=_new)
+
+
+def _new(options: argparse.Namespace) -> int:
+    from experiments.command import new
+
+    try:
+        file = new.write(options.name)
+    except FileExistsError as error:
+        raise UserError(f"{error.filename} exists; give the grid another name") from error
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(f"{file}: lpsim run {file} --report")
+    return 0
 
 
 def add_run(commands: Any) -> None:
@@ -153,6 +173,7 @@ def add_run(commands: Any) -> None:
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
     add_running(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say how many runs there are, done and left, and end")
     parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
 
 
@@ -222,7 +243,18 @@ def _run_grid(options: argparse.Namespace) -> int:
     with user_errors():
         formats = chosen_formats(options)
         source, configs = load_grid(options.grid, formats)
+        if options.dry_run:
+            return _plan(configs, source, options)
         return 0 if run_all(configs, source, options, load_claims(options.grid, formats)) else 1
+
+
+def _plan(configs: "list[Config] | Adaptive", source: Path, options: argparse.Namespace) -> int:
+    from experiments.command.plan import plan
+
+    if not isinstance(configs, list):
+        raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
+    print(plan(configs, options.runs / source.stem, options.jobs, options.telemetry_every))
+    return 0
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -31,8 +31,8 @@ class Mixer(Model):
     inputs: ClassVar[str] = "images"
 
     def build(self):
-        body = [Block(4, self.width), nn.Flatten(), nn.Linear(4 * self.width, 2)]
-        return nn.Sequential(nn.Conv2d(1, self.width, 2, stride=2), nn.Flatten(2), *body)
+        patches = nn.Conv2d(1, self.width, 2, stride=2)
+        return nn.Sequential(patches, nn.Flatten(2), Block(4, self.width), nn.Flatten(), nn.Linear(4 * self.width, 2))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""`lpsim run --dry-run` and `lpsim new`: what they say is what a run then finds."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.command import cli
+from experiments.grids import load_grid
+
+GRID = """
+from tests.experiments.experiment_jobs import tiny_config
+
+
+def grid():
+    for seed in range(3):
+        yield tiny_config(steps=4, warmup_steps=1, seed=seed)
+"""
+
+
+def test_a_dry_run_counts_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, runs = tmp_path / "small.py", tmp_path / "runs"
+    run = ["run", str(file), "--runs", str(runs), "--jobs", "1"]
+    file.write_text(GRID.replace("range(3)", "range(1)"))
+    assert cli.main(run) == 0
+    before = sorted(runs.rglob("*"))
+    file.write_text(GRID)
+    capsys.readouterr()
+    assert cli.main([*run, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "3 runs: 1 finished, 2 not started" in text and "the 2 left take about 1 min with 1 jobs, by 1 finished" in text
+    )
+    assert sorted(runs.rglob("*")) == before
+    assert cli.main(run) == 0
+    assert "3 runs: 3 finished (2 of them run now)" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_an_adaptive_grid_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "looks.py").write_text(
+        GRID.replace("yield tiny_config(steps=4, warmup_steps=1, seed=seed)", "yield [tiny_config(seed=seed)]")
+    )
+    assert cli.main(["run", str(tmp_path / "looks.py"), "--runs", str(tmp_path), "--dry-run"]) == 2
+    assert "looks looks at its runs to decide on more" in capsys.readouterr().err
+
+
+def test_a_new_grid_is_one_and_none_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "mine"]) == 0
+    configs = load_grid("mine.py")[1]
+    assert isinstance(configs, list) and len(configs) == 18
+    assert len({config.signature() for config in configs}) == 18
+    (tmp_path / "mine.py").write_text("kept")
+    assert cli.main(["new", "mine"]) == 2 and "mine.py exists" in capsys.readouterr().err
+    assert (tmp_path / "mine.py").read_text() == "kept"
+    assert cli.main(["new", "my-grid"]) == 2 and "no name for a grid file" in capsys.readouterr().err
