@@ -20,6 +20,7 @@ VERSION = 1  # of config.json, env.json, result.json and grid.json; another vers
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 RUN_FILES = ("config.json", "env.json", "metrics.jsonl", "result.json")
 PRINCIPAL = {"model.name": "model", "data.name": "data", "optimizer.name": "optimizer", "recipe.format": "format"}
+SCHEDULE, USUAL_SCHEDULE = "schedule.name", "cosine"  # a config leaves the usual one out
 REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
@@ -129,7 +130,7 @@ def read(folder: str | Path) -> Results:
     return Results(
         folder=folder,
         grid=grid,
-        runs=_with_primary_metric(_frame(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
+        runs=_with_primary_metric(_with_schedule(_frame(run_rows, [*REQUIRED, *RESULT_COLUMNS]))),
         metrics=long,
         environment=_frame(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
@@ -160,7 +161,9 @@ def read_all(folders: Sequence[str | Path]) -> Results:
     return Results(
         folder=parts[0].folder.parent / "+".join(part.folder.name for part in parts),
         grid={"grid": " + ".join(names), "source": ", ".join(str(part.grid.get("source")) for part in parts)},
-        runs=_with_primary_metric(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts])),
+        runs=_with_primary_metric(
+            _with_schedule(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts]))
+        ),
         metrics=pd.concat([part.metrics for part in parts], ignore_index=True),
         environment=_together([part.environment for part in parts]),
         problems=pd.concat(
@@ -387,6 +390,13 @@ def _column(values: Iterable[Any]) -> pd.Series:
     texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     # JSON can hold half a surrogate pair, which neither UTF-8 nor Parquet can
     return pd.Series([text and text.encode("utf-8", "replace").decode() for text in texts], dtype="str")
+
+
+def _with_schedule(frame: pd.DataFrame) -> pd.DataFrame:
+    """Names the usual schedule where some runs have another."""
+    if SCHEDULE in frame:
+        frame[SCHEDULE] = frame[SCHEDULE].fillna(USUAL_SCHEDULE)
+    return frame
 
 
 def _with_primary_metric(frame: pd.DataFrame) -> pd.DataFrame:

@@ -22,6 +22,13 @@ def small() -> list[made.Config]:
     return [made.config("gpt2-micro", "adamw", format, seed) for format in made.FORMATS for seed in (0, 1)]
 
 
+def test_the_usual_schedule_is_named_where_a_run_has_another(tmp_path: Path) -> None:
+    usual, other = small()[:2]
+    other["schedule"] = {"name": "wsd", "decay_fraction": 0.2}
+    made.write_runs(tmp_path, [usual, other])
+    assert list(load.runs(tmp_path)["schedule.name"]) == ["cosine", "wsd"]
+
+
 def test_a_row_of_runs_is_the_config_and_the_result(tmp_path: Path) -> None:
     configs = made.quickstart()
     made.write_runs(tmp_path, configs)

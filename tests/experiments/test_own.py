@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,6 +30,12 @@ def signatures(folder: Path, text: str) -> list[str]:
     configs = load_grid(str(folder / "mixer_grid.py"))[1]
     assert isinstance(configs, list)
     return [config.signature() for config in configs]
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, times left out."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "time_ms"} for line in lines]
 
 
 def test_the_source_that_a_class_uses_enters_the_signature_and_comments_do_not(tmp_path: Path) -> None:
@@ -80,6 +86,12 @@ def test_a_killed_run_of_own_classes_resumes_and_is_reported(
     assert "2 runs: 2 finished" in capsys.readouterr().out
     environments = [json.loads(path.read_text()) for path in folder.glob("*/env.json")]
     assert any("resumed" in each for each in environments)
+    assert cli.main([*arguments[:3], str(tmp_path / "undisturbed"), "--jobs", "1"]) == 0
+    undisturbed = tmp_path / "undisturbed" / "mixer_grid"
+    configs = list(folder.glob("*/config.json"))
+    assert len(configs) == 2
+    for path in configs:
+        assert numbers(path.parent) == numbers(undisturbed / path.parent.name)
     kept = folder / "sources" / environments[0]["sources"]
     assert (kept / "mixer_grid.py").read_text() == (tmp_path / "mixer_grid.py").read_text()
     assert "mixer" in (folder / "report.html").read_text()
@@ -144,9 +156,12 @@ def test_a_product_is_the_nested_loops_first_axis_outermost() -> None:
     ]
     assert product(base, seed=range(2), **{"optimizer.lr": (0.1, 0.2)}, recipe=recipes) == loops
     long = product(
-        base, lambda c: c.steps > 12 or c.seed >= 0, size=[{"steps": 20, "seed": 3}], batch_size=lambda c: [c.steps]
+        base,
+        lambda c: c.steps > 20,
+        size=[{"steps": steps, "seed": 3} for steps in (20, 40)],
+        batch_size=lambda c: [c.steps],
     )
-    assert [(config.steps, config.seed, config.batch_size) for config in long] == [(20, 3, 20)]
+    assert [(config.steps, config.seed, config.batch_size) for config in long] == [(40, 3, 40)]
 
 
 def test_a_product_refuses_what_it_cannot_pair_or_does_not_know() -> None:
