@@ -31,8 +31,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
                 "–" if pd.isna(low) else f"[{write(low)}, {write(high)}]" for low, high in pairs
             ]
         elif not (name.endswith("high") and f"{name.removesuffix('high')}low" in table):
-            short = name.removeprefix("optimizer.").removeprefix("recipe.").replace("_", " ")
-            out[short] = [_cell(name, value) for value in table[name]]
+            out[_heading(name)] = [_cell(name, value) for value in table[name]]
     return pd.DataFrame(out, dtype="str")
 
 
@@ -79,12 +78,15 @@ def _cell(name: str, value: object) -> str:
     return text(value)
 
 
+def _heading(name: str) -> str:
+    return name.removeprefix("optimizer.").removeprefix("recipe.").replace("_", " ")
+
+
 def _constant(column: pd.Series) -> bool:
     return column.nunique(dropna=False) == 1
 
 
 def _numeric(table: pd.DataFrame, heading: str) -> bool:
     """Whether a column of `readable` holds numbers."""
-    by_heading = {name.removeprefix("optimizer.").removeprefix("recipe.").replace("_", " "): name for name in table}
-    name = by_heading.get(heading)
+    name = next((name for name in table if _heading(name) == heading), None)
     return name is None or pd.api.types.is_numeric_dtype(table[name].dtype)

@@ -7,11 +7,10 @@ so a reader never sees half a report, and a full disk leaves the previous one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -22,7 +21,7 @@ from analysis.load import Results
 from analysis.page import answer as answers
 from analysis.page import claims as claims_part
 from analysis.page import html as page
-from analysis.page import paper, summary, telemetry, terms
+from analysis.page import paper, summary, telemetry, terms, worst
 from analysis.page.html import Column
 from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables
@@ -30,7 +29,6 @@ from analysis.statistics.sensitivity import sensitivity
 from analysis.statistics.tables import BASELINE, TASK
 
 LONG = ("metrics", "telemetry", "telemetry_cosines")  # tables that are written as Parquet alone
-NAMING = ("factor", "level", "reference")  # of a row of effects
 TIMES = ("started_at", "time_s")  # of the environment; they differ in every run
 
 
@@ -42,9 +40,8 @@ def write_report(
     is "latex" or "markdown". Several folders are one report, `A+B/report.html` beside the first.
 
     Only `environment` and the metric `time_ms` hold times: the other tables of a resumed grid equal those of an
-    uninterrupted one. Raises ValueError when a folder is no grid folder, `output` is one,
-    or `tables_as` is neither, OSError when the
-    files cannot be written.
+    uninterrupted one. Raises ValueError when a folder is no grid folder, `output` is a folder or `tables_as` is another
+    word, OSError when the files cannot be written.
     """
     folders = [grid_folder] if isinstance(grid_folder, (str, Path)) else list(grid_folder)
     if tables_as is not None and tables_as not in paper.ENDINGS:
@@ -204,7 +201,7 @@ def _task(
     if len(mine["effects"]):
         yield from _effects(mine["effects"], roles, label)
     if len(mine["sensitivity"]):
-        yield from _sensitivity(mine["sensitivity"])
+        yield from worst.section(mine["sensitivity"])
     yield page.heading(3, "Training")
     yield from _figure(figures.curves(runs, results.metrics, roles, "validation", "loss", "validation loss (nats)"))
     yield from _figure(figures.curves(runs, results.metrics, roles, "train", "loss", "training loss (nats)"))
@@ -293,47 +290,6 @@ def _effects(rows: pd.DataFrame, roles: figures.Roles, label: str) -> Iterator[s
     yield page.table(columns, new=_new(rows, ["optimizer", "factor"]))
     caption = "Change from the first level, all else equal, with its 95% interval over seeds; hollow: n = 1."
     yield from _figure(figures.forest(named, roles, "What each setting does", f"change in {label}", caption))
-
-
-def _sensitivity(rows: pd.DataFrame) -> Iterator[str]:
-    """What each comparison becomes if diverged runs count as the worst."""
-    yield page.heading(3, "If diverged runs counted as the worst")
-    yield page.paragraph(
-        "The comparisons above, and what they become if every diverged run had ended with the worst value that any "
-        "run of this task ended with (bold: the verdict changes). Intervals take that value as if it were measured: "
-        "read the second half as a check of the first, not as a result of its own.",
-        "note",
-    )
-    names = [name for name in summary.varying(rows.drop(columns="comparison")) if name not in NAMING]
-    kept = rows.to_dict("records")
-    worst = [
-        row | {name: row[f"worst_{name}"] for name in ("n", "difference", "low", "high")} | {"excluded": 0}
-        for row in kept
-    ]
-    now, then = [summary.verdict(row) for row in kept], [summary.verdict(row) for row in worst]
-    columns = [
-        Column("comparison", [_compared(row, names) for row in kept], wrap=True),
-        Column("n", _texts(rows["n"], str), number=True),
-        Column("difference", [_with_interval(row) for row in kept], number=True),
-        Column("reads as", now),
-        Column("n, worst", _texts(rows["worst_n"], str), number=True),
-        Column("difference, worst", [_with_interval(row) for row in worst], number=True),
-        Column("reads as, worst", then),
-    ]
-    yield page.table(columns, best=[a != b for a, b in zip(now, then, strict=True)])
-
-
-def _compared(row: Mapping[str, Any], names: list[str]) -> str:
-    who = summary.arm_name(row, names)
-    if row["comparison"] == "effect":
-        return f"{row['optimizer']}: {summary.effect_name(row)}"
-    if row["comparison"] == "contrast":
-        return f"{who}: loss to the format, less that of {row['reference']}"
-    return f"{who} − {BASELINE}" if row["comparison"] == "difference" else f"{who} − the first arm"
-
-
-def _with_interval(row: Mapping[str, Any]) -> str:
-    return f"{signed(row['difference'])} {summary.bracket(row)}" if row["n"] > 1 else signed(row["difference"])
 
 
 def _stability(rows: pd.DataFrame) -> str:

@@ -28,7 +28,7 @@ def plan(configs: Iterable[Config], folder: Path, jobs: int, telemetry_every: in
         times = [_seconds_a_step([pair for pair in timed if pair[0].model == run.model] or timed) for run in left]
         seconds = sum(time * run.steps for time, run in zip(times, left, strict=True)) / jobs
         lines.append(
-            f"  the {len(left)} left take about {max(1, round(seconds / 60))} min with {jobs} jobs, "
+            f"  the {len(left)} left take about {max(1, round(seconds / 60))} min with --jobs {jobs}, "
             f"by {len(timed)} finished"
         )
     elif left:

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.grids.tuning import Arm, LogUniform, Range, Tuning
 from experiments.training.config import Config, forward, model
 from experiments.training.data import DataConfig, Glyphs, ModelConfig, StdlibText
-from experiments.training.optimizers import LMD, AdamW, Lion, LMDForModel, Madam, OptimizerConfig
+from experiments.training.optimizers import LMD, AdamW, Lion, LMDForModel, Madam, OptimizerSettings
 
 Task = tuple[ModelConfig, DataConfig, int]  # and the batch size
 
@@ -20,7 +20,7 @@ FORMATS = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
 
 ADAMW, FOR_MODEL, EVERYTHING = "AdamW", "LMD for_model", "LMD on everything"
 NOISELESS, LION, MADAM = "LMD for_model without noise", "Lion", "Madam"
-OPTIMIZERS: dict[str, OptimizerConfig] = {
+OPTIMIZERS: dict[str, OptimizerSettings] = {
     ADAMW: AdamW(lr=0.006),
     FOR_MODEL: LMDForModel(),
     EVERYTHING: LMD(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from experiments.training.config import Config, forward, model
 from experiments.training.data import Glyphs, StdlibText
-from experiments.training.optimizers import LMD, AdamW, LMDForModel, OptimizerConfig
+from experiments.training.optimizers import LMD, AdamW, LMDForModel, OptimizerSettings
 
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro-glyphs"), Glyphs(), 64))
 ADAMW_LR = {"gpt2-micro": 0.008, "vit-micro-glyphs": 0.0015}
@@ -27,7 +27,7 @@ OPTIMIZERS: tuple[LMD, ...] = (
 
 def grid() -> Iterator[Config]:
     for network, data, batch_size in TASKS:
-        optimizers: tuple[OptimizerConfig, ...] = (AdamW(ADAMW_LR[network.name]), *OPTIMIZERS)
+        optimizers: tuple[OptimizerSettings, ...] = (AdamW(ADAMW_LR[network.name]), *OPTIMIZERS)
         for optimizer in optimizers:
             for name in ("mxfp4_e2m1", "float32"):
                 yield Config(

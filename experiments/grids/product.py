@@ -26,12 +26,13 @@ def product(base: Config, where: Callable[[Config], bool] | None = None, /, **ax
     configs = list(_combined(base, list(axes.items())))
     if where is None:
         return configs
-    kept = [config for config in configs if where(config)]
-    seeds_of: dict[bool, set[tuple[str, int]]] = {True: set(), False: set()}
+    kept: list[Config] = []
+    arms: dict[bool, set[str]] = {True: set(), False: set()}  # kept, left out
     for config in configs:
-        seeds_of[config in kept].add((replace(config, seed=0).signature(), config.seed))
-    broken = {arm for arm, _ in seeds_of[True]} & {arm for arm, _ in seeds_of[False]}
-    if broken:
+        keep = bool(where(config))
+        kept += [config] if keep else []
+        arms[keep].add(replace(config, seed=0).signature())
+    if arms[True] & arms[False]:
         raise ValueError("where keeps an arm for some seeds and not for others; no pairs could be made of its runs")
     return kept
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from experiments.training import own
 from experiments.training.data import DATA, DataConfig, ModelConfig
 from experiments.training.models import gpt2, huggingface, vit
-from experiments.training.optimizers import OPTIMIZERS, OptimizerConfig
+from experiments.training.optimizers import OPTIMIZERS, OptimizerSettings
 from experiments.training.schedules import SCHEDULES, Cosine, Schedule
 from experiments.training.settings import Settings, choose, from_table, names_near
 from lpsim import Gemm, Recipe, Rounding, ScaleRule, formats
@@ -164,7 +164,7 @@ class Config(Settings):
 
     model: ModelConfig
     data: DataConfig
-    optimizer: OptimizerConfig
+    optimizer: OptimizerSettings
     recipe: RecipeConfig | GivenRecipe = field(default_factory=RecipeConfig)
     seed: int = 0  # of the initialization, the batches, the optimizer's noise and stochastic rounding
     steps: int = 1000

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.training import own
 from experiments.training.config import Config
 from experiments.training.models.huggingface import Logits, transformers
 from experiments.training.record import RunRecord, read_json
@@ -148,7 +149,9 @@ def from_run(folder: Path) -> Subject:
     saved = RunRecord(folder).load_checkpoint("cpu")
     if document is None or saved is None:
         raise ValueError(f"{folder} holds no {'config.json' if document is None else 'checkpoint.pt'}: not a run's end")
-    config = Config.from_dict(document)
+    made_in = read_json(folder / "env.json") or {}
+    sources = folder.parent / own.FOLDER / made_in["sources"] if made_in.get("sources") else None
+    config = Config.from_dict(document, sources)
     model, _ = build(config)
     model.load_state_dict(saved["model"])
     data = config.data.load(config.model)

@@ -206,7 +206,6 @@ class MadamUnclamped(Madam):
     clamp: ClassVar[float | None] = None
 
 
-OptimizerConfig = OptimizerSettings
 OPTIMIZERS: dict[str, type[Settings]] = {
     entry.name: entry
     for entry in (AdamW, LMD, LMDSplit, LMDWithAdamW, LMDForModel, SGD, Lion, Signum, Madam, MadamUnclamped)

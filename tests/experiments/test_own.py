@@ -15,6 +15,7 @@ from experiments.command import cli
 from experiments.grids import load_grid
 from experiments.grids.product import product
 from experiments.grids.source_files import SourceError
+from experiments.training import evaluate
 from experiments.training.config import Config, forward
 from experiments.training.optimizers import AdamW, OptimizerSettings
 from experiments.training.schedules import SCHEDULES, WSD, Constant, Cosine, Linear
@@ -101,6 +102,12 @@ def test_a_killed_run_of_own_classes_resumes_and_is_reported(
         Config.from_dict(config, kept)
     with pytest.raises(ValueError, match=r"the class Mixer of mixer_grid\.py, not a shipped one"):
         Config.from_dict(config)
+    for path in undisturbed.glob("*/config.json"):
+        if json.loads(path.read_text())["recipe"]["format"] == "float32":
+            ended = json.loads((path.parent / "result.json").read_text())["final"]["validation_loss"]
+            assert evaluate.evaluate(evaluate.from_run(path.parent), []).loc[0, "loss"] == pytest.approx(
+                ended, rel=1e-6
+            )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def test_a_dry_run_counts_and_runs_nothing(tmp_path: Path, capsys: pytest.Captur
     assert cli.main([*run, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert (
-        "3 runs: 1 finished, 2 not started" in text and "the 2 left take about 1 min with 1 jobs, by 1 finished" in text
+        "3 runs: 1 finished, 2 not started" in text
+        and "the 2 left take about 1 min with --jobs 1, by 1 finished" in text
     )
     assert sorted(runs.rglob("*")) == before
     assert cli.main(run) == 0
