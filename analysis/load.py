@@ -25,9 +25,10 @@ REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
-TELEMETRY = {  # Parquet files of a run, where telemetry was on, and the columns that are read
+TABLES = {  # Parquet files of a run, where telemetry was on or `lpsim attribute` ran, and the columns that are read
     "telemetry": ("step", "site", "role", "format", "sqnr_db", "clipped", "underflowed", "swallowed", "origin"),
     "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
+    "attribution": ("recipe", "by", "part", "site", "role", "rounded", "loss", "change", "logits_sqnr_db"),
 }
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -53,6 +54,7 @@ class Results:
     not_listed: list[str]  # folders of runs that the grid does not list: of other formats, or an earlier version
     telemetry: pd.DataFrame  # signature, and the columns of lpsim's telemetry; empty where no run has any
     cosines: pd.DataFrame  # signature, step, parameter, cosine, norm_ratio
+    attribution: pd.DataFrame  # signature, and the columns that `lpsim attribute` keeps; empty where no run has any
     parts: tuple[Results, ...] = ()  # the grids that `read_all` put together
 
     def grid_of(self, signature: str) -> tuple[Path, dict[str, Any]]:
@@ -97,6 +99,14 @@ def telemetry(folder: str | Path) -> pd.DataFrame:
     return read(folder).telemetry
 
 
+def attribution(folder: str | Path) -> pd.DataFrame:
+    """Every row that `lpsim attribute` kept of every run: signature, then recipe, by, part, rounded, loss, change, ...
+
+    Empty where no run has any. Raises ValueError when `folder` is no grid folder.
+    """
+    return read(folder).attribution
+
+
 def read(folder: str | Path) -> Results:
     """Everything in a grid folder, each file read once. Raises ValueError when `folder` is no grid folder."""
     folder = Path(folder)
@@ -123,7 +133,7 @@ def read(folder: str | Path) -> Results:
         run_rows.append(run)
         environment_rows.extend(sessions)
         metric_rows.extend(numbers)
-    observed = [_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TELEMETRY.items()]
+    observed = [_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TABLES.items()]
     long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
     for column in ("signature", "split", "metric"):
         long[column] = long[column].astype("str")
@@ -138,6 +148,7 @@ def read(folder: str | Path) -> Results:
         not_listed=[name for name in found if name not in set(listed)],
         telemetry=observed[0],
         cosines=observed[1],
+        attribution=observed[2],
     )
 
 
@@ -174,13 +185,14 @@ def read_all(folders: Sequence[str | Path]) -> Results:
         not_listed=[name for part in parts for name in part.not_listed],
         telemetry=_below([part.telemetry for part in parts]),
         cosines=_below([part.cosines for part in parts]),
+        attribution=_below([part.attribution for part in parts]),
         parts=tuple(parts),
     )
 
 
 def _without(part: Results, signatures: set[str]) -> Results:
     """The results without these runs."""
-    tables = ("runs", "metrics", "environment", "telemetry", "cosines")
+    tables = ("runs", "metrics", "environment", "telemetry", "cosines", "attribution")
     frames = {name: getattr(part, name) for name in tables}
     return replace(part, **{name: frame[~frame["signature"].isin(signatures)].copy() for name, frame in frames.items()})
 

@@ -19,16 +19,16 @@ from analysis.figures import drawings as figures
 from analysis.figures.plots import LABELS
 from analysis.load import Results
 from analysis.page import answer as answers
+from analysis.page import attribution, paper, summary, telemetry, terms, worst
 from analysis.page import claims as claims_part
 from analysis.page import html as page
-from analysis.page import paper, summary, telemetry, terms, worst
 from analysis.page.html import Column
 from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables
 from analysis.statistics.sensitivity import sensitivity
 from analysis.statistics.tables import BASELINE, TASK
 
-LONG = ("metrics", "telemetry", "telemetry_cosines")  # tables that are written as Parquet alone
+LONG = ("metrics", "telemetry", "telemetry_cosines", "attribution")  # tables that are written as Parquet alone
 TIMES = ("started_at", "time_s")  # of the environment; they differ in every run
 
 
@@ -91,6 +91,7 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         **_claims(results, per_run),
         **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
         **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
+        **({"attribution": results.attribution} if len(results.attribution) else {}),
     }
 
 
@@ -214,6 +215,9 @@ def _task(
     yield from _figure(figures.weight_growth(runs, results.metrics, roles))
     yield from telemetry.section(
         runs, results.telemetry, results.cosines, tables.factors(results.runs), summary.varying(mine["arms"])
+    )
+    yield from attribution.section(
+        runs, results.attribution, tables.factors(results.runs), summary.varying(mine["arms"]), label
     )
 
 

@@ -14,16 +14,21 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="a trained model's loss and accuracy under each format")
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run's folder, a folder of transformers' save_pretrained, or FILE.py:NAME"
-    )
+    add_model(parser)
     parser.add_argument("--formats", nargs="+", required=True, metavar="NAME")
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="of a save_pretrained folder: text, tokens (.npy) or images (.npz)"
-    )
     parser.add_argument("--by-site", action="store_true", help="also the SQNR of every operand at every site")
     add_define(parser)
     parser.set_defaults(function=run)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What `load` takes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run's folder, a folder of transformers' save_pretrained, or FILE.py:NAME"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="of a save_pretrained folder: text, tokens (.npy) or images (.npz)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,10 +58,14 @@ def load(model: str, data: Path | None) -> Subject:
         with blamed(path):
             return evaluate.Subject(*getattr(execute(path, f"evaluate_{path.stem}"), name)())
     folder = Path(model)
-    if (folder / "checkpoint.pt").exists() or (folder / "env.json").exists():
+    if is_run(folder):
         return evaluate.from_run(folder)
     if (folder / "config.json").exists():
         return evaluate.from_pretrained(folder, data)
     raise ValueError(
         f"{model}: neither a run (no checkpoint.pt) nor a model of transformers (no config.json) nor FILE.py:NAME"
     )
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "checkpoint.pt").exists() or (folder / "env.json").exists()

@@ -17,8 +17,9 @@ from experiments.training.config import Config
 from experiments.training.models.huggingface import Logits, transformers
 from experiments.training.record import RunRecord, read_json
 from experiments.training.train import build, cross_entropy
-from lpsim import Gemm, Quantizer, Recipe, simulate
+from lpsim import Gemm, Quantizer, Recipe
 from lpsim.formats import Format
+from lpsim.machine import measured
 from lpsim.machine.telemetry import rounding_sums
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ def evaluate(subject: Subject, formats: Sequence[Format]) -> pandas.DataFrame:
     """
     import pandas
 
-    loss, correct, plain = _measured(subject, Recipe())
-    rows = [_row("-", "nothing", subject, loss, correct, math.inf)]
+    plain = measured.run(subject.module, subject.batches, subject.loss, Recipe())
+    rows = [_row("-", "nothing", subject, plain, math.inf)]
     for fmt in formats:
         for name, recipe in recipes(fmt).items():
-            loss, correct, logits = _measured(subject, recipe)
-            rows.append(_row(fmt.name, name, subject, loss, correct, _sqnr_db(plain, logits)))
+            outcome = measured.run(subject.module, subject.batches, subject.loss, recipe)
+            rows.append(_row(fmt.name, name, subject, outcome, measured.sqnr_db(plain.logits, outcome.logits)))
     return pandas.DataFrame(rows)
 
 
@@ -94,53 +95,22 @@ def by_site(subject: Subject, formats: Sequence[Format]) -> pandas.DataFrame:
                     total[0] += signal
                     total[1] += noise
 
-            _measured(subject, recipe, observe)
+            measured.run(subject.module, subject.batches, subject.loss, recipe, observe)
             rows += [
-                {"format": fmt.name, "rounded": name, "site": site, "role": role, "sqnr_db": _decibel(*total)}
+                {"format": fmt.name, "rounded": name, "site": site, "role": role, "sqnr_db": measured.decibel(*total)}
                 for (site, role), total in sums.items()
             ]
     return pandas.DataFrame(rows, columns=["format", "rounded", "site", "role", "sqnr_db"])
 
 
-@torch.no_grad()
-def _measured(subject: Subject, recipe: Recipe, observer: Any = None) -> tuple[float, int, list[Tensor]]:
-    """(mean loss, correct predictions, the logits of every batch) in evaluation mode."""
-    module, total, correct, count, all_logits = subject.module, 0.0, 0, 0, []
-    training = module.training
-    module.eval()
-    try:
-        with simulate(module, recipe) as simulation:
-            simulation.observer = observer
-            for inputs, targets in subject.batches:
-                logits = module(inputs)
-                total += subject.loss(logits, targets).item() * targets.numel()
-                correct += int((logits.argmax(-1) == targets).sum())
-                count += targets.numel()
-                all_logits.append(logits)
-    finally:
-        module.train(training)
-    return total / count, correct, all_logits
-
-
-def _row(fmt: str, rounded: str, subject: Subject, loss: float, correct: int, sqnr_db: float) -> dict[str, Any]:
-    targets = [targets for _, targets in subject.batches]
+def _row(fmt: str, rounded: str, subject: Subject, outcome: measured.Outcome, sqnr_db: float) -> dict[str, Any]:
+    loss, targets = outcome.loss, [targets for _, targets in subject.batches]
     if targets[0].ndim > 1:
-        measured = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        score = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
     else:
-        measured = {"accuracy": correct / sum(t.numel() for t in targets)}
-    return {"format": fmt, "rounded": rounded, "loss": loss, **measured, "logits_sqnr_db": sqnr_db}
-
-
-def _sqnr_db(plain: list[Tensor], rounded: list[Tensor]) -> float:
-    signal = sum(y.double().square().sum().item() for y in plain)
-    noise = sum((q.double() - y.double()).square().sum().item() for y, q in zip(plain, rounded, strict=True))
-    return _decibel(signal, noise)
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if not math.isfinite(signal + noise):
-        return math.nan
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf if not noise else -math.inf
+        right = sum(int((y.argmax(-1) == t).sum()) for y, t in zip(outcome.logits, targets, strict=True))
+        score = {"accuracy": right / sum(t.numel() for t in targets)}
+    return {"format": fmt, "rounded": rounded, "loss": loss, **score, "logits_sqnr_db": sqnr_db}
 
 
 def from_run(folder: Path) -> Subject:

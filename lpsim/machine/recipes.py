@@ -9,6 +9,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from torch import Tensor
@@ -66,6 +67,12 @@ class Gemm:
     def plain(self) -> bool:
         """Whether this product is left as torch computes it."""
         return self == Gemm()
+
+
+def matches(pattern: str, path: str, op: str, repetition: int) -> bool:
+    """Whether a site pattern, as Recipe.overrides has them, means the site of the op's k-th repetition at a path."""
+    names = (f"{path}/{op}", f"{path}/{op}#{repetition}") if "/" in pattern else (path,)
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,10 @@ class Recipe:
         operand = Quantizer(format, rounding=rounding)
         unit = None if vector is None else Quantizer(vector)
         return cls(fprop=Gemm(lhs=operand, rhs=operand, out=unit), vector=unit)
+
+    def pattern_at(self, path: str, op: str, repetition: int) -> str | None:
+        """The override that holds at a site: the first that matches; None where this recipe itself holds."""
+        return next((pattern for pattern in self.overrides if matches(pattern, path, op, repetition)), None)
 
     @property
     def products_plain(self) -> bool:

@@ -481,12 +481,11 @@ class Simulation:
         return site
 
     def _resolve(self, path: str, op: str, repetition: int) -> Recipe:
-        names = (f"{path}/{op}", f"{path}/{op}#{repetition}")
-        for pattern, recipe in self.recipe.overrides.items():
-            if any(fnmatchcase(name, pattern) for name in (names if "/" in pattern else (path,))):
-                self._unmatched.discard(pattern)
-                return recipe
-        return self.recipe
+        pattern = self.recipe.pattern_at(path, op, repetition)
+        if pattern is None:
+            return self.recipe
+        self._unmatched.discard(pattern)
+        return self.recipe.overrides[pattern]
 
     def _check_overrides(self) -> None:
         paths = [path for path, _ in self.model.named_modules(remove_duplicate=False) if path]
