@@ -3,9 +3,9 @@
 Arms: AdamW, `lmd.for_model` and LMD on everything in float32, MXFP6 E3M2 and MXFP4; `lmd.for_model` without noise, Lion
 and Madam in float32 and MXFP4; each tuned in its format with the same budget (`lmd_claims_arms`). Further, with the
 values of the arm that they differ from: `lmd.for_model` without its prior (weight decay 0), in float32 and MXFP4; and
-without noise in MXFP4 with a scale that never clips, rounding to nearest and stochastically. gpt2-micro on
-text for 2400 steps, vit-micro on glyphs for 3200; 8 seeds that nothing was tuned or screened on. 152 runs a model, some
-80 minutes each on two cores.
+without noise in MXFP4 with a scale that never clips, rounding to nearest and stochastically. gpt2-micro on text and
+vit-micro on glyphs, 2400 steps, 8 seeds that nothing was tuned or screened on: 152 runs a model, an hour each on two
+quiet cores.
 
 The rule, fixed before the runs. A claim predicts that the means over seeds of some differences, paired by seed, lie
 below a bound, and that some arms never diverge. Each mean is tested against its bound by a two-sided t test; the

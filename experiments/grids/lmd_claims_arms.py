@@ -3,7 +3,7 @@
 `lmd_claims_gpt2_tuning` and `lmd_claims_vit_tuning` seek their settings. Every arm has 8 trials on seed 3000 (4
 quasi-random, 4 proposed by TPE in two rounds); its best 2 are run again on seed 3001, and the better mean is chosen.
 The comparison is longer than the trials (`STEPS`): rates that suit a trial may be a little too high for it, for every
-arm alike. The ViT has the longer ones of both: after 800 steps of 32 images it has not begun to learn at most rates.
+arm alike. The ViT's trials are longer: after 800 steps of 32 images it has not begun to learn at most rates.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ Task = tuple[ModelConfig, DataConfig, int]  # and the batch size
 
 GPT2: Task = (model("gpt2-micro"), StdlibText(), 16)
 VIT: Task = (model("vit-micro-glyphs"), Glyphs(), 32)
-STEPS = {"gpt2-micro": (800, 2400), "vit-micro-glyphs": (1600, 3200)}  # of a trial, of the comparison
+STEPS = {"gpt2-micro": (800, 2400), "vit-micro-glyphs": (1600, 2400)}  # of a trial, of the comparison
 FORMATS = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
 
 ADAMW, FOR_MODEL, EVERYTHING = "AdamW", "LMD for_model", "LMD on everything"
