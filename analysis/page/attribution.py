@@ -36,9 +36,9 @@ def section(
 
 def _in_training(table: pd.DataFrame, names: Sequence[str], label: str) -> Iterator[str]:
     yield page.paragraph(
-        f"In training: change in {label} where only this part of the machine's rounding is done, less float32; and what "
-        "the part adds where all the rest is rounded, everything less all but this. Means over seeds, paired, with 95% "
-        "intervals.",
+        f"In training: change in {label} where only this part of the machine's rounding is done, less float32; and "
+        "what the part adds where all the rest is rounded, everything less all but this. Means over seeds, paired, "
+        "with 95% intervals.",
         "note",
     )
     named = table.to_dict("records")
@@ -60,9 +60,9 @@ def _in_training(table: pd.DataFrame, names: Sequence[str], label: str) -> Itera
 def _afterwards(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str], names: Sequence[str]) -> Iterator[str]:
     table = attribution.by_part(runs, rows, factors)
     yield page.paragraph(
-        f"After training, of {count(rows['signature'].nunique(), 'run')} (lpsim attribute): what rounding a part of the "
-        "machine alone adds to the loss of the trained model, mean over runs with its 95% interval; what the loss has "
-        "less where all but this part is rounded; and the SQNR of the logits (median). Nothing was trained with it.",
+        f"After training, of {count(rows['signature'].nunique(), 'run')} (lpsim attribute): what rounding a part alone "
+        "adds to the loss of the trained model, mean over runs with its 95% interval; what the loss has less where all "
+        "but this part is rounded; and the SQNR of the logits (median). Nothing was trained with it.",
         "note",
     )
     shown = table[table["by"].isin(KINDS) | (table["part"] == "everything")]

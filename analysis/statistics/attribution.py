@@ -20,9 +20,9 @@ ONLY, ALL_BUT = ", only ", ", all but "  # between the name of a format and that
 
 
 def by_part(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
-    """One row an arm, recipe and part: its factors, recipe, by, part, n (runs), change with its 95% interval low to high
-    where only this part is rounded, absent (what the loss has less where all but this is rounded; NaN where that was
-    not measured), logits_sqnr_db (the median).
+    """One row an arm, recipe and part: its factors, recipe, by, part, n (runs), change with its 95% interval low to
+    high where only this part is rounded, absent (what the loss has less where all but this is rounded; NaN where that
+    was not measured), logits_sqnr_db (the median).
 
     rows: load.attribution's. The whole recipe is the part "everything".
     """
@@ -65,7 +65,8 @@ def in_training(runs: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
     part, n, alone with low to high (only this rounded − float32, paired by seed), n_absent, absent with absent_low to
     absent_high (everything rounded − all but this). The part "everything" has everything rounded − float32.
 
-    Of runs that finished with a number. A part stands once, also where it was only left in or only left out; then the other is NaN.
+    Of runs that finished with a number. A part stands once, also where it was only left in or only left out; then the
+    other is NaN.
     """
     ended = runs[counted(runs)]
     others = [name for name in factors if name != "format"]
