@@ -24,6 +24,5 @@ def grid() -> Iterator[Config]:
     for optimizer in (ADAMW, FOR_MODEL):
         run = config(GPT2, optimizer, MXFP4, seed=SEEDS[0], steps=2400, validate_every=300, checkpoint_every=1200)
         bases.append(chosen.config(run, arm(GPT2[0], optimizer, MXFP4)))
-    for seed in SEEDS:
-        for base in bases:
-            yield from leave_one(base, [seed])
+    runs = [run for base in bases for run in leave_one(base, SEEDS)]
+    yield from sorted(runs, key=lambda run: run.seed)

@@ -84,6 +84,8 @@ def attribute(
     batches = list(batches)
     if not batches:
         raise ValueError("there is no batch to run the model on")
+    for kind in by:
+        parts((), kind)  # refuses a wrong word before anything is run
     every = survey(model, batches, loss, recipe, backward)
     if sites:
         every = at_sites(every, sites)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,9 +71,9 @@ def survey(model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, backw
         roles[role] = roles.get(role, False) or weight
 
     everything = Gemm(_ROUND, _ROUND)
-    run(model, batches, loss, Recipe(everything), observe)
+    run(model, batches, loss, Recipe(everything, vector=_ROUND), observe)
     if backward:
-        gradients(model, batches, loss, Recipe(everything, everything, everything), observe)
+        gradients(model, batches, loss, Recipe(everything, everything, everything, _ROUND), observe)
     sites = [f"{path}/{op}" for path, op, _ in seen]
     for pattern in recipe.overrides:
         if not pattern.startswith("*/") and not any(matches(pattern, *site) for site in seen):
@@ -159,14 +159,12 @@ def _exactly(path: str, op: str, repetition: int) -> str:
 
 
 def _only(recipe: Recipe, pieces: Sequence[Piece]) -> Recipe:
-    slots: Callable[[str], list[str]] = lambda product: [p.slot for p in pieces if p.product == product]  # noqa: E731
-    gemms = {
-        product: Gemm(**{slot: getattr(getattr(recipe, product), slot) for slot in slots(product)})
-        for product in ("fprop", "dgrad", "wgrad")
-    }
-    return Recipe(
-        **gemms, vector=recipe.vector if slots("vector") else None, backward_operands=recipe.backward_operands
-    )
+    def gemm(product: str) -> Gemm:
+        whole = getattr(recipe, product)
+        return Gemm(**{piece.slot: getattr(whole, piece.slot) for piece in pieces if piece.product == product})
+
+    vector = recipe.vector if any(piece.product == "vector" for piece in pieces) else None
+    return Recipe(gemm("fprop"), gemm("dgrad"), gemm("wgrad"), vector, backward_operands=recipe.backward_operands)
 
 
 def _resolved(recipe: Recipe, path: str, op: str, repetition: int) -> Recipe:

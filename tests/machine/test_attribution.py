@@ -32,7 +32,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.embed(x).chunk(3, -1)
-        return self.mlp(F.scaled_dot_product_attention(q, k, v)) @ self.head
+        return torch.matmul(self.mlp(F.scaled_dot_product_attention(q, k, v)), self.head)
 
 
 def subject() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Any]:
@@ -123,10 +123,10 @@ def test_roles_classes_and_gradients_are_those_of_recipes_written_by_hand() -> N
     wide = {"backward_operands": BackwardOperands.UNQUANTIZED}
     recipe = Recipe(operands, operands, operands, **wide)  # type: ignore[arg-type]
     frame = attribute(model, batches, loss, recipe, by=["role", "class"], backward=True).set_index("part")
-    assert list(frame.index[2:]) == [
-        *("fprop.activation", "fprop.weight", "dgrad.gradient", "dgrad.weight", "wgrad.activation", "wgrad.gradient"),
-        *("dgrad.activation", "linear", "attention"),
-    ]
+    assert set(frame.index[2:]) == {
+        *("fprop.activation", "fprop.weight", "dgrad.gradient", "dgrad.weight", "dgrad.activation"),
+        *("wgrad.activation", "wgrad.gradient", "linear", "attention"),
+    }
     plain = measured.run(model, batches, loss, Recipe())
     gradients = measured.gradients(model, batches, loss, Recipe())
     weights = Recipe(fprop=Gemm(rhs=q), **wide)  # type: ignore[arg-type]
@@ -139,12 +139,14 @@ def test_roles_classes_and_gradients_are_those_of_recipes_written_by_hand() -> N
         outcome = measured.run(model, batches, loss, mine)
         row = frame.loc[part]
         assert row["gradient_sqnr_db"] == measured.sqnr_db(gradients, measured.gradients(model, batches, loss, mine))
-        if part != "wgrad.gradient":  # attention without its fused kernel differs from torch's in the last bits
+        if part != "wgrad.gradient":  # which leaves the logits alone, but not torch's fused attention
             assert row["loss"] == outcome.loss
             assert row["logits_sqnr_db"] == measured.sqnr_db(plain.logits, outcome.logits)
     only_backward = frame.loc[["dgrad.gradient", "dgrad.weight", "wgrad.activation", "wgrad.gradient"]]
     assert (only_backward["change"] == 0).all() and (only_backward["logits_sqnr_db"] == math.inf).all()
-    assert (frame["gradient_cosine"].between(0.5, 1)).all() and frame["gradient_cosine"].iloc[0] == pytest.approx(1)
+    assert frame["gradient_cosine"].between(0.5, 1 + 1e-9).all() and frame["gradient_cosine"].iloc[0] == pytest.approx(
+        1
+    )
 
 
 def test_chosen_sites_are_a_machine_of_their_own() -> None:
@@ -178,4 +180,4 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="no batch"):
         attribute(model, [], loss, Recipe())
     with pytest.raises(ValueError, match="requires a gradient"):
-        attribute(nn.Flatten(), batches, loss, Recipe(), backward=True)
+        attribute(nn.Identity(), batches, loss, Recipe(), backward=True)
