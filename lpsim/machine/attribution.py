@@ -113,7 +113,7 @@ Chosen = frozenset[Piece]
 
 
 class _Table:
-    """Measures the recipe with some of its pieces, each choice once, against the first choice asked for."""
+    """Measures the recipe with some of its pieces, each choice once, against the model as it is."""
 
     def __init__(
         self,
@@ -134,8 +134,10 @@ class _Table:
         row: dict[str, Any] = {"by": "-", "part": "-", "site": "", "role": ""} | labels
         row |= {"roundings": len(chosen), "loss": math.nan, "change": math.nan}
         if self._plain is None:
-            logits = measured.run(*self._of, Recipe(), seed=self._seed).logits
-            self._plain = logits, (self._gradients_of(Recipe()) if self._backward else [])
+            outcome = measured.run(*self._of, Recipe(), seed=self._seed)
+            self._plain = outcome.logits, self._gradients_of(Recipe()) if self._backward else []
+            self._forward[frozenset()] = outcome.loss, math.inf
+            self._gradients[frozenset()] = math.inf, 1.0
         forward = frozenset(piece for piece in chosen if piece.product not in ("dgrad", "wgrad"))
         if forward not in self._forward:  # what only the backward pass rounds does not change the logits
             outcome = measured.run(*self._of, self._with(forward), seed=self._seed)
