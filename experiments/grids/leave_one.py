@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from experiments.training.config import Config, GivenRecipe, forward
+from experiments.training.config import Config, GivenRecipe, RecipeConfig, forward
 from experiments.training.train import build, cross_entropy
 from lpsim.attribution import parts
 from lpsim.machine.pieces import Piece, kept, present, survey
@@ -27,7 +27,7 @@ def leave_one(
     pieces = _pieces(base)
     if not pieces:
         raise ValueError(f"{base.recipe.name} rounds nothing in {base.model.name}: there is no part to leave out")
-    recipes = [forward("float32"), base.recipe]
+    recipes: list[RecipeConfig | GivenRecipe] = [forward("float32"), base.recipe]
     for name, part in ((name, part) for kind in by for name, part in parts(pieces, kind).items()):
         rest = [piece for piece in pieces if piece not in part]
         if rest and only:

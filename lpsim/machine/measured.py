@@ -7,7 +7,7 @@ The model is in evaluation mode meanwhile, and left as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,12 @@ class Outcome:
 
 @torch.no_grad()
 def run(
-    model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, observer: Observer | None = None, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss,
+    recipe: Recipe,
+    observer: Observer | None = None,
+    seed: int = 0,
 ) -> Outcome:
     """The forward pass on the machine that `recipe` describes. seed: of stochastic rounding."""
     total, count, all_logits = 0.0, 0, []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,7 @@ def survey(model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, backw
     return [piece for site, roles in seen.items() for piece in _at(*site, roles, recipe)]
 
 
-def _at(path: str, op: str, repetition: int, roles: dict[Role, bool], recipe: Recipe) -> Iterable[Piece]:
+def _at(path: str, op: str, repetition: int, roles: dict[Role, bool], recipe: Recipe) -> Iterator[Piece]:
     here = _resolved(recipe, path, op, repetition)
     lhs, rhs = ("weight" if roles.get(role) else "activation" for role in (Role.FPROP_LHS, Role.FPROP_RHS))
     operands = {
