@@ -2,7 +2,6 @@
 
 `recipes` say which formats a machine computes in, `ops` how each torch function is simulated, `module_paths` and
 `checkpoints` which module a call belongs to, `telemetry` what rounding did, `attribution` which of a machine's `pieces`
-costs what in a trained model (`measured`). In: an unmodified model and a recipe. Out:
-rounded results and gradients, an audit, rows of telemetry. It imports formats, quantization and accumulators; no other
-room of lpsim imports it.
+costs what in a trained model (`measured`). In: an unmodified model and a recipe. Out: rounded results and gradients, an
+audit, rows of telemetry. It imports formats, quantization and accumulators; no other room of lpsim imports it.
 """
