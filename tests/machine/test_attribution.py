@@ -166,7 +166,7 @@ def test_interactions_are_sums_and_differences() -> None:
     ]
     (line,) = interactions(pd.DataFrame(rows)).to_dict("records")
     assert (line["parts"], line["sum"], line["all"], line["gap"], line["share"]) == (2, 0.375, 0.5, 0.125, 0.25)
-    assert line["summed_sqnr_db"] == pytest.approx(20 - 10 * math.log10(2)) and line["logits_sqnr_db"] == 10
+    assert line["summed_logits_sqnr_db"] == pytest.approx(20 - 10 * math.log10(2)) and line["logits_sqnr_db"] == 10
 
 
 def test_mistakes_are_told() -> None:
