@@ -162,9 +162,9 @@ def interactions(frame: pandas.DataFrame) -> pandas.DataFrame:
     """How far the parts are from adding up: one row for each kind of part, alone and by absence.
 
     sum: of the changes of the parts; all: the change of everything together; gap = all − sum, and its share of all (NaN
-    where all is 0). A positive gap of "only" parts says that roundings make each other worse. summed_logits_sqnr_db: the
-    SQNR that the logits would have if the powers of the errors of "only" parts added up, as those of independent errors
-    do; logits_sqnr_db: the one they have. Where there is a backward pass, the same of the gradients.
+    where all is 0). A positive gap of "only" parts says that roundings make each other worse. summed_logits_sqnr_db:
+    the SQNR that the logits would have if the powers of the errors of "only" parts added up, as those of independent
+    errors do; logits_sqnr_db: the one they have. Where there is a backward pass, the same of the gradients.
 
     frame: what `attribute` returned.
     """
