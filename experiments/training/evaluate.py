@@ -20,6 +20,7 @@ from experiments.training.train import build, cross_entropy
 from lpsim import Gemm, Quantizer, Recipe
 from lpsim.formats import Format
 from lpsim.machine import measured
+from lpsim.machine.ops import Observer
 from lpsim.machine.telemetry import rounding_sums
 
 if TYPE_CHECKING:
@@ -85,22 +86,25 @@ def by_site(subject: Subject, formats: Sequence[Format]) -> pandas.DataFrame:
     for fmt in formats:
         for name, recipe in recipes(fmt).items():
             sums: dict[tuple[str, str], list[float]] = {}
-
-            def observe(
-                call: Any, role: Any, quantizer: Any, axis: int, x: Tensor, q: Tensor, sums: Any = sums
-            ) -> None:
-                if quantizer is not None:
-                    signal, noise, *_ = rounding_sums(x, q)
-                    total = sums.setdefault((call.site.name, role.label), [0.0, 0.0])
-                    total[0] += signal
-                    total[1] += noise
-
-            measured.run(subject.module, subject.batches, subject.loss, recipe, observe)
+            measured.run(subject.module, subject.batches, subject.loss, recipe, _summing(sums))
             rows += [
                 {"format": fmt.name, "rounded": name, "site": site, "role": role, "sqnr_db": measured.decibel(*total)}
                 for (site, role), total in sums.items()
             ]
     return pandas.DataFrame(rows, columns=["format", "rounded", "site", "role", "sqnr_db"])
+
+
+def _summing(sums: dict[tuple[str, str], list[float]]) -> Observer:
+    """An observer that adds signal and noise of every rounded operand to `sums`, by site and role."""
+
+    def observe(call: Any, role: Any, quantizer: Any, axis: int, x: Tensor, result: Tensor) -> None:
+        if quantizer is not None:
+            signal, noise, *_ = rounding_sums(x, result)
+            total = sums.setdefault((call.site.name, role.label), [0.0, 0.0])
+            total[0] += signal
+            total[1] += noise
+
+    return observe
 
 
 def _row(fmt: str, rounded: str, subject: Subject, outcome: measured.Outcome, sqnr_db: float) -> dict[str, Any]:
