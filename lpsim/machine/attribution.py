@@ -138,7 +138,7 @@ class _Table:
             self._plain = outcome.logits, self._gradients_of(Recipe()) if self._backward else []
             self._forward[frozenset()] = outcome.loss, math.inf
             self._gradients[frozenset()] = math.inf, 1.0
-        forward = frozenset(piece for piece in chosen if piece.product not in ("dgrad", "wgrad"))
+        forward = frozenset(piece for piece in chosen if piece.forward)
         if forward not in self._forward:  # what only the backward pass rounds does not change the logits
             outcome = measured.run(*self._of, self._with(forward), seed=self._seed)
             self._forward[forward] = outcome.loss, measured.sqnr_db(self._plain[0], outcome.logits)

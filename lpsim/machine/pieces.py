@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lpsim.formats import float32
+from lpsim.machine.frames import OUTSIDE
 from lpsim.machine.measured import Batches, Loss, gradients, run
 from lpsim.machine.ops import WRAPPED, Kind, Role
 from lpsim.machine.recipes import Gemm, Recipe, matches
@@ -47,6 +48,11 @@ class Piece:
     @property
     def site(self) -> str:
         return f"{self.path}/{self.op}#{self.repetition}" if self.repetition else f"{self.path}/{self.op}"
+
+    @property
+    def forward(self) -> bool:
+        """Whether it runs without gradients, unlike dgrad, wgrad and vector ops outside the model, such as the loss."""
+        return self.product == "fprop" or (self.product == "vector" and self.path != OUTSIDE)
 
 
 def survey(model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, backward: bool = False) -> list[Piece]:

@@ -107,13 +107,17 @@ def test_all_pieces_together_are_the_recipe_bit_for_bit() -> None:
     q = Quantizer(E4M3, rounding=Rounding.STOCHASTIC)
     whole = Recipe(Gemm(q, q, out=q), Gemm(q, q), Gemm(q, q), Quantizer(formats.bfloat16))
     whole = Recipe(whole.fprop, whole.dgrad, whole.wgrad, whole.vector, {"mlp.2": Recipe(fprop=Gemm(rhs=q))})
-    again = kept(whole, survey(model, batches, loss, whole, backward=True))
+    again = kept(whole, survey(model, batches, loss, whole))
     outcomes = [measured.run(model, batches, loss, recipe, seed=3) for recipe in (whole, again)]
     assert outcomes[0].loss == outcomes[1].loss
     assert all(torch.equal(a, b) for a, b in zip(*(o.logits for o in outcomes), strict=True))
+    again = kept(whole, survey(model, batches, loss, whole, backward=True))
     both = [measured.gradients(model, batches, loss, recipe, seed=3) for recipe in (whole, again)]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
     assert not any(isinstance(p.grad, Tensor) for p in model.parameters()) and model.training
+    frame = attribute(model, batches, loss, whole, by=["class"], backward=True, seed=3)
+    assert frame["loss"].iloc[1] == outcomes[0].loss
+    assert list(frame["part"][2:]) == ["linear", "attention", "vector", "reduction"]  # the loss is a reduction
 
 
 def test_roles_classes_and_gradients_are_those_of_recipes_written_by_hand() -> None:
