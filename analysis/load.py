@@ -29,11 +29,15 @@ TELEMETRY = {  # Parquet files of a run, where telemetry was on, and the columns
     "telemetry": ("step", "site", "role", "format", "sqnr_db", "clipped", "underflowed", "swallowed", "origin"),
     "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
 }
+LATER = ("oscillated",)  # columns that telemetry of earlier versions does not have
 FRONTIER = "frontier.json"
 FRONTIER_COLUMNS = {  # of its two tables, those that are read
-    "arms": "arm model data optimizer format rounding noise low high status frontier breaks best best_loss best_edge "
-    "share broke monotone contradicting margin required_share resolution seeds".split(),
-    "runs": "arm rate seed signature status loss excess holds rate_holds place".split(),
+    "arms": (
+        *("arm", "model", "data", "optimizer", "format", "rounding", "noise", "low", "high", "status"),
+        *("frontier", "breaks", "best", "best_loss", "best_edge", "share", "broke", "monotone", "contradicting"),
+        *("margin", "required_share", "resolution", "seeds"),
+    ),
+    "runs": ("arm", "rate", "seed", "signature", "status", "loss", "excess", "holds", "rate_holds", "place"),
 }
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -165,7 +169,7 @@ def read(folder: str | Path) -> Results:
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
         not_started=[name for name in listed if not (folder / name).is_dir()],
         not_listed=[name for name in found if name not in set(listed)],
-        telemetry=observed[0],
+        telemetry=observed[0].assign(**{c: math.nan for c in LATER if len(observed[0]) and c not in observed[0]}),
         cosines=observed[1],
         frontier=pushed[0],
         frontier_runs=pushed[1],

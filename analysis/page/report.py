@@ -20,6 +20,7 @@ from analysis.figures.plots import LABELS
 from analysis.load import Results
 from analysis.page import answer as answers
 from analysis.page import claims as claims_part
+from analysis.page import frontier as frontier_part
 from analysis.page import html as page
 from analysis.page import paper, summary, telemetry, terms, worst
 from analysis.page.html import Column
@@ -89,6 +90,7 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
         **_claims(results, per_run),
+        **frontier_part.tables(results),
         **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
         **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
     }
@@ -116,7 +118,8 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
         page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)
     )
     claimed = claims_part.section(frames["claims"], frames["predictions"]) if "claims" in frames else []
-    answer = [*claimed] or [*_answers(frames)]
+    claimed = [*claimed, *frontier_part.section(frames)]
+    answer = [*claimed, *([] if claimed and not results.parts else _answers(frames))]
     stamp = written_at.strftime("%Y-%m-%d %H:%M UTC")
     source = results.grid.get("source") or "not recorded"
     body = [

@@ -62,8 +62,8 @@ def plan(sought: Frontier) -> str:
     runs = [(first + more) * len(sought.seeds) for _, first, more in rates]
     steps = sum(n * arm.config.steps for n, (arm, _, _) in zip(runs, rates, strict=True))
     lines = [f"  {arm.name}: {first} rates in the first round, then {more}" for arm, first, more in rates]
-    total = f"{len(sought.arms)} arms on {len(sought.seeds)} seeds: about {sum(runs)} runs, {steps} steps where none diverges"
-    return "\n".join([total, *lines])
+    total = f"about {sum(runs)} runs, {steps} steps where none diverges"
+    return "\n".join([f"{len(sought.arms)} arms on {len(sought.seeds)} seeds: {total}", *lines])
 
 
 def write(sought: Frontier, found: Sequence[Found], folder: Path) -> tuple[list[Path], pd.DataFrame]:
@@ -85,7 +85,7 @@ def write(sought: Frontier, found: Sequence[Found], folder: Path) -> tuple[list[
 
 
 def summary(arms: pd.DataFrame) -> str:
-    """For every arm the frontier and its bracket, the best rate and loss, the share that holds, and what broke above."""
+    """For every arm its frontier and bracket, the best rate and loss, the share that holds, and what broke above."""
     margin, share = arms["margin"].iloc[0], arms["required_share"].iloc[0]
     lines = [
         f"The largest learning rate at which at least {share:.0%} of the seeds neither diverge nor end more than "

@@ -454,7 +454,7 @@ class Simulation:
         return result if out is None else _written(out, result)
 
     def _observe_inside(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Show the observer what torch computed inside a call that the recipe left to it, such as attention's logits."""
+        """Show the observer what torch computed inside a call that was left to it, such as attention's logits."""
         if op.inside is not None:
             part, compute = op.inside
             with self.suspended(), torch.no_grad():

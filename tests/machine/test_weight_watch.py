@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpsim import Gemm, Quantizer, Recipe, formats, simulate
-from lpsim.formats import Format, reference
+from lpsim.formats import BlockFormat, Format, reference
 from lpsim.machine.telemetry import Telemetry
 from lpsim.machine.weight_watch import oscillated, swallowed
 
@@ -51,17 +51,18 @@ def test_a_weight_oscillates_when_it_flips_to_a_neighbour_and_back(weight: list[
 def test_neighbours_are_those_of_the_blocks_scale(name: str) -> None:
     """Eight weights go to the next value of their block's grid and back, seven to the one after that and back."""
     fmt = formats.get(name)
-    assert isinstance(fmt, formats.BlockFormat)
+    assert isinstance(fmt, BlockFormat) and isinstance(fmt.block_size, int)
+    size = fmt.block_size
     for scale in (1.0, 2.0**-20, 2.0**10):
         grid = torch.tensor(reference.values(fmt.element)).unique() * scale
-        first = grid[torch.arange(fmt.block_size) % 5 + len(grid) // 2].unsqueeze(0)  # [1, block]
+        first = grid[torch.arange(size) % 5 + len(grid) // 2].unsqueeze(0)  # [1, block]
         first[0, -1] = grid[-1]  # holds the block's scale
         steps = [first, first.clone(), first]
         for weight in range(15):
             steps[1][0, weight] = grid[weight % 5 + len(grid) // 2 + (1 if weight < 8 else 2)]
         one, two, three = (Quantizer(fmt).quantize(x) for x in steps)
         assert int((one != two).sum()) == 15
-        assert oscillated(first, (one, two, three), fmt, -1) == 8 / fmt.block_size
+        assert oscillated(first, (one, two, three), fmt, -1) == 8 / size
 
 
 def test_a_scale_that_changes_and_comes_back_makes_weights_flip() -> None:
@@ -122,7 +123,8 @@ def test_telemetry_sees_the_largest_attention_logit(quantized: bool, mask: str) 
     q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
     given = torch.rand(6, 6) > 0.5
     given.fill_diagonal_(True)
-    how: dict[str, Any] = {"none": {}, "causal": {"is_causal": True}, "given": {"attn_mask": given}}[mask]
+    ways: dict[str, dict[str, Any]] = {"none": {}, "causal": {"is_causal": True}, "given": {"attn_mask": given}}
+    how = ways[mask]
 
     class Attends(nn.Module):
         def forward(self) -> Tensor:

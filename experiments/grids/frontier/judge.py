@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from experiments.grids.adaptive import Outcome
 
 LOSS = "validation_loss"
-TINY = 1e-9  # shares are compared up to this
+TINY = 1e-9  # shares and losses are compared up to this
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Found:
         """Which seeds hold at a rate."""
         if self.best is None:
             return [False] * len(trial.outcomes)
-        return [excess <= self.margin for excess in trial.excess(self.best)]
+        return [excess <= self.margin + TINY for excess in trial.excess(self.best)]
 
     def holds(self, trial: Trial) -> bool:
         holding = self.holding(trial)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.grids.frontier.judge import Found, Trial
+from experiments.grids.frontier.judge import TINY, Found, Trial
 from experiments.grids.frontier.search import Arm, Frontier
 
 VERSION = 1  # of the document
@@ -59,7 +59,7 @@ def document(sought: Frontier, found: Sequence[Found], grid: str) -> dict[str, A
 def _row(sought: Frontier, arm: Arm, found: Found) -> dict[str, Any]:
     best, frontier, breaks = found.best, found.frontier, found.breaks
     excess = breaks.excess(best) if breaks is not None and best is not None else []
-    worse = [each for each in excess if sought.margin < each < math.inf]
+    worse = [each for each in excess if sought.margin + TINY < each < math.inf]
     diverged = breaks.diverged if breaks is not None else 0
     ends = {found.trials[0].rate: "lower", found.trials[-1].rate: "upper"}
     holding = found.holding(frontier) if frontier is not None else []

@@ -44,7 +44,7 @@ class Op:
     transparent: torch's Python code for the function runs, and the functions it calls are simulated.
     autocasts: autocast runs this op in its lower precision, or, if `widened`, in float32.
     multiplies: whether a call with given arguments makes products, if not all do; the other calls are vector ops.
-    inside: where the recipe leaves a call to torch, what telemetry sees of a vector part: its name, and its value again.
+    inside: a vector part, and its value for a call that the recipe leaves to torch; telemetry looks at it.
     """
 
     name: str
