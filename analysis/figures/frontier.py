@@ -74,7 +74,8 @@ def panel(arms: pd.DataFrame, runs: pd.DataFrame, ax: Axes, *, colours: Mapping[
         ax.plot(ended["rate"], ended["loss"], ".", alpha=0.45, markersize=4, **how)
         ax.plot(means.index, means, linestyle=styles[arm["rounding"]], linewidth=1.4, **how)
         diverged = mine.loc[mine["status"] == "diverged", "rate"]
-        ax.plot(diverged, [0.98] * len(diverged), "x", transform=ax.get_xaxis_transform(), clip_on=False, **how)
+        if len(diverged):  # an empty line that is not clipped counts as one at the figure's corner
+            ax.plot(diverged, [0.98] * len(diverged), "x", transform=ax.get_xaxis_transform(), clip_on=False, **how)
         drawn.append(ended["loss"])
         if not np.isfinite(arm["frontier"]):
             continue
