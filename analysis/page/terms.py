@@ -78,10 +78,10 @@ LEGEND = (
     ),
     (
         "frontier, breaks, best rate",
-        "Of `lpsim frontier`. A seed holds at a learning rate when it does not diverge there and ends at most the stated "
-        "margin above its own run at the arm's best rate: the rate at which fewest seeds diverge and then the mean loss "
-        "is lowest. A rate holds when the stated share of seeds hold, else it breaks. The frontier is the largest rate "
-        "up to which, from the best one on, every rate tried holds. That what has broken stays broken is an "
+        "Of `lpsim frontier`. A seed holds at a learning rate when it does not diverge there and ends at most the "
+        "stated margin above its own run at the arm's best rate: that at which fewest seeds diverge and then the mean "
+        "loss is lowest. A rate holds when the stated share of seeds hold, else it breaks. The frontier is the largest "
+        "rate up to which, from the best one on, every rate tried holds. That what has broken stays broken is an "
         "assumption; an arm with trials against it is marked.",
     ),
     (
