@@ -39,6 +39,10 @@ FRONTIER_COLUMNS = {  # of its two tables, those that are read
     ),
     "runs": ("arm", "rate", "seed", "signature", "status", "loss", "excess", "holds", "rate_holds", "place"),
 }
+FRONTIER_NUMBERS = (  # that an arm or run may lack, and so all of a grid
+    *("noise", "frontier", "breaks", "best", "best_loss"),
+    *("frontier_loss", "share", "excess_above", "loss", "excess"),
+)
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -346,9 +350,10 @@ def _frontier(path: Path, problem_rows: list[dict[str, str]]) -> list[pd.DataFra
                 raise Unreadable(f"{path.name} has no table {name}")
             if missing := [column for row in rows for column in wanted if column not in row]:
                 raise Unreadable(f"{path.name} has no column {missing[0]} in its table {name}")
-            frames.append(_frame(rows, list(wanted)))
+            frame = _frame(rows, list(wanted))
+            frames.append(frame.astype({name: "float64" for name in FRONTIER_NUMBERS if name in frame}))
         return frames
-    except Unreadable as error:
+    except ValueError as error:  # unreadable, or a text where a number belongs
         problem_rows.append({"folder": ".", "reason": f"{error}; lpsim frontier writes it again"})
         return [_frame([], list(wanted)) for wanted in FRONTIER_COLUMNS.values()]
 

@@ -207,6 +207,12 @@ def test_open_and_empty_brackets_are_told(tmp_path: Path) -> None:
     assert "stochastic: none, every rate from 0.001 to 1 breaks; try lower ones" in text
 
 
+def test_a_grid_of_which_every_run_diverges_has_tables_and_a_picture(tmp_path: Path) -> None:
+    table, runs = tables(sought(arms=arms()[:1]), lambda config: math.nan, tmp_path)
+    assert list(table["status"]) == ["none"] and table["frontier"].isna().all() and set(runs["status"]) == {"diverged"}
+    assert "<svg" in (tmp_path / "frontier.svg").read_text()
+
+
 def test_a_contradiction_is_told(tmp_path: Path) -> None:
     def loss(config: Mapping[str, Any]) -> float:
         return 3.0 if 0.01 < config["optimizer"]["lr"] < 0.02 else 2.0
