@@ -5,9 +5,10 @@
         train(model)  # any training loop; its step follows the optimizer
     telemetry.write("telemetry.parquet")
 
-Between sampled steps nothing is observed, and it costs nothing. To examine a run that diverged, repeat its last step,
-which gives the same bits, with every=1; the training loop does so. Sums are computed in float64 by one thread, so that
-they do not depend on the number of threads. Only a model in training mode is observed.
+In the two steps after a sampled one, only rounded weights are looked at; in all others nothing is observed, and it
+costs nothing. To examine a run that diverged, repeat its last step, which gives the same bits, with every=1; the
+training loop does so. Sums are computed in float64 by one thread, so that they do not depend on the number of threads.
+Only a model in training mode is observed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Row:
 
     format: the quantizer's; "" for a result that is not rounded. sqnr_db: signal to quantization noise ratio,
     10·log10(Σx² / Σ(q − x)²), over the finite elements. bias: Σ(q − x) / Σ|x|. clipped: |x| is above the largest
-    magnitude that its block or format holds. underflowed: q is 0 and x is not. nan, inf: counts in x. scale_log2_*:
-    of the block scales, NaN without blocks; the smallest possible scale, which blocks of zeros get, is left out.
+    magnitude that its block or format holds. underflowed: q is 0 and x is not. nan, inf: counts in x. amax: the largest
+    finite |x|; at attention's site `.scores` that of the scaled and masked logits, also where nothing is rounded.
+    scale_log2_*: of the block scales, NaN without blocks; the smallest possible scale, which blocks of zeros get, is
+    left out.
     swallowed: of the weights that the optimizer changed between this step and the next, the fraction whose rounded
     value stayed the same. oscillated: of all weights, the fraction that flipped to a neighbouring value in that update
     and back in the next. If the optimizer samples weights, the samples are compared. Only a step's first call counts.
