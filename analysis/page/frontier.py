@@ -40,9 +40,9 @@ def section(frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     yield page.heading(3, "How far the learning rate can be pushed")
     first = arms.iloc[0]
     yield page.paragraph(
-        f"The frontier is the largest rate at which at least {first['required_share']:.0%} of "
-        f"{count(int(first['seeds']), 'seed')} neither diverge nor end more than {first['margin']:g} nats above their "
-        f"own run at the arm's best rate. It was sought by halving until the rate that breaks was at most "
+        f"The frontier is the largest rate that holds for at least {first['required_share']:.0%} of "
+        f"{count(int(first['seeds']), 'seed')}: they neither diverge nor end more than {first['margin']:g} nats above "
+        "their own run at the arm's best rate. It was sought by halving until the rate that breaks was at most "
         f"{first['resolution']:g} times the one that holds: the point itself lies between the two.",
         "note",
     )
@@ -83,7 +83,7 @@ def _table(arms: pd.DataFrame) -> str:
         Column("best rate", [_rate(row["best"]) for row in records], number=True),
         Column("loss there (nats)", [plain(row["best_loss"]) for row in records], number=True),
         Column("seeds that hold", ["–" if pd.isna(row["share"]) else f"{row['share']:.0%}" for row in records]),
-        Column("what broke just above", [_cell(row["broke"]) for row in records], wrap=True),
+        Column("what broke just above (seeds)", [_cell(row["broke"]) for row in records], wrap=True),
         Column("monotone", ["yes" if row["monotone"] == "true" else "no" for row in records]),
     ]
     firsts = [row[names[0]] for row in records]

@@ -176,7 +176,7 @@ def test_the_tables_say_what_broke_and_name_the_runs(tmp_path: Path) -> None:
     ]
     assert table["rounding"].fillna("").tolist() == ["", "stochastic", ""]
     assert table["noise"].isna().tolist() == [True, True, False] and table["noise"].iloc[2] == 0.0
-    assert set(table["status"]) == {"bracketed"} and set(table["broke"]) == {"of 3 seeds 3 diverge"}
+    assert set(table["status"]) == {"bracketed"} and set(table["broke"]) == {"3 of 3 diverge"}
     assert set(table["share"]) == {1.0} and set(table["monotone"]) == {"true"}
     configs = {c.signature(): c for arm in given.arms for t in runs["rate"].unique() for c in arm.configs(t, (0, 1, 2))}
     for row in runs.to_dict("records"):
@@ -186,7 +186,7 @@ def test_the_tables_say_what_broke_and_name_the_runs(tmp_path: Path) -> None:
     assert set(at_best["excess"]) == {0.0} and len(at_best) == 9
     means = at_best.groupby("arm", sort=False)["loss"].mean()
     pd.testing.assert_series_equal(means, table.set_index("arm")["best_loss"], check_names=False)
-    assert "of 3 seeds 3 diverge); 100% of the seeds hold at the frontier; best" in frontier.summary(table)
+    assert "3 of 3 diverge); 100% of the seeds hold at the frontier; best" in frontier.summary(table)
     bracket = ["frontier", "breaks"]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "frontier.csv")[bracket], table[bracket])
 
@@ -194,7 +194,7 @@ def test_the_tables_say_what_broke_and_name_the_runs(tmp_path: Path) -> None:
 def test_what_ends_worse_is_told_with_its_size(tmp_path: Path) -> None:
     """Above its point a run ends 1 nat worse, and 0.02 ln² of it more."""
     table, _ = tables(sought(margin=0.5), breaks_at({"float32": 0.1, "mxfp4_e2m1": 0.1}), tmp_path)
-    assert table["broke"].str.fullmatch(r"of 3 seeds 3 end up to 1\.[01]\d nats worse").all()
+    assert table["broke"].str.fullmatch(r"3 of 3 end up to 1\.[01]\d nats worse").all()
 
 
 def test_open_and_empty_brackets_are_told(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_the_command_finds_writes_and_reports(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "push").exists()
     assert cli.main([*command, "--report"]) == 0
     output = capsys.readouterr().out
-    assert "gpt2-tiny, adamw, float32: " in output and " breaks (of 1 seeds 1 " in output
+    assert "gpt2-tiny, adamw, float32: " in output and " breaks (1 of 1 " in output
     for file in ("frontier.json", "frontier.csv", "frontier.svg", "report.html"):
         assert str(tmp_path / "push" / file) in output and (tmp_path / "push" / file).exists()
     before = (tmp_path / "push" / "frontier.json").read_bytes()

@@ -96,12 +96,13 @@ def _row(sought: Frontier, arm: Arm, found: Found) -> dict[str, Any]:
 
 
 def _broke(diverged: int, worse: Sequence[float], seeds: int) -> str:
-    """`1 of 3 seeds diverges, 2 end up to 0.54 nats worse`."""
-    parts = [f"{diverged} diverge{'s' if diverged == 1 else ''}"] if diverged else []
-    if worse:
-        upto = "up to " if len(worse) > 1 else ""
-        parts.append(f"{len(worse)} end{'s' if len(worse) == 1 else ''} {upto}{max(worse):.2f} nats worse")
-    return f"of {seeds} seeds {', '.join(parts)}" if parts else ""
+    """`1 of 3 diverges, 2 of 3 end up to 0.54 nats worse`."""
+    parts = [f"{diverged} of {seeds} diverge{'s' if diverged == 1 else ''}"] if diverged else []
+    if len(worse) == 1:
+        parts.append(f"1 of {seeds} ends {worse[0]:.2f} nats worse")
+    elif worse:
+        parts.append(f"{len(worse)} of {seeds} end up to {max(worse):.2f} nats worse")
+    return ", ".join(parts)
 
 
 def _place(found: Found, trial: Trial) -> str:
