@@ -231,6 +231,11 @@ def _arms(rows: pd.DataFrame) -> str:
             Column(name, _texts(rows[name], str), number=True)
             for name in ("diverged", "failed", "unfinished", "excluded")
         ),
+        *(
+            Column(name.removeprefix(load.FINAL), _texts(rows[name], plain), number=True)
+            for name in load.own_metrics(rows)
+            if rows[name].notna().any()
+        ),
     ]
     return page.table(columns, best=flags, new=_new(rows, names))
 
