@@ -184,6 +184,9 @@ class Config(Settings):
     grid: str = ""  # the grid's name; run_grid fills it in
     schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules; written where it is no Cosine
     metrics: tuple[own.Metric, ...] = ()  # of one's own, measured at every validation; written where there are any
+    # the signature of a run of the same grid, of the same model, whose last weights this one begins with (fine-tuning);
+    # an adaptive grid knows it from that run's Outcome. Written where it is given.
+    begin_with: str | None = None
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
         "model": (MODEL_FAMILIES, "model"),
@@ -233,7 +236,9 @@ class Config(Settings):
             del data["schedule"]  # there was no other schedule once, and its runs keep their signatures
         data["metrics"] = {metric.name: own.to_dict(metric) for metric in self.metrics}
         if not self.metrics:
-            del data["metrics"]  # there were none once
+            del data["metrics"]  # likewise
+        if self.begin_with is None:
+            del data["begin_with"]
         return data | {section: own.to_dict(part) for section, part in self._own_sections().items()}
 
     @classmethod
@@ -250,6 +255,7 @@ class Config(Settings):
         if not isinstance(metrics, Mapping) or not all(own.DEFINITION in metric for metric in metrics.values()):
             raise ValueError(f"metrics must be an object of metrics with a definition each, is {metrics!r}")
         parts["metrics"] = tuple(own.from_dict(metric, sources, "metric") for metric in metrics.values())
+        parts.setdefault("begin_with", None)
         for name, (table, what) in cls.sections.items():
             if name in parts:
                 mine = isinstance(parts[name], Mapping) and own.DEFINITION in parts[name]
