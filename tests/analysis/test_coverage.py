@@ -89,8 +89,8 @@ def test_where_the_format_makes_them_diverge_the_worst_case_flatters_no_arm() ->
 
 
 def test_wilsons_interval_holds_a_rate_as_often_as_is_known_of_it() -> None:
-    """Exactly, from the binomial distribution: nominal on average over all rates, never below 0.83 (Agresti & Coull
-    1998, Brown, Cai & DasGupta 2001).
+    """Computed exactly: nominal on average over all rates, less at some of them (Brown, Cai & DasGupta 2001), but
+    never less than 0.8.
     """
     rates = np.linspace(0.0005, 0.9995, 1000)
     for n in range(2, 11):
@@ -98,4 +98,4 @@ def test_wilsons_interval_holds_a_rate_as_often_as_is_known_of_it() -> None:
         holds = (bounds[:, :1] <= rates) & (rates <= bounds[:, 1:])
         coverage = (stats.binom.pmf(np.arange(n + 1)[:, None], n, rates) * holds).sum(axis=0)
         assert math.isclose(coverage.mean(), tables.CONFIDENCE, abs_tol=0.015), (n, coverage.mean())
-        assert coverage.min() > 0.83, (n, coverage.min())
+        assert coverage.min() > 0.8, (n, coverage.min())

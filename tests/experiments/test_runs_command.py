@@ -30,7 +30,7 @@ def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str,
 def test_every_run_of_the_grid_is_a_row(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, str(grid))
     assert list(rows[0]) == [
-        *("status", "step", "optimizer", "format", "seed"),
+        *("status", "step", "optimizer", "format", "seed", "data.seed"),
         *("final.validation_loss", "final.train_loss", "path"),
     ]
     states = ["finished", "unfinished", "diverged", "failed", "finished", "finished", "not started", "not started"]

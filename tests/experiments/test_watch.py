@@ -69,9 +69,9 @@ def test_a_kill_between_writing_and_renaming_leaves_the_old_report(tmp_path: Pat
     path = tmp_path / "report.html"
     path.write_text("old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from analysis.page import report\n"
+        "import os, signal, sys; from pathlib import Path; from analysis.page import files\n"
         "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "report._write(Path(sys.argv[1]), b'new' * 100)"
+        "files.replace(Path(sys.argv[1]), b'new' * 100)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=experiment_jobs.environment())
     assert done.returncode == -9 and path.read_text() == "old"
