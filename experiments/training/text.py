@@ -82,7 +82,7 @@ class HuggingFaceText(Settings):
             choose(_tokenizer(self.tokenizer, _stamp(self.tokenizer)).get_vocab(), self.separator, "separator token")
 
     def load(self, model: Any) -> Tokens:
-        stamps = tuple(_stamp(path) for path in [self.tokenizer, *_files(self.folder)])
+        stamps = (_stamp(self.tokenizer), *map(_stamp, _files(self.folder)))
         train, held_out = (
             _tokens_of_split(self.folder, stamps, self.tokenizer, self.column, split, self.separator)
             for split in (self.train, self.held_out)
