@@ -25,6 +25,7 @@ REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
+SHIPPED_FINALS = tuple(FINAL + name for name in ("train_loss", "validation_loss", "validation_accuracy"))
 TELEMETRY = {  # Parquet files of a run, where telemetry was on, and the columns that are read
     "telemetry": ("step", "site", "role", "format", "sqnr_db", "clipped", "underflowed", "swallowed", "origin"),
     "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
@@ -150,7 +151,7 @@ def read(folder: str | Path) -> Results:
     found = sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_a_run(child))
     listed = found if signatures is None else list(dict.fromkeys(signatures))
     run_rows, environment_rows, metric_rows = [], [], []
-    for signature in [name for name in listed if (folder / name).is_dir()]:
+    for signature in [name for name in listed if _holds_a_run(folder / name)]:
         try:
             run, sessions, numbers = _read_run(folder / signature)
         except Unreadable as error:
@@ -171,7 +172,7 @@ def read(folder: str | Path) -> Results:
         metrics=long,
         environment=_frame(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
-        not_started=[name for name in listed if not (folder / name).is_dir()],
+        not_started=[name for name in listed if not _holds_a_run(folder / name)],
         not_listed=[name for name in found if name not in set(listed)],
         telemetry=observed[0].assign(**{c: math.nan for c in LATER if len(observed[0]) and c not in observed[0]}),
         cosines=observed[1],
@@ -241,6 +242,11 @@ def _below(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def config_columns(runs: pd.DataFrame) -> list[str]:
     """The columns of `runs` that come from config.json, in its order."""
     return [name for name in runs.columns if name not in RESULT_COLUMNS and not name.startswith(FINAL)]
+
+
+def own_metrics(runs: pd.DataFrame) -> list[str]:
+    """The columns of `runs` with metrics that a grid's author defined: every `final.*` that is not shipped."""
+    return [name for name in runs.columns if name.startswith(FINAL) and name not in SHIPPED_FINALS]
 
 
 def _no_grid_folder(folder: Path) -> str:
