@@ -47,8 +47,12 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=getattr(os, "process_cpu_count", os.cpu_count)() or 1,
-        help="processes (default: the usable cores)",
+        help="processes (default: one for each of --gpus, otherwise the usable cores); slurm: jobs at a time",
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="LIST",
+        help='local: the GPUs, such as 0,1,2 or "all"; a process sees one of them and no other',
     )
     parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
     parser.add_argument(
@@ -57,6 +61,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
+    )
+    parser.add_argument(
+        "--runs-per-job", type=int, default=1, metavar="N", help="slurm: pack so many short runs into a job (default: 1)"
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
@@ -93,7 +100,7 @@ def _plan(configs: list[Config] | Adaptive, source: Path, options: argparse.Name
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
-    print(plan(configs, options.runs / source.stem, options.jobs, options.telemetry_every))
+    print(plan(configs, options.runs / source.stem, processes(options), options.telemetry_every))
     return 0
 
 
@@ -117,16 +124,39 @@ def run_all(
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecutor:
-    from experiments.running.executors import DaskExecutor, LocalExecutor, SlurmExecutor
+    """Where the options say. Raises ValueError for an option that the executor has no use for."""
+    from experiments.running.executors import DaskExecutor, LocalExecutor
+    from experiments.running.slurm import SlurmExecutor, gpu_groups
 
+    for name, used_by in (("gpus", "local"), ("sbatch", "slurm"), ("scheduler", "dask")):
+        if getattr(options, name) and options.executor != used_by:
+            raise ValueError(f"--{name} goes with --executor {used_by}, not with {options.executor}")
+    if options.runs_per_job != 1 and options.executor != "slurm":
+        raise ValueError(f"--runs-per-job goes with --executor slurm, not with {options.executor}")
     if options.executor == "slurm":
-        return SlurmExecutor(folder / "slurm", options.sbatch)
+        return SlurmExecutor(folder / "slurm", options.sbatch, options.jobs, options.runs_per_job)
     if options.executor == "dask":
         try:
-            return DaskExecutor(options.scheduler, options.jobs)
+            return DaskExecutor(options.scheduler, processes(options))
         except (ImportError, OSError) as error:
             raise UserError(str(error)) from error
-    return LocalExecutor(options.jobs)
+    gpus = gpu_groups(all_gpus() if options.gpus == "all" else options.gpus or "", 1)
+    if options.gpus and not gpus:
+        raise ValueError(f"--gpus {options.gpus}: there are none")
+    return LocalExecutor(len(gpus) if gpus and options.jobs is None else processes(options), gpus)
+
+
+def processes(options: argparse.Namespace) -> int:
+    """How many runs are computed at once on this machine."""
+    cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    return int(cores if options.jobs is None else options.jobs)
+
+
+def all_gpus() -> str:
+    """The GPUs that this process may use, by the words CUDA_VISIBLE_DEVICES has for them."""
+    from torch import cuda
+
+    return os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cuda.device_count())))
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -218,10 +218,10 @@ def _run_missing(
     futures: dict[Future[Any], str] = {}
     with Progress(configs, names, rows, folder) as progress:
         try:
-            for signature, config in configs.items():
-                if rows[signature] is None:
-                    told = [] if sources is None else [str(sources)]
-                    futures[executor.submit(run_one, config.to_dict(), str(folder / signature), *told)] = signature
+            missing = [signature for signature in configs if rows[signature] is None]
+            told = [] if sources is None else [str(sources)]
+            calls = [[configs[signature].to_dict(), str(folder / signature), *told] for signature in missing]
+            futures = dict(zip(executor.submit_many(run_one, calls), missing, strict=True))
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
