@@ -63,7 +63,11 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
     )
     parser.add_argument(
-        "--runs-per-job", type=int, default=1, metavar="N", help="slurm: pack so many short runs into a job (default: 1)"
+        "--runs-per-job",
+        type=int,
+        default=1,
+        metavar="N",
+        help="slurm: so many short runs in a job (default: 1)",
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"

@@ -162,4 +162,3 @@ class DaskExecutor(StoppableExecutor):
                 future.cancel()
         self._executor.shutdown(wait=wait)
         self._client.close()
-

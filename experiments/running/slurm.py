@@ -68,7 +68,9 @@ class Pack:
         self._executor = LocalExecutor(workers, gpus)
         signal.signal(signal.SIGTERM, self._terminated)
         with self._executor:
-            pending = {self._executor.submit(call_by_name, call.function, call.args, call.kwargs): call for call in calls}
+            pending = {
+                self._executor.submit(call_by_name, call.function, call.args, call.kwargs): call for call in calls
+            }
             stopped = False
             while pending:
                 done, _ = wait(pending, timeout=self.poll_s, return_when=FIRST_COMPLETED)
@@ -195,7 +197,9 @@ class SubmititExecutor(StoppableExecutor):
             self._stopped = True
             self._folder.mkdir(parents=True, exist_ok=True)
             self._stop_file.touch()
-            waiting = [job_id for job_id, job in self._jobs.items() if not any(future.running() for future in job.calls)]
+            waiting = [
+                job_id for job_id, job in self._jobs.items() if not any(future.running() for future in job.calls)
+            ]
         if waiting:
             self._queue.end(waiting)
 
@@ -357,7 +361,7 @@ class SlurmExecutor(SubmititExecutor):
             )
         given = dict(_sbatch_option(option) for option in options)
         if "time" not in given:
-            raise ValueError("say how long a job may run, such as --sbatch=--time=2:00:00; it is queued again after that")
+            raise ValueError("say how long a job may run, such as --sbatch=--time=2:00:00; it is requeued then")
         backend = submitit.SlurmExecutor(folder.resolve(), max_num_timeout=REQUEUES)
         # srun does not take the number of CPUs over from sbatch
         srun = [f"--cpus-per-task={given['cpus-per-task']}"] if "cpus-per-task" in given else []

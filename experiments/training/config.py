@@ -34,15 +34,17 @@ MODEL_FAMILIES: dict[str, type[Settings]] = {
     )
 }
 MODELS: dict[str, ModelConfig] = {
-    model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.MICRO_GLYPHS, vit.BASE)
+    model.name: model
+    for model in (gpt2.MICRO, gpt2.SMALL, gpt2.MEDIUM, vit.MICRO, vit.MICRO_GLYPHS, vit.SMALL, vit.BASE)
 }
 PASSES = ("forward", "all")
 GIVEN = "given"  # written for passes where the recipe is given whole
 
 
 def model(name: str) -> ModelConfig:
-    """The shipped model of that name. Raises ValueError naming the close ones."""
-    return choose(MODELS, name, "model")
+    """The shipped model of that name. Raises ValueError naming the close ones; llamas need the package transformers."""
+    known: dict[str, ModelConfig | None] = {**MODELS, **dict.fromkeys(huggingface.LLAMAS)}
+    return choose(known, name, "model") or huggingface.llama(name)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_slurm_refuses_what_it_cannot_run(tmp_path: Path, monkeypatch: pytest.Mo
     with SlurmExecutor(tmp_path / "jobs", ["--time=10"], poll_s=0.05) as executor:
         with pytest.raises(ValueError, match="must be a function of an importable module"):
             executor.submit(local)
-        with pytest.raises(ValueError, match="(?s)the scheduler took no job.*invalid partition"):
+        with pytest.raises(ValueError, match=r"(?s)the scheduler took no job.*invalid partition"):
             executor.submit(add, 1, 1)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"pip install 'lpsim\[slurm\]'"):
