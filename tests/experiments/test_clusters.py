@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.experiments import experiment_jobs, slurm_cluster
-from tests.experiments.experiment_jobs import wait_until
 from tests.experiments.slurm_cluster import ask
 from tests.experiments.test_grid import contents
 
 pytestmark = pytest.mark.full
+wait_until = partial(experiment_jobs.wait_until, timeout_s=600)
 
 GRID = """
 from tests.experiments.experiment_jobs import tiny_grid
@@ -36,7 +37,7 @@ def lpsim(tmp_path: Path, runs: str, *options: str, environment: dict[str, str])
 
 
 def ends_well(process: "subprocess.Popen[str]") -> None:
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0 and "16 runs: 16 finished" in output, output + errors
 
 
