@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
     add_running(parser)
+    parser.add_argument("--twin", action="store_true", help="run the small twin of a grid of real size, as NAME_twin")
     parser.add_argument("--dry-run", action="store_true", help="say how many runs there are, done and left, and end")
     parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
 
@@ -93,10 +94,17 @@ def _run_grid(options: argparse.Namespace) -> int:
 
     with user_errors():
         formats = chosen_formats(options)
-        source, configs = load_grid(options.grid, formats)
+        source, configs = load_grid(options.grid, formats, options.twin)
         if options.dry_run:
             return _plan(configs, source, options)
-        return 0 if run_all(configs, source, options, load_claims(options.grid, formats)) else 1
+        claims = [] if options.twin else load_claims(options.grid, formats)
+        return 0 if run_all(configs, source, options, claims) else 1
+
+
+def folder_of(source: Path, options: argparse.Namespace) -> Path:
+    """Where the grid's runs lie."""
+    twin = "_twin" if getattr(options, "twin", False) else ""
+    return Path(options.runs) / f"{source.stem}{twin}"
 
 
 def _plan(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> int:
@@ -104,7 +112,7 @@ def _plan(configs: list[Config] | Adaptive, source: Path, options: argparse.Name
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
-    print(plan(configs, options.runs / source.stem, processes(options), options.telemetry_every))
+    print(plan(configs, folder_of(source, options), processes(options), options.telemetry_every))
     return 0
 
 
@@ -115,7 +123,7 @@ def run_all(
     from experiments.grids.adaptive import Adaptive
     from experiments.running.grid import DONE, run_grid
 
-    folder = options.runs / source.stem
+    folder = folder_of(source, options)
     with make_executor(options, folder) as executor:
         rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims=claims)
     print(f"{folder}: {summary(rows)}")
