@@ -3,8 +3,9 @@
 A grid that looks at finished runs yields lists of configs and receives how they ended (`adaptive`). A file with
 `def tune()` seeks the best settings of each arm (`tuning`); one with `def claims()` says what its grid is to decide
 (`claims`). A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] =
-(...))`; one of real size has a small twin that takes the same path: `def grid(twin: bool = False)`. In: a file that a user names. Out: configs, or one message that tells the file and line of a mistake. It
-imports training; running and command import it.
+(...))`; one of real size has a small twin that takes the same path: `def grid(twin: bool = False)`. In: a file that a
+user names. Out: configs, or one message that tells the file and line of a mistake. It imports training; running and
+command import it.
 """
 
 import functools
