@@ -64,6 +64,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
     )
     parser.add_argument(
+        "--processes-per-run", type=int, default=1, metavar="N", help="that share each batch, a GPU each (default: 1)"
+    )
+    parser.add_argument(
         "--runs-per-job",
         type=int,
         default=1,
@@ -125,7 +128,16 @@ def run_all(
 
     folder = folder_of(source, options)
     with make_executor(options, folder) as executor:
-        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims=claims)
+        rows = run_grid(
+            configs,
+            folder,
+            executor,
+            source,
+            options.argv,
+            options.telemetry_every,
+            claims=claims,
+            processes_per_run=options.processes_per_run,
+        )
     print(f"{folder}: {summary(rows)}")
     done = all(row.status in DONE for row in rows)
     if not done and isinstance(configs, Adaptive):
@@ -145,23 +157,26 @@ def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecuto
             raise ValueError(f"--{name} goes with --executor {used_by}, not with {options.executor}")
     if options.runs_per_job != 1 and options.executor != "slurm":
         raise ValueError(f"--runs-per-job goes with --executor slurm, not with {options.executor}")
+    share = options.processes_per_run
+    if share < 1 or (share > 1 and options.executor == "dask"):
+        raise ValueError("--processes-per-run is at least 1, and goes with --executor local or slurm")
     if options.executor == "slurm":
-        return SlurmExecutor(folder / "slurm", options.sbatch, options.jobs, options.runs_per_job)
+        return SlurmExecutor(folder / "slurm", options.sbatch, options.jobs, options.runs_per_job, share)
     if options.executor == "dask":
         try:
             return DaskExecutor(options.scheduler, processes(options))
         except (ImportError, OSError) as error:
             raise UserError(str(error)) from error
-    gpus = gpu_groups(all_gpus() if options.gpus == "all" else options.gpus or "", 1)
+    gpus = gpu_groups(all_gpus() if options.gpus == "all" else options.gpus or "", share)
     if options.gpus and not gpus:
-        raise ValueError(f"--gpus {options.gpus}: there are none")
+        raise ValueError(f"--gpus {options.gpus}: there are not {share}, which a run needs")
     return LocalExecutor(len(gpus) if gpus and options.jobs is None else processes(options), gpus)
 
 
 def processes(options: argparse.Namespace) -> int:
     """How many runs are computed at once on this machine."""
     cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    return int(cores if options.jobs is None else options.jobs)
+    return int(max(1, cores // options.processes_per_run) if options.jobs is None else options.jobs)
 
 
 def all_gpus() -> str:

@@ -64,7 +64,8 @@ class Pack:
         if not calls or self.stop.exists():
             return
         gpus = gpu_groups(os.environ.get("CUDA_VISIBLE_DEVICES", ""), self.gpus_per_call)
-        workers = min(len(calls), len(gpus) or int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
+        cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        workers = min(len(calls), len(gpus) or max(1, cpus // self.gpus_per_call))
         self._executor = LocalExecutor(workers, gpus)
         signal.signal(signal.SIGTERM, self._terminated)
         with self._executor:

@@ -20,18 +20,23 @@ from torch.optim import Optimizer
 
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
+from experiments.training.parallel import Alone, Peers
 from experiments.training.record import RunRecord
 from experiments.training.weights import weight_statistics
 from lpsim import simulate
 from lpsim.machine.telemetry import Telemetry
 
 Result = dict[str, Any]
+ALONE = Alone()
 
 
-def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False) -> Result | None:
+def train(
+    config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False, peers: Peers = ALONE
+) -> Result | None:
     """Train to the end, from the record's checkpoint where it has one. Returns what result.json is to hold.
 
-    None when stopped: `stop` is asked after every step; a stopped run has written its checkpoint.
+    None when stopped: `stop` is asked after every step; a stopped run has written its checkpoint. peers: the processes
+    that share the run; each calls this function.
     Raises: ValueError for data that do not fit the config; RunFolderError when the folder cannot be read or written.
     """
     with deterministic():
@@ -45,6 +50,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step, time_before, final = saved["step"], saved["time_s"], saved["final"]
+        network = peers.network(model)
         record.keep_metrics_until(step if saved is not None else -1)
         started = time.perf_counter()
 
@@ -74,8 +80,10 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 begun = time.perf_counter()
                 simulation.step = step
                 rate = set_learning_rate(config, optimizer, step)
-                batch = data.train_batch(config.seed, step, config.batch_size)
-                loss, grad_norm = gradients(config, model, optimizer, batch, telemetry)
+                batch = peers.part(data.train_batch(config.seed, step, config.batch_size))
+                simulation.part = peers.rank
+                loss, grad_norm = gradients(config, network, optimizer, batch, telemetry)
+                loss, simulation.part = peers.mean(loss), 0
                 cause = divergence(config, loss, grad_norm, data.classes)
                 if cause is None:
                     optimizer.step()
@@ -93,7 +101,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 if step % config.validate_every == 0 or last:
                     measured = measure(config, model, data, record, step)
                     final |= {f"validation_{name}": value for name, value in measured.items()}
-                stopped = stop()
+                stopped = peers.any(stop())
                 if step % config.checkpoint_every == 0 or last or stopped:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     if telemetry is not None:

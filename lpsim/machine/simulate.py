@@ -131,6 +131,11 @@ class Simulation:
     While the step follows the optimizers, evaluations (calls that begin with gradients disabled) are numbered apart, so
     they do not change the bits of training. When you set the step yourself, they are numbered together with training:
     then evaluate after the update and before you set the next step.
+
+    part: which of several equal parts of the batch the model gets, from 0, where processes share a batch (data
+    parallel). Element i of a part's tensor then draws the random bits that it draws in the tensor of the whole batch,
+    of which the part is a contiguous piece (the batch is its first axis); parameters draw the same in every part. That
+    holds for operands and results of products, not for vector operations: round those to nearest.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Simulation:
         self.seed = seed
         self._observer: Observer | None = None
         self._sampler: Sampler | None = None
+        self.part = 0
         self._step = 0
         self._steps: OptimizerSteps | None = OptimizerSteps(model)  # None: the loop sets the step
         self._resumed = False  # whether the step was looked up in the optimizers' states
@@ -502,9 +508,9 @@ class Simulation:
             if not (self._resumed or evaluation) and (site.stochastic or self._sampler is not None):
                 self._catch_up(self._steps)
         if not site.stochastic:
-            return Call(site, self.seed, self._step, 0, self._observer)
+            return Call(site, self.seed, self._step, 0, self._observer, self.part)
         step, occurrence = self._paths.regions.draw(site, self._step, calls, evaluation)
-        return Call(site, self.seed, step, occurrence, self._observer)
+        return Call(site, self.seed, step, occurrence, self._observer, self.part)
 
     def _catch_up(self, steps: OptimizerSteps) -> None:
         """Before the step is first used in training, take it from the optimizers' states, as in a resumed run."""
