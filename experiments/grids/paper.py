@@ -15,7 +15,8 @@ from lpsim import Rounding, ScaleRule, formats
 
 FORMATS = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
 UNCLIPPED = tuple(
-    replace(formats.get(name), name=f"{name}_unclipped", scale_rule=ScaleRule.CEIL) for name in FORMATS[1:]
+    replace(format, name=f"{format.name}_unclipped", scale_rule=ScaleRule.CEIL)
+    for format in (formats.mxfp6_e3m2, formats.mxfp4_e2m1)
 )
 SEEDS = (0, 1, 2)
 
