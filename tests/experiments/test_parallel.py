@@ -14,7 +14,7 @@ import torch
 from experiments.running.executors import LocalExecutor
 from experiments.running.grid import GridError, run_grid, run_one
 from experiments.training import train
-from experiments.training.config import forward
+from experiments.training.config import GivenRecipe, forward
 from experiments.training.optimizers import LMD
 from experiments.training.record import RunRecord
 from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
@@ -79,7 +79,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         result = train.train(shared, alone)
     alone.close()
     together = run_one(shared.to_dict(), str(tmp_path / "together"), None, 2)
-    print(losses(tmp_path / "alone"), losses(tmp_path / "together"))
     assert result is not None and together is not None and together["status"] == "finished", together
     one, two = losses(tmp_path / "alone"), losses(tmp_path / "together")
     assert len(one) == len(two) and two[:2] == pytest.approx(one[:2], rel=1e-6)
@@ -88,10 +87,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def test_runs_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    vector = GivenRecipe("v", Recipe(vector=Quantizer(formats.bfloat16, rounding=Rounding.STOCHASTIC)))
     for refused, message in (
         (config(batch_size=3), "a batch of 3 cannot be shared equally by 2 processes"),
         (config(telemetry_every=2), "telemetry sees the whole batch in one process only"),
-        (replace(config(), recipe=forward("mxfp4_e2m1", "bfloat16", Rounding.STOCHASTIC)), "vector operations cannot"),
+        (replace(config(), recipe=vector), "vector operations cannot be rounded stochastically"),
     ):
         with LocalExecutor(1) as executor, pytest.raises((ValueError, GridError), match=message):
             run_grid([refused], tmp_path / "g", executor, processes_per_run=2)
@@ -99,7 +99,7 @@ def test_runs_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_one_of_two_processes_killed_and_resumed_is_an_undisturbed_run(tmp_path: Path) -> None:
-    shared = config(steps=200, checkpoint_every=20).to_dict()
+    shared = config(steps=60, checkpoint_every=10).to_dict()
     assert run_one(shared, str(tmp_path / "whole"), None, 2) is not None
     folder = tmp_path / "killed"
     with ThreadPoolExecutor(1) as threads:
