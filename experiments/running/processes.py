@@ -19,6 +19,8 @@ def train_together(
     Raises: what a process raised; WorkerDied when one was killed: the others end, and the checkpoint stays.
     """
     gpus = gpu_groups(os.environ.get("CUDA_VISIBLE_DEVICES", ""), 1)
+    if gpus and len(gpus) < count and config_json["device"].startswith("cuda"):
+        raise ValueError(f"a run in {count} processes needs as many GPUs; this worker sees {len(gpus)}")
     with tempfile.TemporaryDirectory() as place, LocalExecutor(count, gpus) as executor:
         store = str(Path(place) / "store")
         calls = [(config_json, str(folder), sources, rank, count, store) for rank in range(count)]

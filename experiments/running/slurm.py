@@ -332,7 +332,7 @@ def _settle(future: Future[Any], answer: Mapping[str, Any]) -> None:
 
 
 def _last_lines(text: str, count: int) -> str:
-    return "\n".join(line for line in text.strip().splitlines()[-count:])
+    return "; ".join(line.strip() for line in text.strip().splitlines()[-count:])
 
 
 class SlurmExecutor(SubmititExecutor):
