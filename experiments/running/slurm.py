@@ -57,6 +57,7 @@ class Pack:
     calls: Sequence[Call]
     stop: Path
     gpus_per_call: int = 1
+    warning_s: float = WARNING_S  # see SlurmExecutor
     poll_s: float = 1.0
 
     def __call__(self) -> None:
@@ -87,16 +88,21 @@ class Pack:
         from submitit.core.utils import DelayedSubmission
 
         self._leave()
-        return DelayedSubmission(Pack(self.calls, self.stop, self.gpus_per_call, self.poll_s))
+        return DelayedSubmission(Pack(self.calls, self.stop, self.gpus_per_call, self.warning_s, self.poll_s))
 
     def _terminated(self, *_: object) -> None:
         self._leave()
         sys.exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
-        """Return when all calls under way have ended. In a signal's handler, so their answers are not written."""
+        """Return when all calls under way have ended. In a signal's handler, so their answers are not written.
+
+        Or when time gets short: Slurm may warn a minute late, and a run that is still importing torch has nothing to
+        save. What was not saved is computed again.
+        """
         self._executor.stop()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        wait(self._futures, timeout=max(self.warning_s / 2, self.warning_s - 60))
 
 
 def gpu_groups(visible: str, size: int) -> list[str]:
@@ -171,12 +177,14 @@ class SubmititExecutor(StoppableExecutor):
         folder: Path,
         calls_per_job: int = 1,
         gpus_per_call: int = 1,
+        warning_s: float = WARNING_S,
         poll_s: float = 5.0,
     ) -> None:
         if calls_per_job < 1:
             raise ValueError(f"runs per job must be at least 1, are {calls_per_job}")
         self._backend, self._queue, self._folder = backend, queue, folder.resolve()
-        self._calls_per_job, self._gpus_per_call, self._poll_s = calls_per_job, gpus_per_call, poll_s
+        self._calls_per_job, self._gpus_per_call = calls_per_job, gpus_per_call
+        self._warning_s, self._poll_s = warning_s, poll_s
         self._answers = self._folder / "answers"
         self._stop_file = self._folder / f"stop-{uuid.uuid4().hex}"
         self._stopped = self._taken_over = False
@@ -229,7 +237,8 @@ class SubmititExecutor(StoppableExecutor):
         for first in range(0, len(packs), ARRAY_LIMIT):
             array = packs[first : first + ARRAY_LIMIT]
             try:
-                jobs = self._backend.submit_array([Pack(pack, self._stop_file, self._gpus_per_call) for pack in array])
+                settings = (self._stop_file, self._gpus_per_call, self._warning_s)
+                jobs = self._backend.submit_array([Pack(pack, *settings) for pack in array])
             except Exception as error:  # submitit's own classes, with the scheduler's words
                 self.stop()
                 raise ValueError(f"the scheduler took no job: {_last_lines(str(error), 3)}") from error
@@ -374,7 +383,9 @@ class SlurmExecutor(SubmititExecutor):
         )
         # what submitit sets itself gives way to what was asked for
         backend.parameters["additional_parameters"] = ({} if "no-requeue" in given else {"requeue": True}) | given
-        super().__init__(backend, SlurmQueue(), folder, calls_per_job, gpus_per_call, poll_s)
+        warning = str(given.get("signal", "")).partition("@")[2]
+        warning_s = float(warning) if warning.isdecimal() else WARNING_S
+        super().__init__(backend, SlurmQueue(), folder, calls_per_job, gpus_per_call, warning_s, poll_s)
 
 
 def _sbatch_option(text: str) -> tuple[str, str | bool]:

@@ -49,44 +49,39 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> object:
     return contents(folder / "local" / "tiny")
 
 
+def queue(environment: dict[str, str]) -> list[str]:
+    return ask(environment, "squeue", "--noheader", "--array", "--format=%i").split()
+
+
+def restarted(environment: dict[str, str], job: str) -> bool:
+    told = ask(environment, "scontrol", "show", "job", job)
+    return "JobState=RUNNING" in told and "Restarts=1" in told
+
+
 def with_checkpoint(folder: Path) -> int:
     return len(list(folder.glob("*/checkpoint.pt")))
 
 
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"not installed: {', '.join(slurm_cluster.missing())}")
-def test_slurm_one_job_cancelled_one_requeued_the_parent_killed(tmp_path: Path, local: object) -> None:
+def test_slurm_a_job_cancelled_two_requeued_and_the_parent_killed(tmp_path: Path, local: object) -> None:
     with slurm_cluster.running(tmp_path / "slurm") as environment:
         folder = tmp_path / "runs" / "tiny"
         options = ("--executor", "slurm", "--sbatch=--time=10", "--runs-per-job", "4")
         process = lpsim(tmp_path, "runs", *options, environment=environment)
         wait_until(lambda: with_checkpoint(folder) >= 4)
-        first, second, *_ = ask(environment, "squeue", "--noheader", "--array", "--format=%i").split()
-        ask(environment, "scancel", first)
-        ask(environment, "scontrol", "requeue", second)
-        wait_until(lambda: first not in ask(environment, "squeue", "--noheader", "--array", "--format=%i").split())
-        wait_until(
-            lambda: (
-                "JobState=RUNNING" in (told := ask(environment, "scontrol", "show", "job", second))
-                and "Restarts=1" in told
-            )
-        )
+        cancelled, requeued, warned, *_ = queue(environment)
+        ask(environment, "scancel", cancelled)
+        ask(environment, "scontrol", "requeue", requeued)
+        ask(environment, "scancel", "--signal=USR2", warned)  # as Slurm does before the time limit
+        wait_until(lambda: cancelled not in queue(environment))
+        for job in (requeued, warned):
+            wait_until(partial(restarted, environment, job))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         again = lpsim(tmp_path, "runs", *options, environment=environment)
         ends_well(again)
         assert contents(folder) == local
         assert not (folder / "slurm").exists()
-
-
-@pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"not installed: {', '.join(slurm_cluster.missing())}")
-def test_slurm_jobs_requeue_themselves_at_their_time_limit(tmp_path: Path, local: object) -> None:
-    """Slurm warns 50 seconds before the limit of a minute, and looks at its jobs every half minute."""
-    with slurm_cluster.running(tmp_path / "slurm") as environment:
-        options = ("--executor", "slurm", "--sbatch=--time=1", "--sbatch=--signal=USR2@50", "--runs-per-job", "8")
-        ends_well(lpsim(tmp_path, "runs", *options, environment=environment))
-        assert contents(tmp_path / "runs" / "tiny") == local
-        log = (tmp_path / "slurm" / "slurmctld.log").read_text()
-        assert "requeue" in log.lower()
 
 
 def test_dask_a_worker_killed(tmp_path: Path, local: object) -> None:
