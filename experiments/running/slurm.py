@@ -60,6 +60,10 @@ class Pack:
     warning_s: float = WARNING_S  # see SlurmExecutor
     poll_s: float = 1.0
 
+    def __post_init__(self) -> None:
+        self._executor: LocalExecutor | None = None
+        self._pending: dict[Future[Any], Call] = {}
+
     def __call__(self) -> None:
         calls = [call for call in self.calls if not call.answer.exists()]
         if not calls or self.stop.exists():
@@ -67,21 +71,21 @@ class Pack:
         gpus = gpu_groups(os.environ.get("CUDA_VISIBLE_DEVICES", ""), self.gpus_per_call)
         cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         workers = min(len(calls), len(gpus) or max(1, cpus // self.gpus_per_call))
-        self._executor = LocalExecutor(workers, gpus)
+        executor = self._executor = LocalExecutor(workers, gpus)
         signal.signal(signal.SIGTERM, self._terminated)
-        with self._executor:
-            pending = {
-                self._executor.submit(call_by_name, call.function, call.args, call.kwargs): call for call in calls
-            }
+        with executor:
+            for call in calls:
+                self._pending[executor.submit(call_by_name, call.function, call.args, call.kwargs)] = call
             stopped = False
-            while pending:
-                done, _ = wait(pending, timeout=self.poll_s, return_when=FIRST_COMPLETED)
+            while self._pending:
+                done, _ = wait(self._pending, timeout=self.poll_s, return_when=FIRST_COMPLETED)
                 for future in done:
-                    write_answer(pending.pop(future).answer, future)
+                    write_answer(self._pending.pop(future).answer, future)
                 if not stopped and self.stop.exists():
                     stopped = True
-                    self._executor.stop()
-                    pending = {future: call for future, call in pending.items() if not future.cancel()}
+                    executor.stop()
+                    for future in [future for future in self._pending if future.cancel()]:
+                        del self._pending[future]
 
     def checkpoint(self) -> Any:
         """For submitit, before the time limit: end the runs under way; what the job that is queued again is to do."""
@@ -100,9 +104,11 @@ class Pack:
         Or when time gets short: Slurm may warn a minute late, and a run that is still importing torch has nothing to
         save. What was not saved is computed again.
         """
-        self._executor.stop()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        wait(self._futures, timeout=max(self.warning_s / 2, self.warning_s - 60))
+        if self._executor is not None:
+            self._executor.stop()
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            running = [future for future in self._pending if not future.cancelled()]
+            wait(running, timeout=max(self.warning_s / 2, self.warning_s - 60))
 
 
 def gpu_groups(visible: str, size: int) -> list[str]:
