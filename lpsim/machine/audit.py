@@ -49,8 +49,8 @@ class AuditRow:
 @dataclass(frozen=True)
 class Audit:
     """rows: the functions called. products: {(aten op, "forward" or "backward", owner): count}, the owner being for
-    example "the recipe" or "the optimizer". escaped: the products that have no owner. pinned: torch's settings that were
-    not at full precision, and what the simulation put in their place.
+    example "the recipe" or "the optimizer". escaped: the products that have no owner. pinned: torch's settings that
+    were not at full precision, and what the simulation put in their place.
     """
 
     rows: tuple[AuditRow, ...]
