@@ -39,7 +39,9 @@ DEVICE = Part("device", "the device", machine.describe, 30)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [part.name for part in PARTS]
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="the results (default gpu.json)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/gpu.json"), help="the results (default runs/gpu.json)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that every part runs")
 
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{part.name}: {part.what}, at most {part.budget_s:g} s ...", file=sys.stderr, flush=True)
         outcomes.append(run_part(part, options.device, options.small, log))
         report.write(options.output, outcomes, small=options.small)
-    print(report.text(outcomes))
+    print(report.text(outcomes, small=options.small))
     print(f"\n{options.output}, {log}")
     return 0 if all(map(_good, outcomes)) else 1
 

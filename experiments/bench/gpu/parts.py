@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,7 +56,9 @@ def run_part(part: Part, device: str, small: bool, log: Path) -> Outcome:
     process = _fork.Process(target=_child, args=(part, Machine(device, small), log, receiver, sender))
     budget_s = float("inf") if small else part.budget_s
     begun = time.monotonic()
-    process.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads: libraries' idle ones
+        process.start()
     sender.close()
     try:
         outcome.status = _receive(receiver, begun + budget_s, outcome)
@@ -92,9 +95,9 @@ def _child(part: Part, machine: Machine, log: Path, receiver: Connection, sender
     with log.open("ab", buffering=0) as file:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-        print(f"\n===== {part.name}", flush=True)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        file.write(f"\n===== {part.name}\n".encode())
         try:
             part.run(machine, lambda row: sender.send(("row", row)))
             sender.send(("done", None))

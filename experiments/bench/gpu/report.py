@@ -48,14 +48,8 @@ def write(path: Path, outcomes: Sequence[Outcome], small: bool) -> None:
     """The JSON file: the device, then the parts with every row."""
     device = outcomes[0].rows[0] if outcomes[0].rows else {}
     parts = [dataclasses.asdict(outcome) for outcome in outcomes[1:]]
-    content = {
-        "version": VERSION,
-        "command": sys.argv[1:],
-        "small": small,
-        "device": device,
-        "wanted": wanted(outcomes),
-    }
-    write_json(path, content | {"parts": parts})
+    about = {"version": VERSION, "command": sys.argv[1:], "small": small, "device": device}
+    write_json(path, about | {"wanted": [] if small else wanted(outcomes), "parts": parts})
 
 
 def wanted(outcomes: Iterable[Outcome]) -> list[Row]:
@@ -70,7 +64,7 @@ def wanted(outcomes: Iterable[Outcome]) -> list[Row]:
     return rows
 
 
-def text(outcomes: Sequence[Outcome]) -> str:
+def text(outcomes: Sequence[Outcome], small: bool) -> str:
     """The tables that are printed."""
     device, *parts = outcomes
     about = device.rows[0]
@@ -85,7 +79,7 @@ def text(outcomes: Sequence[Outcome]) -> str:
             lines.append(f"  failed: {what}: {_last_line(row['error'])}")
         if outcome.error is not None:
             lines.append(f"  {_last_line(outcome.error)}")
-    if reached := wanted(outcomes):
+    if not small and (reached := wanted(outcomes)):
         lines += ["", "wanted on an H100", *table(reached)]
     return "\n".join(lines)
 
