@@ -119,3 +119,32 @@ def test_the_report_says_whether_what_was_wanted_is_reached() -> None:
     device = Outcome("device", 1.0, "done", 0.1, [{"name": "one", "torch": "2"}])
     lines = report.text([device, step, optimizer], small=False).splitlines()
     assert lines[0] == "name one, torch 2" and lines[-1].split()[-1] == "yes" and lines[-2].split()[-1] == "NO"
+
+
+@pytest.mark.full
+def test_the_product_that_silicon_is_asked_by_is_the_instruction_that_the_presets_are_of() -> None:
+    """Compiled for an H100 in a fresh interpreter without TRITON_INTERPRET."""
+    pytest.importorskip("triton")
+    code = """
+import torch, triton
+from triton.runtime import driver
+from experiments.bench.gpu import silicon
+from tests.quantization.compile_kernels import TARGETS, Nowhere
+driver.set_active(Nowhere(TARGETS["sm_90"]))
+launch, compiled = triton.JITFunction.run, []
+def compile_only(kernel, *arguments, grid, warmup, **options):
+    compiled.append(launch(kernel, *arguments, grid=grid, warmup=True, **options))
+triton.JITFunction.run = compile_only
+for types in silicon.PRESETS:
+    a, b = (torch.zeros(128, 64).to(dtype) for dtype in types)
+    for name, product in silicon.ways(types).items():
+        if name.startswith("tl.dot"):
+            product(a, b.T)
+            print(name, *[line.split()[0] for line in compiled[-1].asm["ptx"].splitlines() if "mma" in line and "f32" in line][:1])
+"""
+    clean = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=clean)
+    found = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert [where for where, _ in found].count("tl.dot, 64 rows") == 6, done.stderr
+    for where, instruction in found:
+        assert instruction.startswith("wgmma.mma_async" if where == "tl.dot, 64 rows" else "mma.sync.aligned.m16n8k16")

@@ -100,7 +100,7 @@ def test_under_autocast_operands_are_rounded_as_the_float32_numbers_that_their_b
     """And weights, gradients and the loss are float32."""
     config = tiny_config(autocast="bfloat16", recipe=forward("mxfp4_e2m1"))
     seen: list[tuple[Tensor, Tensor, int]] = []
-    model, optimizer = training.build(config)
+    model, _ = training.build(config)
     batch = config.data.load(config.model).train_batch(0, 0, 4)
     with simulate(model, config.recipe.build()) as simulation:
 

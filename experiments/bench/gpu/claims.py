@@ -53,6 +53,7 @@ def run(machine: Machine, record: Record) -> None:
 
 def _arguments(machine: Machine) -> list[str]:
     arguments = ["-m", "gpu", "-p", "no:cacheprovider", "-q", "--tb=short", "--rootdir", str(REPOSITORY)]
+    arguments += ["--continue-on-collection-errors", "-W", "default"]  # other versions warn of other things
     if machine.small:
         return [*arguments, *FEW]
     if importlib.util.find_spec("xdist") is not None:

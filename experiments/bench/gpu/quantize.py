@@ -38,12 +38,13 @@ def run(machine: Machine, record: Record) -> None:
     for rows, columns, dtype, names in cases:
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(machine.device, dtype)
         out = torch.empty_like(x)
-        copy = partial(out.copy_, x)
+        calls = 1 if machine.small else CALLS
+        copy = machine.on_device(partial(out.copy_, x), calls)
         common = {"size": f"{rows} x {columns}", "dtype": str(dtype).removeprefix("torch.")}
         for name in names:
             for axis, rounding in _arms(name):
                 what = common | {"format": name, "axis": axis, "rounding": rounding.value}
-                record(attempt(what, partial(_measure, machine, copy, _call(x, out, name, axis, rounding))))
+                record(attempt(what, partial(_measure, machine, copy, calls, _call(x, out, name, axis, rounding))))
 
 
 def _arms(name: str) -> list[tuple[int, Rounding]]:
@@ -62,9 +63,10 @@ def _compile(rows: int, columns: int, dtype: torch.dtype, _: object, name: str) 
         _call(x, torch.empty_like(x), name, axis, rounding)()
 
 
-def _measure(machine: Machine, copy: Callable[[], object], call: Callable[[], object]) -> Row:
-    calls, repeats = (1, 1) if machine.small else (CALLS, REPEATS)
-    graphs = machine.on_device(copy, calls), machine.on_device(call, calls)
+def _measure(machine: Machine, copies: Callable[[], object], calls: int, call: Callable[[], object]) -> Row:
+    """copies: makes `calls` copies."""
+    repeats = 1 if machine.small else REPEATS
+    graphs = copies, machine.on_device(call, calls)
     times = [[machine.time_ms(graph) / calls for graph in graphs] for _ in range(repeats)]
     copied, quantized = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     called = 1e3 * statistics.median(machine.time_ms(call, calls) for _ in range(repeats))

@@ -37,7 +37,7 @@ def run(machine: Machine, record: Record) -> None:
     plain = partial(_step, machine, model, optimizer, tokens)
     chosen = dict(list(recipes().items())[:1]) if machine.small else recipes()
     for name, recipe in {"plain": None, "recipe of Nones": Recipe(), **chosen}.items():
-        step = plain if recipe is None else partial(_simulated, plain, model, recipe)
+        step = plain if recipe is None else _simulated(plain, model, recipe)
         row = attempt({"arm": name}, partial(_measure, machine, plain, step))
         if recipe is not None and "error" not in row:
             row = attempt(row, partial(_escaped, plain, model, recipe))
@@ -83,9 +83,15 @@ def _step(machine: Machine, model: GPT2, optimizer: torch.optim.Optimizer, token
     optimizer.zero_grad()
 
 
-def _simulated(step: Callable[[], None], model: GPT2, recipe: Recipe) -> None:
-    with simulate(model, recipe, audit=False):
-        step()
+def _simulated(step: Callable[[], None], model: GPT2, recipe: Recipe) -> Callable[[], None]:
+    simulation = simulate(model, recipe, audit=False)
+
+    def run_step() -> None:
+        with simulation:
+            simulation.advance()
+            step()
+
+    return run_step
 
 
 def _escaped(step: Callable[[], None], model: GPT2, recipe: Recipe) -> Row:
@@ -97,11 +103,11 @@ def _escaped(step: Callable[[], None], model: GPT2, recipe: Recipe) -> Row:
 
 
 def _compile(recipe: Recipe) -> None:
-    """Two steps with one sequence: its kernels are those of eight."""
+    """A step with one sequence: its kernels are those of eight."""
     machine = Machine("cuda", small=False)
     model = _model(machine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    _simulated(partial(_step, machine, model, optimizer, _tokens(machine, 1)), model, recipe)
+    _simulated(partial(_step, machine, model, optimizer, _tokens(machine, 1)), model, recipe)()
 
 
 def _measure(machine: Machine, plain: Callable[[], None], step: Callable[[], None]) -> Row:
