@@ -140,7 +140,8 @@ for types in silicon.PRESETS:
     for name, product in silicon.ways(types).items():
         if name.startswith("tl.dot"):
             product(a, b.T)
-            print(name, *[line.split()[0] for line in compiled[-1].asm["ptx"].splitlines() if "mma" in line and "f32" in line][:1])
+            lines = [line.split()[0] for line in compiled[-1].asm["ptx"].splitlines() if "mma" in line and "f32" in line]
+            print(name, lines[0])
 """
     clean = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=clean)
