@@ -31,7 +31,17 @@ OPTIMIZERS: dict[str, OptimizerSettings] = {
     MADAM: Madam(lr=0.01),
 }
 ENDS = (FORMATS[0], FORMATS[2])  # the formats of those that no claim about MXFP6 is about
-WHERE = {ADAMW: FORMATS, FOR_MODEL: FORMATS, EVERYTHING: FORMATS, NOISELESS: ENDS, LION: ENDS, MADAM: ENDS}
+WHERE = {  # by model
+    "gpt2-micro": {
+        ADAMW: FORMATS,
+        FOR_MODEL: FORMATS,
+        EVERYTHING: FORMATS,
+        NOISELESS: ENDS,
+        LION: ENDS,
+        MADAM: ENDS,
+    },
+    "vit-micro-glyphs": {ADAMW: FORMATS, FOR_MODEL: FORMATS, EVERYTHING: FORMATS, NOISELESS: ENDS},
+}
 
 LR, DECAY, OTHERS = "optimizer.lr", "optimizer.weight_decay", "optimizer.others_lr"
 LMD_DECAY = LogUniform(0.1, 0.8)
@@ -82,7 +92,7 @@ def tuning(task: Task) -> Tuning:
             ranges[FOR_MODEL if optimizer == NOISELESS else optimizer],
             arm(network, optimizer, format),
         )
-        for optimizer, formats in WHERE.items()
+        for optimizer, formats in WHERE[network.name].items()
         for format in formats
     ]
     return Tuning(arms, trials=8, seeds=(3000,), finalists=2, final_seeds=(3001,), rounds=3)
