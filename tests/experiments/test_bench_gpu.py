@@ -140,8 +140,8 @@ for types in silicon.PRESETS:
     for name, product in silicon.ways(types).items():
         if name.startswith("tl.dot"):
             product(a, b.T)
-            lines = [line.split()[0] for line in compiled[-1].asm["ptx"].splitlines() if "mma" in line and "f32" in line]
-            print(name, lines[0])
+            lines = compiled[-1].asm["ptx"].splitlines()
+            print(name, next(line.split()[0] for line in lines if "mma" in line and "f32" in line))
 """
     clean = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=clean)
