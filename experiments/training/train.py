@@ -142,7 +142,7 @@ def recompute_blocks(model: nn.Module) -> None:
     if not blocks:
         raise ValueError("recompute needs a model with blocks, modules in an nn.ModuleList; this one has none")
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def computing(config: Config) -> AbstractContextManager[Any]:

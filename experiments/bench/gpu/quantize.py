@@ -21,12 +21,13 @@ from lpsim.formats import BlockFormat
 from lpsim.quantization.quantizer import ScaleClipsWarning
 
 FORMATS = ("mxfp6_e3m2", "mxfp8_e4m3", "mxfp4_e2m1", "mxint8", "nvfp4", "nf4_block64", "float8_e4m3fn", "bfloat16")
-CASES = (  # rows, columns, dtype, formats; 4096 x 4096 in float32 takes 64 MiB
+Case = tuple[int, int, torch.dtype, tuple[str, ...]]
+CASES: tuple[Case, ...] = (  # rows, columns, dtype, formats; 4096 x 4096 in float32 takes 64 MiB
     (4096, 4096, torch.float32, FORMATS),
     (256, 1024, torch.float32, FORMATS),
     (4096, 4096, torch.bfloat16, ("mxfp6_e3m2", "mxfp4_e2m1", "nvfp4")),
 )
-SMALL = ((4, 32, torch.float32, ("mxfp6_e3m2",)),)
+SMALL: tuple[Case, ...] = ((4, 32, torch.float32, ("mxfp6_e3m2",)),)
 CALLS, REPEATS = 20, 7
 
 
@@ -34,7 +35,10 @@ def run(machine: Machine, record: Record) -> None:
     warnings.simplefilter("ignore", ScaleClipsWarning)  # the time is measured, not the bias
     cases = SMALL if machine.small else CASES
     if machine.cuda:
-        warm_up([partial(_compile, *case, name) for case in cases for name in case[3]], machine.processes)
+        work = [
+            partial(_compile, rows, columns, dtype, name) for rows, columns, dtype, names in cases for name in names
+        ]
+        warm_up(work, machine.processes)
     for rows, columns, dtype, names in cases:
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(machine.device, dtype)
         out = torch.empty_like(x)
@@ -57,7 +61,7 @@ def _call(x: Tensor, out: Tensor, name: str, axis: int, rounding: Rounding) -> C
     return partial(quantizer.quantize, x, axis, Key(seed=0), out=out)
 
 
-def _compile(rows: int, columns: int, dtype: torch.dtype, _: object, name: str) -> None:
+def _compile(rows: int, columns: int, dtype: torch.dtype, name: str) -> None:
     x = torch.ones(rows, columns, dtype=dtype, device="cuda")
     for axis, rounding in _arms(name):
         _call(x, torch.empty_like(x), name, axis, rounding)()
