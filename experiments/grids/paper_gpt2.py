@@ -44,6 +44,7 @@ def grid(twin: bool = False) -> Iterator[Config]:
         optimizer=adamw,
         steps=20_000,
         batch_size=480,
+        micro_batches=30,
         warmup_steps=2000,
         log_every=10,
         validate_every=500,

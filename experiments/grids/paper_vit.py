@@ -44,6 +44,7 @@ def grid(twin: bool = False) -> Iterator[Config]:
         optimizer=adamw,
         steps=PASSES * IMAGES // BATCH,
         batch_size=BATCH,
+        micro_batches=8,
         warmup_steps=10_000,
         log_every=10,
         validate_every=5000,

@@ -41,8 +41,8 @@ class Peers(Protocol):
         """What to call for gradients: they are then those of the global batch."""
         ...
 
-    def part(self, batch: Batch) -> Batch:
-        """This process's rows of the global batch."""
+    def part(self, batch: Batch, micro_batches: int) -> Batch:
+        """This process's rows of the global batch: its part of every micro-batch, in their order."""
         ...
 
     def mean(self, loss: float) -> float: ...
@@ -60,7 +60,7 @@ class Alone:
     def network(self, model: nn.Module) -> nn.Module:
         return model
 
-    def part(self, batch: Batch) -> Batch:
+    def part(self, batch: Batch, micro_batches: int) -> Batch:
         return batch
 
     def mean(self, loss: float) -> float:
@@ -79,8 +79,10 @@ class Group:
     def network(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
 
-    def part(self, batch: Batch) -> Batch:
-        inputs, targets = (tensor.tensor_split(self.count)[self.rank] for tensor in batch)
+    def part(self, batch: Batch, micro_batches: int) -> Batch:
+        inputs, targets = (
+            torch.cat([micro.chunk(self.count)[self.rank] for micro in tensor.chunk(micro_batches)]) for tensor in batch
+        )
         return inputs, targets
 
     def mean(self, loss: float) -> float:
@@ -110,8 +112,9 @@ def joined(rank: int, count: int, store: Path, device: str) -> Iterator[Group]:
 
 def check(config: Config, count: int) -> None:
     """Raise ValueError for a run that several processes cannot share."""
-    if config.batch_size % count:
-        raise ValueError(f"a batch of {config.batch_size} cannot be shared equally by {count} processes")
+    rows = config.batch_size // config.micro_batches
+    if rows % count:
+        raise ValueError(f"a batch of {rows} cannot be shared equally by {count} processes")
     if config.telemetry_every is not None:
         raise ValueError("telemetry sees the whole batch in one process only; leave out --processes-per-run")
     recipe = config.recipe.build()
