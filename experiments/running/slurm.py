@@ -166,6 +166,7 @@ class Job:
 
     calls: dict[Future[Any], Call]
     log: Path
+    log_stays: bool = False
 
 
 class SubmititExecutor(StoppableExecutor):
@@ -213,7 +214,9 @@ class SubmititExecutor(StoppableExecutor):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._stop_file.touch()
             waiting = [
-                job_id for job_id, job in self._jobs.items() if not any(future.running() for future in job.calls)
+                job_id
+                for job_id, job in self._jobs.items()
+                if job.calls and not any(future.running() for future in job.calls)
             ]
         if waiting:
             self._queue.end(waiting)
@@ -289,12 +292,12 @@ class SubmititExecutor(StoppableExecutor):
                 lost = set() if states is None else absent - states.keys()
                 absent = absent if states is None else jobs.keys() - states.keys()
                 for job_id, job in jobs.items():
-                    self._look(job_id, job, answered, (states or {}).get(job_id), job_id in lost)
+                    self._look(job_id, job, answered, (states or {}).get(job_id), job_id in absent, job_id in lost)
             except OSError:  # of a shared file system; the next look may find it well
                 continue
         self._tidy()
 
-    def _look(self, job_id: str, job: Job, answered: set[str], state: str | None, lost: bool) -> None:
+    def _look(self, job_id: str, job: Job, answered: set[str], state: str | None, gone: bool, lost: bool) -> None:
         """Give the futures of a job what is known of it; forget it when nothing is left to know."""
         cancelled = [future for future in job.calls if future.cancelled()]
         for future in cancelled:
@@ -311,14 +314,15 @@ class SubmititExecutor(StoppableExecutor):
                 died = WorkerDied(f"the job {job_id} ended without an answer: {said}")
                 future.set_exception(CancelledError() if self._stopped else died)
                 del job.calls[future]
+                job.log_stays = not self._stopped
             elif state == "RUNNING":
                 _start(future)
-        if not job.calls:
-            if cancelled and state is not None:
-                self._queue.end([job_id])
+        if not job.calls and cancelled and state is not None:
+            self._queue.end([job_id])
+        if not job.calls and gone:  # until then it may still write
             with self._lock:
                 del self._jobs[job_id]
-            if not lost:
+            if not job.log_stays:
                 for file in self._folder.glob(f"{job_id}_*"):
                     file.unlink(missing_ok=True)
 
