@@ -14,19 +14,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 
 from experiments.training import glyphs, own
-from experiments.training.batches import Batch, Data, generator
 from experiments.training.image_files import ImageFolders, ImageShards
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.huggingface import TransformersCausalLM, TransformersImageClassifier
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
-from experiments.training.token_files import TokenFiles, Tokens
+from experiments.training.text import HuggingFaceText, TextFile
+from experiments.training.token_files import TokenFiles
+from experiments.training.tokens import Batch, Tokens, generator
 
 ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier | own.Model
 
@@ -55,6 +56,15 @@ HELD_OUT_MODULES = """
     concurrent/futures/thread.py email/charset.py http/cookiejar.py json/scanner.py logging/handlers.py
     multiprocessing/process.py unittest/result.py urllib/parse.py xml/dom/expatbuilder.py
 """
+
+
+class Data(Protocol):
+    """What the training loop needs of a data set."""
+
+    classes: int  # size of the output distribution: a uniform guess has loss ln(classes)
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch: ...
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]: ...
 
 
 class ImageArrays:
@@ -247,23 +257,9 @@ class DrawnGlyphs:
 
 
 DATA: dict[str, type[Settings]] = {
-    data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders, ImageShards)
+    data.name: data
+    for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders, ImageShards, TextFile, HuggingFaceText)
 }
-DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | ImageShards | own.DataSet
-
-__all__ = [
-    "DATA",
-    "Batch",
-    "Data",
-    "DataConfig",
-    "Digits",
-    "DrawnGlyphs",
-    "Glyphs",
-    "ImageArrays",
-    "ImageFolders",
-    "ImageShards",
-    "ModelConfig",
-    "StdlibText",
-    "TokenFiles",
-    "Tokens",
-]
+DataConfig = (
+    StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | ImageShards | TextFile | HuggingFaceText | own.DataSet
+)

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from experiments.training.batches import Batch, generator
 from experiments.training.settings import Settings
+from experiments.training.tokens import Batch, generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AHEAD = 2  # batches that are being decoded while one is used

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.training.batches import Batch
 from experiments.training.config import Config
 from experiments.training.record import RunRecord
+from experiments.training.tokens import Batch
 from lpsim import Rounding
 
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another: longer than a validation or a checkpoint takes

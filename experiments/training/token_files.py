@@ -1,4 +1,4 @@
-"""Text as tokens: windows of two streams, memory-mapped from files, and `write_tokens`, which makes such files.
+"""Tokens in files, memory-mapped, and `write_tokens`, which makes such files.
 
 A folder of tokens holds `train.bin` and `val.bin`, the usual layout of prepared OpenWebText, or shards of them,
 `train-00000.bin` and so on, which are one stream: how it is cut changes no batch. `tokens.json` beside them says the
@@ -13,65 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from experiments.training.batches import Batch, generator
 from experiments.training.record import write_json
 from experiments.training.settings import Settings
+from experiments.training.tokens import Shards, Tokens
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2**22  # of the texts that a tokenizer gets at once
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-class Shards:
-    """Arrays, one after the other, read as one sequence; a slice of it is an array."""
-
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, _ = where.indices(len(self))
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        pieces = []
-        for part, end in zip(self.parts[first:], self.ends[first:].tolist(), strict=True):
-            begin = end - len(part)
-            pieces.append(part[max(start - begin, 0) : stop - begin])
-            if end >= stop:
-                break
-        return np.concatenate(pieces) if pieces else self.parts[0][:0]
-
-
-class Tokens:
-    """Windows of two token streams: inputs (B, T) and targets, one token on, both int64."""
-
-    def __init__(
-        self, train: np.ndarray | Shards, held_out: np.ndarray | Shards, model: Any, validation_windows: int
-    ) -> None:
-        self.train, self.held_out = train, held_out
-        self.context, self.classes = model.context, model.vocab_size
-        for name, stream in (("training", train), ("validation", held_out)):
-            if len(stream) <= self.context:
-                raise ValueError(f"the {name} stream has {len(stream)} tokens; a context of {self.context} needs more")
-        self.starts = np.linspace(0, len(held_out) - self.context - 1, validation_windows).astype(np.int64)
-
-    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        starts = generator(seed, step).integers(0, len(self.train) - self.context, size=batch_size)
-        return self._windows(self.train, starts)
-
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        for i in range(0, len(self.starts), batch_size):
-            yield self._windows(self.held_out, self.starts[i : i + batch_size])
-
-    def _windows(self, stream: np.ndarray | Shards, starts: np.ndarray) -> Batch:
-        windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
 @dataclass(frozen=True)
