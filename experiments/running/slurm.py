@@ -105,6 +105,8 @@ class Pack:
         save. What was not saved is computed again.
         """
         if self._executor is not None:
+            for future in [future for future in self._pending if future.done()]:  # before anybody was asked to leave
+                write_answer(self._pending.pop(future).answer, future)
             self._executor.stop()
             self._executor.shutdown(wait=False, cancel_futures=True)
             running = [future for future in self._pending if not future.cancelled()]
@@ -166,6 +168,7 @@ class Job:
 
     calls: dict[Future[Any], Call]
     log: Path
+    answers: list[Path]  # of all its calls: a job that is queued again asks which it has
     log_stays: bool = False
 
 
@@ -255,7 +258,7 @@ class SubmititExecutor(StoppableExecutor):
                 mine = {Future[Any](): call for call in pack}
                 futures += mine
                 with self._lock:
-                    self._jobs[job.job_id] = Job(mine, job.paths.stderr)
+                    self._jobs[job.job_id] = Job(mine, job.paths.stderr, [call.answer for call in pack])
         return futures
 
     def _take_over(self) -> None:
@@ -306,7 +309,6 @@ class SubmititExecutor(StoppableExecutor):
         for future, call in list(job.calls.items()):
             if call.answer.name in answered:
                 _settle(future, json.loads(call.answer.read_bytes()))
-                call.answer.unlink()
                 del job.calls[future]
             elif lost:
                 _start(future)
@@ -322,6 +324,8 @@ class SubmititExecutor(StoppableExecutor):
         if not job.calls and gone:  # until then it may still write
             with self._lock:
                 del self._jobs[job_id]
+            for answer in job.answers:
+                answer.unlink(missing_ok=True)
             if not job.log_stays:
                 for file in self._folder.glob(f"{job_id}_*"):
                     file.unlink(missing_ok=True)
