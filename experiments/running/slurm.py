@@ -79,8 +79,9 @@ class Pack:
             stopped = False
             while self._pending:
                 done, _ = wait(self._pending, timeout=self.poll_s, return_when=FIRST_COMPLETED)
-                for future in done:
-                    write_answer(self._pending.pop(future).answer, future)
+                for future in done:  # a signal in between finds it here and writes it
+                    write_answer(self._pending[future].answer, future)
+                    del self._pending[future]
                 if not stopped and self.stop.exists():
                     stopped = True
                     executor.stop()
