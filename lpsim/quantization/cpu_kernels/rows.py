@@ -35,7 +35,7 @@ from lpsim.quantization.cpu_kernels.elements import (
     Element,
     Table,
 )
-from lpsim.quantization.cpu_kernels.simd import F32, F64, I32, I64, Maximum, Memory, over, splat
+from lpsim.quantization.cpu_kernels.simd import F32, F64, I32, I64, Lanes, Maximum, Memory, over, splat
 
 _FOLDER = Path(__file__).parent
 FINGERPRINT = fingerprint(*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "plan.py", Path(reference.__file__))
@@ -49,6 +49,7 @@ class Field(enum.IntEnum):
     RULE_AT, SCALE_AT, INVERSE_AT, NUMBERS_AT, SCALE_FLOATS_AT, SCALE_INTEGERS_AT = range(14, 20)
     ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, LARGE_ROW_AT = range(20, 24)
     AHEAD = 24  # elements from one row of tiles to the next
+    SUB_ROWS, SUB_COLUMNS = range(25, 27)  # of the part of a tile with one scale
 
 
 class Way(NamedTuple):
@@ -56,7 +57,8 @@ class Way(NamedTuple):
 
     mode, gap, bare, double: as in plan.Variant. kind: GRID, FEW, MANY or SYMMETRIC. wide, scale_wide: whether the
     arithmetic and the scales are float64, not float32. each: every element has its own scale, else element j the one at
-    j >> shift, with groups of whole vectors. scalar: there are no blocks, so that NaN may stand anywhere.
+    j >> shift, with groups of whole vectors, or of 2^split elements where split > 0. scalar: there are no blocks, so
+    that NaN may stand anywhere.
     """
 
     mode: int
@@ -68,6 +70,7 @@ class Way(NamedTuple):
     scale_wide: bool
     each: bool
     scalar: bool
+    split: int = 0
 
     @property
     def plain(self) -> bool:
@@ -76,13 +79,23 @@ class Way(NamedTuple):
 
     def code(self) -> int:
         """The fields as bits of a number, which Numba takes for a literal."""
-        flags = sum(int(flag) << place for place, flag in enumerate(self[2:]))
-        return flags | self.kind << 7 | self.mode << 9
+        flags = sum(int(flag) << place for place, flag in enumerate(self[2:9]))
+        return flags | self.kind << 7 | self.mode << 9 | self.split << 12
 
     @classmethod
     def of(cls, code: int) -> Way:
         flags = (bool(code >> place & 1) for place in range(7))
-        return cls(code >> 9, code >> 7 & 3, *flags)
+        return cls(code >> 9 & 7, code >> 7 & 3, *flags, split=code >> 12)
+
+    def of_block(self, builder: Any, memory: Memory, place: Any, shift: Any, lanes: int) -> Lanes:
+        """What is known of their blocks, for the elements at `place` and after."""
+        if self.each:
+            return memory.load(place, lanes)
+        block = builder.lshr(place, shift)
+        if self.split == 0 or lanes == 1:
+            return splat(builder, memory.scalar(block), lanes)
+        some = memory.load(block, max(lanes >> self.split, 1))
+        return some.shuffled(some, [lane >> self.split for lane in range(lanes)])
 
 
 class _Record:
@@ -139,11 +152,7 @@ def _row(
             if lanes > 1:
                 source.prefetch(builder.add(place, ahead))
             g, value = elements[lanes], source.load(place, lanes)
-            if way.each:
-                s, n = scales.load(place, lanes), inverses.load(place, lanes)
-            else:
-                block = builder.lshr(place, shift)
-                s, n = (splat(builder, memory.scalar(block), lanes) for memory in (scales, inverses))
+            s, n = (way.of_block(builder, memory, place, shift, lanes) for memory in (scales, inverses))
             v = (value.widen(n.element) * n).widen(given.compute)
             if not grid or mode in (POSITIVE, NEGATIVE, ODD):  # an underflow keeps its side of zero
                 least = (v.bits().constant(1)).as_float().with_sign_of(v)
@@ -196,11 +205,7 @@ def _plain_row(
         elements = {lanes: given.element(lanes, plain) for lanes in (16, 1)}
 
         def body(place: Any, lanes: int) -> None:
-            if way.each:
-                least, most, *rest = (memory.load(place, lanes) for memory in blocks)
-            else:
-                block = builder.lshr(place, shift)
-                least, most, *rest = (splat(builder, memory.scalar(block), lanes) for memory in blocks)
+            least, most, *rest = (way.of_block(builder, memory, place, shift, lanes) for memory in blocks)
             if far and lanes > 1:
                 source.prefetch(builder.add(place, ahead))
             g, v = elements[lanes].scaled(least, rest[0] if rest else None, most), source.load(place, lanes)
