@@ -424,10 +424,10 @@ class BlockFormat:
         if not powers_of_two:
             raise ValueError(f"{self.name}: microexponents go with the scale rules FLOOR, CEIL, RCEIL and EVEN")
         blocks = self.block_size
-        if size & (size - 1) or not isinstance(blocks, int) or blocks <= size or blocks % size:
+        if size & (size - 1) or size > 128 or not isinstance(blocks, int) or blocks <= size or blocks % size:
             raise ValueError(
-                f"{self.name}: sub_block_size must be a power of two that divides block_size, and less than it, "
-                f"got {size} and {blocks}"
+                f"{self.name}: sub_block_size must be a power of two up to 128 that divides block_size, and less than "
+                f"it, got {size} and {blocks}"
             )
 
     @property

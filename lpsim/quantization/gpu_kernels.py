@@ -267,8 +267,8 @@ def _power_of_two(e, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):
-    """The scales and their inverses from the maxima m, bit patterns; see plan._rule. DOUBLE: in float64."""
+def _scale_exponents(m, rule):
+    """log2 of the scales for the maxima m, bit patterns; see plan._rule."""
     P: tl.constexpr = 52 if m.dtype == tl.int64 else 23
     UNIT: tl.constexpr = 1023 if m.dtype == tl.int64 else 127
     subnormal = m < (1 << P)  # bring its leading one to the hidden bit
@@ -276,7 +276,20 @@ def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):
     add, emax = tl.load(rule).to(m.dtype), tl.load(rule + 3).to(m.dtype)
     lowest, highest = tl.load(rule + 4).to(m.dtype), tl.load(rule + 5).to(m.dtype)
     e = ((amax + add) >> P) - tl.where(subnormal, UNIT + P, UNIT) - emax
-    e = tl.where(m > 0, tl.minimum(tl.maximum(e, lowest), highest), lowest)
+    return tl.where(m > 0, tl.minimum(tl.maximum(e, lowest), highest), lowest)
+
+
+@triton.jit
+def _power_of_two_scales(m, parts, rule, DIVIDED: tl.constexpr, DOUBLE: tl.constexpr):
+    """The scales and their inverses from the maxima m of the blocks, bit patterns. DOUBLE: in float64.
+
+    DIVIDED: those of the sub-blocks, from their own maxima `parts`, a shape that m broadcasts to.
+    """
+    P: tl.constexpr = 52 if m.dtype == tl.int64 else 23
+    UNIT: tl.constexpr = 1023 if m.dtype == tl.int64 else 127
+    e = _scale_exponents(m, rule)
+    if DIVIDED:
+        e = tl.maximum(_scale_exponents(parts, rule), e - tl.load(rule + 9).to(m.dtype))
     finite = m < ((2 * UNIT + 1) << P)
     s, n = _power_of_two(e, DOUBLE), _power_of_two(-e, DOUBLE)
     return tl.where(finite, s, float("nan")), tl.where(finite, n, float("nan"))
@@ -345,13 +358,43 @@ def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.const
 
 
 @triton.jit
-def _largest(x):
-    """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern; NaN is the largest."""
+def _magnitude_bits(x):
+    """The magnitudes as bit patterns; NaN is the largest."""
     if x.dtype == tl.float64:
-        m = bits_of(x) & 0x7FFFFFFFFFFFFFFF
+        return bits_of(x) & 0x7FFFFFFFFFFFFFFF
     else:
-        m = bits_of(x) & 0x7FFFFFFF
-    return tl.max(tl.max(m, 3), 1)
+        return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def _largest(x):
+    """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern."""
+    return tl.max(tl.max(_magnitude_bits(x), 3), 1)
+
+
+@triton.jit
+def _largest_of_parts(
+    x, DOWN: tl.constexpr, ACROSS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
+    """The largest magnitude of every sub-block, DOWN rows or ACROSS columns: [T, R // DOWN, K, C // ACROSS]."""
+    m = _magnitude_bits(x)
+    if DOWN > 1:
+        m = tl.max(tl.reshape(m, (T, R // DOWN, DOWN, K, C)), 2)
+    if ACROSS > 1:
+        m = tl.max(tl.reshape(m, (T, R, K, C // ACROSS, ACROSS)), 4)
+    return m
+
+
+@triton.jit
+def _over_parts(
+    s, DOWN: tl.constexpr, ACROSS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
+    """What is known of the sub-blocks, for each of their elements: [T, R, K, C]."""
+    if DOWN > 1:
+        s = tl.reshape(tl.broadcast_to(s[:, :, None, :, :], (T, R // DOWN, DOWN, K, C)), (T, R, K, C))
+    if ACROSS > 1:
+        s = tl.reshape(tl.broadcast_to(s[:, :, :, :, None], (T, R, K, C // ACROSS, ACROSS)), (T, R, K, C))
+    return s
 
 
 @triton.jit
@@ -425,6 +468,9 @@ def quantize_tiles(
     BARE: tl.constexpr,
     SPECIAL: tl.constexpr,  # Overflow.SPECIAL
     RULE: tl.constexpr,
+    DIVIDED: tl.constexpr,  # into sub-blocks of so many rows or columns
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
     SCALE_GAP: tl.constexpr,
     SCALE_BARE: tl.constexpr,
     BITS: tl.constexpr,
@@ -446,12 +492,16 @@ def quantize_tiles(
     if RULE != NO_SCALE:
         m = _largest(xs) if maxima is None else tl.load(maxima + tiles, mask=there, other=0)
         if RULE == POWER_OF_TWO:
-            s, n = _power_of_two_scales(m, rule, f.dtype.element_ty == tl.float64)
-            v = xs.to(f.dtype.element_ty) * n[:, None, :, None]
+            parts = _largest_of_parts(xs, DOWN, ACROSS, T, R, K, C) if DIVIDED else None
+            s, n = _power_of_two_scales(m[:, None, :, None], parts, rule, DIVIDED, f.dtype.element_ty == tl.float64)
+            if DIVIDED:
+                s, n = _over_parts(s, DOWN, ACROSS, T, R, K, C), _over_parts(n, DOWN, ACROSS, T, R, K, C)
+            v = xs.to(f.dtype.element_ty) * n
         else:
             own = tl.load(wanted + tiles, mask=there, other=1) if RULE == OWN_RULE else None
             s, n = _quotient_scales(m, own, outer, scale_f, scale_i, limits, RULE == OWN_RULE, SCALE_GAP, SCALE_BARE)
-            v = (xs * n[:, None, :, None]).to(f.dtype.element_ty)
+            s, n = s[:, None, :, None], n[:, None, :, None]
+            v = (xs * n).to(f.dtype.element_ty)
         if STEPS > 0 or MODE == _POSITIVE or MODE == _NEGATIVE or MODE == _ODD:  # noqa: SIM109
             # an underflow stays on its side of zero
             v = tl.where((v == 0) & (xs != 0), copysign(float_of(bits_of(v) * 0 + 1), v), v)
@@ -494,5 +544,5 @@ def quantize_tiles(
         bound = tl.where(passes, tl.load(f + 6), largest)
         y = tl.where(tl.abs(y) > largest, tl.where(y < 0, -bound, bound), y)
     if RULE != NO_SCALE:
-        y = y * s[:, None, :, None]
+        y = y * s
     _store(out + indices, y, mask, BFLOAT16)

@@ -175,7 +175,7 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             elif source == _POWER_OF_TWO and not divided:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
                 ordinary = power_of_two_scales(m, s, n, rule, f, emin, lowest, highest) and plain_row != 0
-            elif source == _POWER_OF_TWO and sub_columns == 1:
+            elif source == _POWER_OF_TWO and tile_columns == 1:
                 fill_maxima(x, whole, top, bottom, columns, 1)
             elif source == _ROUNDED:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
@@ -185,8 +185,8 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             for row in range(top, bottom):
                 if divided and (row - top) % sub_rows == 0:
                     fill_maxima(x, m, row, min(row + sub_rows, bottom), columns, sub_columns)
-                    if sub_columns > 1:
-                        fill_group_maxima(m, whole, tile_columns // sub_columns)
+                    if tile_columns > 1:
+                        fill_group_maxima(m, whole, -(-tile_columns // sub_columns))
                     ordinary = sub_block_scales(m, whole, s, n, rule, f, emin, lowest, highest) and plain_row != 0
                 begin = row * columns
                 length = min(columns, elements - begin)
