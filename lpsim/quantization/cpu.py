@@ -20,6 +20,8 @@ import torch
 from lpsim.formats import BlockFormat, FloatFormat, Format, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization.cpu_kernels import (
+    ACROSS,
+    DOWN,
     FEW,
     GRID,
     MANY,
@@ -96,9 +98,15 @@ class _Call:
         split = part[1].bit_length() - 1 if part[1] in (2, 4, 8) and part[1] < lanes else 0
         way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, part[1] == 1, scales is Scales.SAME, split)
         fields |= {Field.LANES: 1 << split if split else lanes, Field.ROW_AT: row_at(way, False)}
+        plain = way.plain
+        if part != tile:
+            upright, power = tile[1] == 1, tile[1].bit_length() - 1
+            plain = plain and (upright or (tile[1] == 1 << power and 16 <= tile[1] <= 256))
+            way = way._replace(divided=DOWN if upright else ACROSS)
+            fields[Field.BLOCK_SHIFT] = power
         if mode == STOCHASTIC:
             fields[Field.EXACT_ROW_AT] = row_at(way, True)
-        if way.plain:
+        if plain:
             fields[Field.PLAIN_ROW_AT] = plain_row_at(way, False)
             if self.bytes >= _LARGE:
                 fields[Field.LARGE_ROW_AT] = plain_row_at(way, True)

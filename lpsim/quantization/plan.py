@@ -146,7 +146,7 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle, the largest
     microexponent). The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales
     with exponents in the middle are normal in float32 and bring no number of the element's format near its ends, with
-    16 bits to spare.
+    16 bits to spare; a block's of sub-blocks is, in the middle, not at the scale's ends, and its sub-blocks' are there.
     """
     p, unit = (52, 1023) if double else (23, 127)
     element, ones = fmt.element, (1 << p) - 1
@@ -164,6 +164,8 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     if not isinstance(element, Codebook) and element.min <= 0 <= element.max:
         emin = _smallest_binade(element)
         middle = (max(-90 - emin, -126), 90 - max(emin, element.emax))
+        if fmt.sub_block_size:
+            middle = (max(middle[0], fmt.scale.emin) + fmt.most_lowered, min(middle[1], fmt.scale.emax - 1))
     ends = fmt.scale.emin, fmt.scale.emax
     return np.array([add, p, unit, element.emax, *ends, emin, *middle, fmt.most_lowered], np.int64)
 

@@ -42,7 +42,7 @@ _GIVEN, _SAME, _POWER_OF_TWO, _ROUNDED = (int(s) for s in Scales)
     _ROWS, _COLUMNS, _TILE_ROWS, _TILE_COLUMNS, _ELEMENTS, _BITS, _SCALES, _LANES,
     _FLOATS_AT, _INTEGERS_AT, _THRESHOLDS_AT, _THRESHOLDS, _VALUES_AT, _VALUES,
     _RULE_AT, _SCALE_AT, _INVERSE_AT, _NUMBERS_AT, _SCALE_FLOATS_AT, _SCALE_INTEGERS_AT,
-    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _, _SUB_ROWS, _SUB_COLUMNS,
+    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _, _SUB_ROWS, _SUB_COLUMNS, _BLOCK_SHIFT,
 ) = (int(field) for field in Field)  # fmt: skip
 
 _FIELDS = len(Field)
@@ -97,7 +97,7 @@ def _quantize_stretch(call, c, key, place, x_at, out_at, count, shift, plain, sc
     """A stretch of at most _PIECE elements if stochastic, the element number `place` its first.
 
     plain: 0, or the row for blocks whose scales are ordinary. scales: the addresses of the scales and their inverses,
-    and where `plain` is not 0 of the lowest exponents, lowest and highest elements. bits_at: where random bits lie.
+    and where `plain` is not 0 of what that row takes of the blocks. bits_at: where random bits lie.
     """
     scale_at, inverse_at, emin_at, lowest_at, highest_at = scales
     stochastic = c[_EXACT_ROW_AT] != 0
@@ -144,7 +144,8 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         x = _array(x_at, elements, element)
         f, rule = _array(c[_FLOATS_AT], 5, compute), _array(c[_RULE_AT], 10, np.int64)
         sub_rows, sub_columns = c[_SUB_ROWS], c[_SUB_COLUMNS]
-        divided = sub_rows != tile_rows or sub_columns != tile_columns
+        divided, upright = sub_rows != tile_rows or sub_columns != tile_columns, tile_columns == 1
+        parts = -(-tile_columns // sub_columns)
         down, across = -(-rows // tile_rows), -(-columns // sub_columns)
         key = (seed & _LOW, (seed >> 32) & _LOW, stream_step & _LOW, (stream_step >> 32) & _LOW)
         # what is known of the (sub-)blocks in a row of tiles, and random bits: pieces of one memory
@@ -175,8 +176,9 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             elif source == _POWER_OF_TWO and not divided:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
                 ordinary = power_of_two_scales(m, s, n, rule, f, emin, lowest, highest) and plain_row != 0
-            elif source == _POWER_OF_TWO and tile_columns == 1:
+            elif source == _POWER_OF_TWO and upright:
                 fill_maxima(x, whole, top, bottom, columns, 1)
+                ordinary = power_of_two_scales(whole, s, n, rule, f, emin, lowest, highest) and plain_row != 0
             elif source == _ROUNDED:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
                 g = _array(c[_SCALE_FLOATS_AT], 5, rule_compute)
@@ -185,9 +187,14 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             for row in range(top, bottom):
                 if divided and (row - top) % sub_rows == 0:
                     fill_maxima(x, m, row, min(row + sub_rows, bottom), columns, sub_columns)
-                    if tile_columns > 1:
-                        fill_group_maxima(m, whole, -(-tile_columns // sub_columns))
-                    ordinary = sub_block_scales(m, whole, s, n, rule, f, emin, lowest, highest) and plain_row != 0
+                    if not upright:
+                        blocks = whole[: -(-columns // tile_columns)]
+                        fill_maxima(_array(free, computed, element), blocks, 0, 1, computed, parts)
+                        ordinary = power_of_two_scales(blocks, s, n, rule, f, emin, lowest, highest) and plain_row != 0
+                    if stochastic or not ordinary:
+                        if not upright:
+                            fill_group_maxima(m, whole, parts)
+                        sub_block_scales(m, whole, s, n, rule)
                 begin = row * columns
                 length = min(columns, elements - begin)
                 for part in range(sections):
@@ -196,7 +203,8 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
                         at = base + low if sub_columns == 1 else base + part + ((low - part * section) >> shift)
                         scales = (
                             scale_at + scale_size * at, inverse_at + scale_size * at,
-                            emin_at + 4 * at, lowest_at + 4 * at, highest_at + 4 * at,
+                            emin_at + 4 * (low >> c[_BLOCK_SHIFT] if divided else at),
+                            free + 4 * at if divided else lowest_at + 4 * at, highest_at + 4 * at,
                         )  # fmt: skip
                         here, plain = size * (begin + low), plain_row if ordinary else 0
                         _quantize_stretch(

@@ -41,6 +41,9 @@ _FOLDER = Path(__file__).parent
 FINGERPRINT = fingerprint(*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "plan.py", Path(reference.__file__))
 
 
+ACROSS, DOWN = 1, 2  # how the parts of a block lie
+
+
 class Field(enum.IntEnum):
     """The places of a call's record, an array of int64; `_AT`: an address."""
 
@@ -50,6 +53,7 @@ class Field(enum.IntEnum):
     ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, LARGE_ROW_AT = range(20, 24)
     AHEAD = 24  # elements from one row of tiles to the next
     SUB_ROWS, SUB_COLUMNS = range(25, 27)  # of the part of a tile with one scale
+    BLOCK_SHIFT = 27  # log2 of a block's columns, where blocks have parts
 
 
 class Way(NamedTuple):
@@ -58,7 +62,8 @@ class Way(NamedTuple):
     mode, gap, bare, double: as in plan.Variant. kind: GRID, FEW, MANY or SYMMETRIC. wide, scale_wide: whether the
     arithmetic and the scales are float64, not float32. each: every element has its own scale, else element j the one at
     j >> shift, with groups of whole vectors, or of 2^split elements where split > 0. scalar: there are no blocks, so
-    that NaN may stand anywhere.
+    that NaN may stand anywhere. divided: blocks have parts with exponents of their own, beside (ACROSS) or below (DOWN)
+    each other.
     """
 
     mode: int
@@ -71,6 +76,7 @@ class Way(NamedTuple):
     each: bool
     scalar: bool
     split: int = 0
+    divided: int = 0
 
     @property
     def plain(self) -> bool:
@@ -80,12 +86,12 @@ class Way(NamedTuple):
     def code(self) -> int:
         """The fields as bits of a number, which Numba takes for a literal."""
         flags = sum(int(flag) << place for place, flag in enumerate(self[2:9]))
-        return flags | self.kind << 7 | self.mode << 9 | self.split << 12
+        return flags | self.kind << 7 | self.mode << 9 | self.split << 12 | self.divided << 14
 
     @classmethod
     def of(cls, code: int) -> Way:
         flags = (bool(code >> place & 1) for place in range(7))
-        return cls(code >> 9 & 7, code >> 7 & 3, *flags, split=code >> 12)
+        return cls(code >> 9 & 7, code >> 7 & 3, *flags, split=code >> 12 & 3, divided=code >> 14)
 
     def of_block(self, builder: Any, memory: Memory, place: Any, shift: Any, lanes: int) -> Lanes:
         """What is known of their blocks, for the elements at `place` and after."""
@@ -186,8 +192,9 @@ def _plain_row(
 ) -> Any:  # fmt: skip
     """Round x to the multiples of the scaled format's numbers: see elements.Element.scaled. All is float32.
 
-    emin, lowest, highest: of the scaled grid, by block. The result is that of _row. Compiled in: a Way that is plain;
-    large: the tensor is larger than the cache. Then what comes next is asked for ahead, and, unless random numbers
+    emin, lowest, highest: of the scaled grid, by block; if divided, emin is a block's and lowest the address of its
+    parts' maxima. The result is that of _row. Compiled in: a Way that is plain; large: the tensor is larger than the
+    cache. Then what comes next is asked for ahead, and, unless random numbers
     leave the memory idle anyway, results are written past the cache, to whole vectors at multiples of 64 bytes.
     """
     way, far = Way.of(code.literal_value), bool(large.literal_value)
@@ -201,11 +208,34 @@ def _plain_row(
         blocks = [Memory.at(builder, I32, emin), Memory.at(builder, F32, highest)]
         if not plain:
             blocks.append(Memory.at(builder, F32, lowest))
+        maxima = Memory.at(builder, I32, lowest)
+        rule = Memory.at(builder, I64, given[Field.RULE_AT])
         openness, ahead = Maximum(builder, I32, 16), given[Field.AHEAD]
         elements = {lanes: given.element(lanes, plain) for lanes in (16, 1)}
 
+        numbers = {
+            lanes: [splat(builder, builder.trunc(rule.scalar(at), I32), lanes) for at in range(10)] for lanes in (16, 1)
+        }
+        block_shift = given[Field.BLOCK_SHIFT]
+
+        def grid_of_part(place: Any, lanes: int) -> tuple[Lanes, Lanes, Lanes]:
+            """What `blocks` holds where they are not divided."""
+            add, _, _, emax, _, _, emin, _, _, most_lowered = numbers[lanes]
+            if way.divided == ACROSS:
+                whole = splat(builder, blocks[0].scalar(builder.lshr(place, block_shift)), lanes)
+            else:
+                whole = blocks[0].load(place, lanes)
+            g, largest = elements[lanes], way.of_block(builder, maxima, place, shift, lanes)
+            own = ((largest + add) & g.exponent) + ((emin - emax) << 23)
+            least = own.larger(whole - (most_lowered << 23))
+            scale = (least - (emin << 23)).as_float()
+            return least, g.highest * scale, g.lowest * scale
+
         def body(place: Any, lanes: int) -> None:
-            least, most, *rest = (way.of_block(builder, memory, place, shift, lanes) for memory in blocks)
+            if way.divided:
+                least, most, *rest = grid_of_part(place, lanes)[: 2 if plain else 3]
+            else:
+                least, most, *rest = (way.of_block(builder, memory, place, shift, lanes) for memory in blocks)
             if far and lanes > 1:
                 source.prefetch(builder.add(place, ahead))
             g, v = elements[lanes].scaled(least, rest[0] if rest else None, most), source.load(place, lanes)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,21 +39,25 @@ def _largest(typingctx: Any, x: Any, begin: Any, count: Any) -> Any:
     return pattern(x, types.int64, types.int64), codegen
 
 
-@intrinsic
-def _largest_each(typingctx: Any, x: Any, begin: Any, count: Any, m: Any) -> Any:
-    """m[j] becomes at least the magnitude of x[begin + j], as a bit pattern, for j < count."""
+@intrinsic(prefer_literal=True)
+def _largest_each(typingctx: Any, first: Any, x: Any, begin: Any, other: Any, count: Any, m: Any) -> Any:
+    """m[j] becomes the larger magnitude of x[begin + j] and x[other + j], as a bit pattern, for j < count.
+
+    first = 0: and of what m[j] was.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = Memory.of(context, builder, x, args[0]), Memory.of(context, builder, m, args[3])
+        source, target = Memory.of(context, builder, x, args[1]), Memory.of(context, builder, m, args[5])
 
         def body(place: Any, lanes: int) -> None:
-            bits = source.load(builder.add(args[1], place), lanes).magnitude().bits()
-            target.store(place, bits.larger(target.load(place, lanes)))
+            a, b = (source.load(builder.add(start, place), lanes).magnitude().bits() for start in args[2:4])
+            bits = a.larger(b)
+            target.store(place, bits if first.literal_value else bits.larger(target.load(place, lanes)))
 
-        over(builder, args[2], 8 if x.dtype == types.float64 else 16, body)
+        over(builder, args[4], 8 if x.dtype == types.float64 else 16, body)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, types.int64, m), codegen
+    return types.void(first, x, types.int64, types.int64, types.int64, m), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -131,6 +136,14 @@ def _largest_in_small_groups(typingctx: Any, size: Any, x: Any, begin: Any, grou
 @njit(nogil=True)
 def fill_maxima(x, m, top, bottom, columns, tile_columns):
     """m[b]: the largest magnitude of tile b in the rows [top, bottom), as a bit pattern; NaN is the largest."""
+    if tile_columns == 1:
+        for row in range(top, bottom, 2):
+            begin, other = row * columns, min(row + 1, bottom - 1) * columns
+            if row == top:
+                _largest_each(1, x, begin, other, columns, m)
+            else:
+                _largest_each(0, x, begin, other, columns, m)
+        return
     whole = 0
     vector = 64 // x.itemsize
     if bottom - top == 1 and tile_columns < vector and tile_columns in (2, 4, 8):
@@ -155,12 +168,9 @@ def fill_maxima(x, m, top, bottom, columns, tile_columns):
         return
     for row in range(top, bottom):
         begin = row * columns
-        if tile_columns == 1:
-            _largest_each(x, begin, columns, m)
-        else:
-            for b in range(whole, len(m)):
-                low = b * tile_columns
-                m[b] = max(m[b], _largest(x, begin + low, min(tile_columns, columns - low)))
+        for b in range(whole, len(m)):
+            low = b * tile_columns
+            m[b] = max(m[b], _largest(x, begin + low, min(tile_columns, columns - low)))
 
 
 @intrinsic
@@ -205,60 +215,65 @@ def fill_group_maxima(m, whole, ratio):
 # ---------------------------------------------------------------------------------------------- powers of two
 
 
-@intrinsic(prefer_literal=True)
+def _in_lanes(builder: Any, numbers: Memory, lanes: int) -> Callable[[int], Lanes]:
+    """A rule's numbers, in all lanes."""
+    return lambda at: splat(builder, builder.trunc(numbers.scalar(at), I32), lanes)
+
+
+def _exponents(amax: Lanes, number: Callable[[int], Lanes]) -> Lanes:
+    """log2 of the scales that a power-of-two rule gives for maxima, bit patterns of float32."""
+    small = amax < (1 << 23)  # subnormal: bring its leading one to the hidden bit
+    lifted = (amax.as_float() * 2.0**23).bits()
+    bits = small.select(lifted, amax)
+    e = ((bits + number(0)) >> 23) - number(3) - small.select(amax.constant(127 + 23), amax.constant(127))
+    e = (amax.equals(0) | (e < number(4))).select(number(4), e)
+    return (e > number(5)).select(number(5), e)
+
+
+def _store_powers(finite: Lanes, e: Lanes, place: Any, scales: Memory, inverses: Memory) -> None:
+    """2^e and 2^-e as float32; NaN where not finite."""
+    nan = e.as_float().constant(float("nan"))
+    for memory, power in ((scales, e), (inverses, e.constant(0) - e)):
+        value = (power < -126).select(e.constant(1 << 22), (power + 127) << 23)  # 2^-127 is subnormal
+        memory.store(place, finite.select(value.as_float(), nan))
+
+
+@intrinsic
 def _single_scales(
-    typingctx: Any, divided: Any, m: Any, whole: Any, count: Any, s: Any, n: Any, rule: Any, ends: Any, emin: Any,
-    lowest: Any, highest: Any,
-) -> Any:  # fmt: skip
-    """power_of_two_scales (divided: sub_block_scales) in lanes. 2, and nothing done, unless all is float32."""
+    typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any, ends: Any, emin: Any, lowest: Any, highest: Any
+) -> Any:
+    """power_of_two_scales in lanes. 2, and nothing done, unless all is float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if types.float64 in (s.dtype, ends.dtype) or m.dtype != types.int32:
             return ir.Constant(I32, 2)
         arrays = {place: Memory.of(context, builder, kind, args[place]) for place, kind in memory.items()}
-        numbers, floats = (Memory.of(context, builder, kind, args[place]) for place, kind in ((6, rule), (7, ends)))
+        numbers, floats = (Memory.of(context, builder, kind, args[place]) for place, kind in ((4, rule), (5, ends)))
         odd = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
 
         def body(place: Any, lanes: int) -> None:
-            def number(at: int) -> Lanes:
-                return splat(builder, builder.trunc(numbers.scalar(at), I32), lanes)
+            number = _in_lanes(builder, numbers, lanes)
 
             def end(at: int) -> Lanes:
                 return splat(builder, floats.scalar(at), lanes)
 
-            def power(e: Lanes) -> Lanes:  # 2^-127 is subnormal
-                return (e < -126).select(e.constant(1 << 22), (e + 127) << 23).as_float()
-
-            def exponent(amax: Lanes) -> Lanes:
-                small = amax < (1 << 23)  # subnormal: bring its leading one to the hidden bit
-                lifted = (amax.as_float() * 2.0**23).bits()
-                bits = small.select(lifted, amax)
-                e = ((bits + number(0)) >> 23) - number(3) - small.select(amax.constant(127 + 23), amax.constant(127))
-                e = (amax.equals(0) | (e < number(4))).select(number(4), e)
-                return (e > number(5)).select(number(5), e)
-
-            amax = arrays[1].load(place, lanes)
-            e, most = exponent(amax), amax
-            if divided.literal_value:
-                most = arrays[2].load(place, lanes)
-                e = e.larger(exponent(most) - number(9))
-            finite, nan = most < (255 << 23), amax.as_float().constant(float("nan"))
-            arrays[4].store(place, finite.select(power(e), nan))
-            arrays[5].store(place, finite.select(power(amax.constant(0) - e), nan))
+            amax = arrays[0].load(place, lanes)
+            e, finite = _exponents(amax, number), amax < (255 << 23)
+            _store_powers(finite, e, place, arrays[2], arrays[3])
             near = amax.equals(0).select(amax.constant(0), e)  # zeros become zero with any scale
             plain = finite & (near >= number(7)) & (near <= number(8))
             seen = builder.zext(builder.not_(plain.all()), I32)
             builder.store(builder.or_(builder.load(odd), seen), odd)
             one = (near + 127) << 23
-            arrays[8].store(place, one + (number(6) << 23))
-            arrays[9].store(place, end(0) * one.as_float())
-            arrays[10].store(place, end(1) * one.as_float())
+            arrays[6].store(place, one + (number(6) << 23))
+            arrays[7].store(place, end(0) * one.as_float())
+            arrays[8].store(place, end(1) * one.as_float())
 
-        over(builder, args[3], 16, body)
+        over(builder, args[1], 16, body)
         return builder.xor(builder.load(odd), ir.Constant(I32, 1))
 
-    memory = {1: m, 2: whole, 4: s, 5: n, 8: emin, 9: lowest, 10: highest}
-    return types.int32(divided, m, whole, types.int64, s, n, rule, ends, emin, lowest, highest), codegen
+    memory = {0: m, 2: s, 3: n, 6: emin, 7: lowest, 8: highest}
+    return types.int32(m, types.int64, s, n, rule, ends, emin, lowest, highest), codegen
 
 
 @intrinsic
@@ -290,7 +305,7 @@ def power_of_two_scales(m, s, n, rule, ends, emin, lowest, highest):
     True: every block's grid lies in the middle of float32's range, and emin (bits), lowest and highest are those of
     its numbers times its scale. Then nothing in these blocks is NaN or infinite.
     """
-    done = _single_scales(0, m, m, len(m), s, n, rule, ends, emin, lowest, highest)
+    done = _single_scales(m, len(m), s, n, rule, ends, emin, lowest, highest)
     if done != 2:
         return done == 1
     infinite = (rule[2] + rule[2] + 1) << rule[1]
@@ -302,19 +317,41 @@ def power_of_two_scales(m, s, n, rule, ends, emin, lowest, highest):
     return False
 
 
+@intrinsic
+def _single_sub_block_scales(typingctx: Any, m: Any, whole: Any, count: Any, s: Any, n: Any, rule: Any) -> Any:
+    """sub_block_scales in lanes. 2, and nothing done, unless all is float32; else 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if s.dtype == types.float64 or m.dtype != types.int32:
+            return ir.Constant(I32, 2)
+        own, blocks, scales, inverses, numbers = (
+            Memory.of(context, builder, kind, args[place])
+            for place, kind in ((0, m), (1, whole), (3, s), (4, n), (5, rule))
+        )
+
+        def body(place: Any, lanes: int) -> None:
+            number = _in_lanes(builder, numbers, lanes)
+            largest = blocks.load(place, lanes)
+            e = _exponents(own.load(place, lanes), number).larger(_exponents(largest, number) - number(9))
+            _store_powers(largest < (255 << 23), e, place, scales, inverses)
+
+        over(builder, args[2], 16, body)
+        return ir.Constant(I32, 1)
+
+    return types.int32(m, whole, types.int64, s, n, rule), codegen
+
+
 @njit(nogil=True)
-def sub_block_scales(m, whole, s, n, rule, ends, emin, lowest, highest):
-    """As power_of_two_scales, for the parts of blocks; whole: the maxima of the blocks that they are in."""
-    done = _single_scales(1, m, whole, len(m), s, n, rule, ends, emin, lowest, highest)
-    if done != 2:
-        return done == 1
+def sub_block_scales(m, whole, s, n, rule):
+    """The scales s of the parts of blocks and their inverses n. m, whole: the maxima of the parts and their blocks."""
+    if _single_sub_block_scales(m, whole, len(m), s, n, rule) == 1:
+        return
     infinite = (rule[2] + rule[2] + 1) << rule[1]
     for b in range(len(m)):
         e = max(_exponent(m[b], rule), _exponent(whole[b], rule) - rule[9])
         finite = whole[b] < infinite
         s[b] = _power_of_two(e) if finite else np.nan
         n[b] = _power_of_two(-e) if finite else np.nan
-    return False
 
 
 # ---------------------------------------------------------------------------------------------- rounded scales
