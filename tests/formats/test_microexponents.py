@@ -51,8 +51,9 @@ def test_no_block_is_worse_than_the_theorem_says(m: int, k1: int, k2: int, d2: i
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4096, k1))
     x[1024:2048] *= 2.0 ** rng.integers(-8, 8, (1024, k1))
-    x[2048:] = rng.uniform(0.9, 1, (2048, k1)) * 2.0**-m * 2.0 ** -rng.integers(0, 3, (2048, k1))  # the worst: halfway
-    x[2048:, 0] = rng.uniform(1, 1.02, 2048)
+    x[2048:] = rng.uniform(0.95, 1, (2048, k1)) * 2.0 ** -(m + 2**d2 - 1)  # the worst: just below half a step
+    x[2048:, :k2] *= 2.0 ** (2**d2 - 1)
+    x[2048:, 0] = 1
     y = Quantizer(mx(m, k1, k2, d2))(torch.from_numpy(x)).numpy()
     noise = ((y - x) ** 2).sum(1)
     beta = 2**d2 - 1
