@@ -367,7 +367,7 @@ def quantize(
                 continue
             outer = dtype(1.0) if second is None else second
             whole = block_scale(float(np.max(np.abs(part), initial=0.0)), fmt, float(outer), dtype)
-            scales = np.full(len(part), whole, dtype)
+            scales: Any = np.full(len(part), whole, dtype)
             for start in range(0, len(part), fmt.sub_block_size) if fmt.sub_block_size else ():
                 sub = slice(start, start + fmt.sub_block_size)
                 scales[sub] = sub_block_scale(float(np.max(np.abs(part[sub]))), whole, fmt)

@@ -91,7 +91,8 @@ class Way(NamedTuple):
     @classmethod
     def of(cls, code: int) -> Way:
         flags = (bool(code >> place & 1) for place in range(7))
-        return cls(code >> 9 & 7, code >> 7 & 3, *flags, split=code >> 12 & 3, divided=code >> 14)
+        way = cls(code >> 9 & 7, code >> 7 & 3, *flags)
+        return way._replace(split=code >> 12 & 3, divided=code >> 14)
 
     def of_block(self, builder: Any, memory: Memory, place: Any, shift: Any, lanes: int) -> Lanes:
         """What is known of their blocks, for the elements at `place` and after."""
