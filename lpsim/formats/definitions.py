@@ -415,16 +415,12 @@ class BlockFormat:
         _check_int(self.name, "sub_block_size", size, 0, 2**31 - 1)
         _check_int(self.name, "microexponent_bits", self.microexponent_bits, 0, 4)
         if (size == 0) != (self.microexponent_bits == 0):
-            raise ValueError(
-                f"{self.name}: sub_block_size and microexponent_bits go together, got {size} and "
-                f"{self.microexponent_bits}; set both, or neither"
-            )
-        if size == 0:
-            return
-        if not powers_of_two:
+            raise ValueError(f"{self.name}: sub_block_size and microexponent_bits go together: set both, or neither")
+        if size and not powers_of_two:
             raise ValueError(f"{self.name}: microexponents go with the scale rules FLOOR, CEIL, RCEIL and EVEN")
         blocks = self.block_size
-        if size & (size - 1) or size > 128 or not isinstance(blocks, int) or blocks <= size or blocks % size:
+        whole = isinstance(blocks, int) and size < blocks and blocks % max(size, 1) == 0
+        if size and not (whole and size <= 128 and size & (size - 1) == 0):
             raise ValueError(
                 f"{self.name}: sub_block_size must be a power of two up to 128 that divides block_size, and less than "
                 f"it, got {size} and {blocks}"
@@ -437,10 +433,7 @@ class BlockFormat:
 
     @property
     def bits(self) -> float:
-        """Bits an element, its share of the block's scale and of the microexponent included.
-
-        Blocks are taken to be whole; the tensor scale is not counted.
-        """
+        """Bits an element, its share of what its block shares included (whole blocks; without the tensor scale)."""
         size = math.prod(self.block_size) if isinstance(self.block_size, tuple) else self.block_size
         shared = self.scale.bits / size if size else 0
         return self.element.bits + shared + (self.microexponent_bits / (self.sub_block_size or 1))

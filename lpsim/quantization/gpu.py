@@ -16,6 +16,7 @@ import torch
 
 from lpsim.formats import BlockFormat, FloatFormat, Format
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization.gpu_bits import triton
 from lpsim.quantization.gpu_kernels import (
     NO_SCALE,
     OWN_RULE,
@@ -25,7 +26,6 @@ from lpsim.quantization.gpu_kernels import (
     quantize_tiles,
     tensor_scale,
     tile_maxima,
-    triton,
 )
 from lpsim.quantization.plan import Plan, exact, geometry, memory_order, plan, sub_tile
 
