@@ -6,7 +6,6 @@ so a reader never sees half a report, and a full disk leaves the previous one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
@@ -20,8 +19,10 @@ from analysis.figures.plots import LABELS
 from analysis.load import Results
 from analysis.page import answer as answers
 from analysis.page import claims as claims_part
+from analysis.page import frontier as frontier_part
 from analysis.page import html as page
 from analysis.page import paper, summary, telemetry, terms, worst
+from analysis.page.files import replace
 from analysis.page.html import Column
 from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables
@@ -57,13 +58,13 @@ def write_report(
     try:
         (target.parent / "tables").mkdir(parents=True, exist_ok=True)
         for name, frame in frames.items():
-            _write(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
+            replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
             if name not in LONG:
                 csv = frame.to_csv(index=False, lineterminator="\n")
-                _write(target.parent / "tables" / f"{name}.csv", csv.encode())
+                replace(target.parent / "tables" / f"{name}.csv", csv.encode())
         if tables_as is not None:
             paper.write(frames, target.parent / "tables", tables_as)
-        _write(target, text.encode())
+        replace(target, text.encode())
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"cannot write the report to {target}: {reason}") from error
@@ -89,6 +90,7 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
         **_claims(results, per_run),
+        **frontier_part.tables(results),
         **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
         **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
     }
@@ -116,7 +118,8 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
         page.heading(4, title) + page.bullets(sentences) for title, sentences in summary.statements(frames)
     )
     claimed = claims_part.section(frames["claims"], frames["predictions"]) if "claims" in frames else []
-    answer = [*claimed] or [*_answers(frames)]
+    claimed = [*claimed, *frontier_part.section(frames)]
+    answer = [*claimed, *([] if claimed and not results.parts else _answers(frames))]
     stamp = written_at.strftime("%Y-%m-%d %H:%M UTC")
     source = results.grid.get("source") or "not recorded"
     body = [
@@ -230,6 +233,11 @@ def _arms(rows: pd.DataFrame) -> str:
         *(
             Column(name, _texts(rows[name], str), number=True)
             for name in ("diverged", "failed", "unfinished", "excluded")
+        ),
+        *(
+            Column(name.removeprefix(load.FINAL), _texts(rows[name], plain), number=True)
+            for name in load.own_metrics(rows)
+            if rows[name].notna().any()
         ),
     ]
     return page.table(columns, best=flags, new=_new(rows, names))
@@ -474,14 +482,3 @@ def _total(seconds: pd.Series) -> str:
 def _figure(drawing: figures.Drawing | None) -> Iterator[str]:
     if drawing is not None:
         yield page.figure(drawing)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file beside `path` and renames it there; the old file stays when that fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -96,6 +96,8 @@ def test_every_field_enters_the_signature() -> None:
         seen.add(config.signature())
 
     for name, value in leaves(base):
+        if name == "metrics":  # classes of one's own: test_own_metric.py
+            continue
         value = {"divergence_factor": 8.0, "telemetry_every": 3, "begin_with": "0123456789abcdef"}.get(name, value)
         other = {"checkpoint_every": 7, "autocast": "bfloat16"}.get(name) or changed(value)
         add(dataclasses.replace(base, **{name: other}))
