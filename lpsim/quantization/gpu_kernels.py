@@ -218,17 +218,18 @@ def _quotient_scales(m, wanted, outer, f, i, limits, OWN: tl.constexpr, GAP: tl.
 
 
 @triton.jit
-def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """Where a program's block lies: (first index of its rows, indices, mask, numbers of its tiles, mask of these).
+def cells(pid, where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Where program pid's block lies: (first index of its rows, indices, mask, numbers of its tiles, mask of these).
 
-    Their shapes: [T, R, 1, 1], twice [T, R, K, C], twice [T, K]. where: see _Cut.
+    Their shapes: [T, R, 1, 1], twice [T, R, K, C], twice [T, K]. where: see _Cut. What may exceed 2^31 is
+    int64: a tensor's indices, its rows and its tiles.
     """
     strips, rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across = where
-    pid = tl.program_id(0)
     groups = ((across + K - 1) // K) * parts_across
     unit, strip = pid % groups, pid // groups
     first, left_part = (unit // parts_across) * K, (unit % parts_across).to(tl.int64) * C
-    tile_row, top_part = (strip // parts_down) * T + tl.arange(0, T), (strip % parts_down) * R
+    tile_row = (strip // parts_down).to(tl.int64) * T + tl.arange(0, T)
+    top_part = (strip % parts_down).to(tl.int64) * R
     r = top_part + tl.arange(0, R)[None, :, None, None]  # within the tile
     k = tl.arange(0, K)[None, None, :, None]
     c = tl.arange(0, C)[None, None, None, :]
@@ -237,9 +238,9 @@ def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.const
     column = k * tile_columns + c  # from there
     mask = (row < rows) & (r < tile_rows) & (tile_row < strips)[:, None, None, None]
     mask = mask & (column < columns - left) & (c < tile_columns - left_part)
-    matrix = (tile_row // down).to(tl.int64)[:, None, None, None]
+    matrix = (tile_row // down)[:, None, None, None]
     starts = (matrix * rows + row) * columns + left
-    tiles = tile_row.to(tl.int64)[:, None] * across + (first + tl.arange(0, K))[None, :]
+    tiles = tile_row[:, None] * across + (first + tl.arange(0, K))[None, :]
     there = (tile_row < strips)[:, None] & (first + tl.arange(0, K) < across)[None, :]
     return starts, starts + column, mask, tiles, there
 
@@ -312,7 +313,7 @@ def tile_maxima(
     x, maxima, where, BFLOAT16: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):
     """The largest magnitude of every tile as a bit pattern, into `maxima`, which holds zeros."""
-    _, indices, mask, tiles, there = _cells(where, T, R, K, C)
+    _, indices, mask, tiles, there = cells(tl.program_id(0), where, T, R, K, C)
     tl.atomic_max(maxima + tiles, _largest(load(x + indices, mask, BFLOAT16)), mask=there)
 
 
@@ -374,7 +375,7 @@ def quantize_tiles(
     then each cell is a tile. wanted: the scales of the user's own rule. outer, scale_f, scale_i, limits: see
     _quotient_scales.
     """
-    starts, indices, mask, tiles, there = _cells(where, T, R, K, C)
+    starts, indices, mask, tiles, there = cells(tl.program_id(0), where, T, R, K, C)
     xs = load(x + indices, mask, BFLOAT16)
     if RULE != NO_SCALE:
         m = _largest(xs) if maxima is None else tl.load(maxima + tiles, mask=there, other=0)

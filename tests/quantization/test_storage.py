@@ -83,6 +83,19 @@ def test_round_trip_in_every_dtype(fmt: object, dtype: torch.dtype) -> None:
         assert_same_bits(actual.double().numpy(), expected.double().numpy(), f"{fmt.name} {dtype}")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fmt", [*SCALAR, *ODD_ONES, *BLOCKS], ids=lambda fmt: fmt.name)
+def test_a_gpu_stores_the_same_bytes(fmt: object) -> None:
+    for array in hostile_tensors((5, 33)):
+        x = without_nan(torch.from_numpy(array), fmt)
+        for axis in (0, -1) if isinstance(fmt, BlockFormat) else (-1,):
+            here, there = encode(x, fmt, axis), encode(x.cuda(), fmt, axis)
+            for name in ("codes", "scales", "tensor_scale"):
+                assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), f"{fmt.name}, axis {axis}, {name}"
+            assert_same_bits(decode(there).cpu().numpy(), decode(here).numpy(), f"{fmt.name}, axis {axis}")
+
+
 def test_overflow_to_special_keeps_infinities() -> None:
     q = Quantizer(formats.float8_e5m2, overflow=Overflow.SPECIAL)
     x = torch.tensor([1e9, -math.inf, math.nan, 3.0, -0.0])
