@@ -26,6 +26,7 @@ LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
 FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
 MANY_RUNS = 2  # runs of one colour in one panel beyond which they are drawn as median and band
 POINTS = 400  # steps of a curve that are drawn at most
+FEW_RATES = 5  # learning rates up to which each is a tick
 RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
 
 STYLE: Any = {
@@ -89,7 +90,8 @@ def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
         for _, run in mine.drop(together.index).groupby("signature", sort=False):
             ax.plot(run["step"], run["value"], color=colour, linewidth=1.2, alpha=0.9, rasterized=rasterized)
         at = ends[ends[hue] == level]
-        ax.plot(at["step"], at["value"], "x", color=colour, markersize=7, markeredgewidth=2)
+        if len(at):
+            ax.plot(at["step"], at["value"], "x", color=colour, markersize=7, markeredgewidth=2)
     value_axis(ax, frame["value"])
     ax.set(xlabel="step", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
@@ -236,7 +238,11 @@ def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colour
         )
     ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric])
     rates = sorted(frame[rate].dropna().unique())
-    ax.set_xticks(rates, [f"{value:g}" for value in rates])
+    if len(rates) <= FEW_RATES:
+        ax.set_xticks(rates, [f"{value:g}" for value in rates])
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if rates[-1] / rates[0] < 300 else (1,)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
@@ -259,9 +265,7 @@ def strip(frame: pd.DataFrame, ax: Axes, *, value: str, rows: Sequence[str], lab
         if len(x):
             middle = x.median()
             ax.plot([middle, middle], [place - 0.3, place + 0.3], "-", color=INK, linewidth=1.6)
-            ax.annotate(
-                f"{middle:.3g}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9
-            )  # fmt: skip
+            ax.annotate(f"{middle:.3g}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.set(xlabel=label, xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
     ax.grid(visible=False, axis="y")
     return ax

@@ -20,25 +20,30 @@ Build = Callable[[float], Figure]  # the figure for a width in inches
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: the name of its files, what it is called, what it shows and leaves out, and the files' bytes."""
+    """One figure: the name of its files, what it is called, what it shows and leaves out, and how it looks."""
 
     name: str
     title: str
     caption: str
     svg: bytes
     narrow: bytes  # the SVG for a phone
-    pdf: bytes
+    figure: Figure
+
+    def pdf(self) -> bytes:
+        """The figure as PDF; the slowest of its forms, so it is made when it is asked for."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="pdf", dpi=200, metadata={"CreationDate": None})
+        return buffer.getvalue()
 
 
 def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:
-    """The figure that `build` makes, in every form; `build` is called for both widths, in our style."""
+    """The figure that `build` makes, called for both widths in our style."""
     with matplotlib.rc_context(STYLE):
         wide = build(WIDTH)
         picture = svg(wide)
         wide.set_layout_engine("none")  # the places are computed
-        buffer = io.BytesIO()
-        wide.savefig(buffer, format="pdf", dpi=200, metadata={"CreationDate": None})
-        return Drawing(name, title, caption, picture, svg(build(NARROW)), buffer.getvalue())
+        return Drawing(name, title, caption, picture, svg(build(NARROW)), wide)
 
 
 def svg(figure: Figure) -> bytes:

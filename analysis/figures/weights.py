@@ -14,6 +14,7 @@ from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
 
 TIMES = {"start": FAINT, "middle": DISTINCT[1], "end": DISTINCT[0]}
 MARKS = 64  # values of a format that are marked at most; else only the smallest and the largest
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 FEW = 1e-4  # bins below this share of the weights at both ends are not drawn
 
 
@@ -89,6 +90,6 @@ def histogram(frame: pd.DataFrame, ax: Axes, *, values: np.ndarray) -> Axes:
     ax.set(xlim=(max(min(places), low - 2), max(places) + width), ylim=(0, None))
     ax.set(xlabel="magnitude" + (" / scale of its block" if (frame["of"] == "rounded").any() else ""), ylabel="share")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2.0**x:.3g}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "2" + str(round(x)).translate(SUPERSCRIPTS)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%"))
     return ax

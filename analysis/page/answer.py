@@ -82,7 +82,8 @@ def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
     undecided = [(task, each) for task, each in every if not each.decided]
     undecided.sort(key=lambda pair: (math.isnan(pair[1].more), pair[1].more))
     each_open = [of(task, f"{each.phrase}{_more(each.more)}") for task, each in undecided]
-    return Answer(sentences, decided, _undecided([each for _, each in undecided], len(every)), each_open)
+    line = _undecided([each for _, each in undecided], len(every), of(undecided[0][0], "") if undecided else "")
+    return Answer(sentences, decided, line, each_open)
 
 
 def _sentences(found: Mapping[Any, _OfTask]) -> Iterator[tuple[Any, str]]:
@@ -173,7 +174,7 @@ def _contrast(row: Row, others: Sequence[str], costs: pd.DataFrame) -> Compariso
         better = "" if higher_is_better(row["metric"]) else " (positive is better)"
         headline = f"{start} changes {reference} by {theirs} and {who} by {own}{better}: {loses}"
     sentence = (
-        f"{who} loses {amount(row)} {'less' if _good(row) else 'more'} to {low} than {reference} does {span(row)}."
+        f"{who} loses {amount(row)} {'less' if _good(row) else 'more'} to {low} than {reference} does ({span(row)})."
     )
     return _comparison(row, headline, sentence, f"whether {who} loses less to {low} than {reference}")
 
@@ -195,7 +196,7 @@ def _end(row: Row, others: Sequence[str]) -> Comparison:
     return _comparison(
         row,
         f"Trained in {low}, {who} ends **{amount(row)} {word}** than {reference}",
-        f"Trained in {low}, {who} ends {amount(row)} {word} than {reference} {span(row)}.",
+        f"Trained in {low}, {who} ends {amount(row)} {word} than {reference} ({span(row)}).",
         f"whether {who} ends better in {low} than {reference}",
     )
 
@@ -204,10 +205,10 @@ def _cost(row: Row, others: Sequence[str]) -> Comparison:
     who, low = arm_name(row, others), row["format"]
     if _good(row):
         headline = f"Training in {low} instead of {BASELINE} makes {who} **{amount(row)} better**"
-        sentence = f"{who} ends {amount(row)} better in {low} than in {BASELINE} {span(row)}."
+        sentence = f"{who} ends {amount(row)} better in {low} than in {BASELINE} ({span(row)})."
     else:
         headline = f"Training in {low} instead of {BASELINE} costs {who} **{amount(row)}** of {noun(row)}"
-        sentence = f"{low} costs {who} {amount(row)} {span(row)}."
+        sentence = f"{low} costs {who} {amount(row)} ({span(row)})."
     return _comparison(row, headline, sentence, f"what {low} costs {who}")
 
 
@@ -218,7 +219,7 @@ def _effect(row: Row) -> Comparison:
     return _comparison(
         row,
         f"Changing {what} makes {row['optimizer']} **{amount(row)} {word}**",
-        f"Changing {what} makes {row['optimizer']} {amount(row)} {word} {span(row)}.",
+        f"Changing {what} makes {row['optimizer']} {amount(row)} {word} ({span(row)}).",
         f"what {setting} {row['level']} instead of {row['reference']} does to {row['optimizer']}",
     )
 
@@ -232,22 +233,27 @@ def _against_first(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[Compari
             yield _comparison(
                 row,
                 text.format(f"**{amount(row)} {word}**"),
-                f"{text.format(f'{amount(row)} {word}')} {span(row)}.",
+                f"{text.format(f'{amount(row)} {word}')} ({span(row)}).",
                 f"{who} against {first}",
             )
         first = first or who
 
 
 def _comparison(row: Row, headline: str, sentence: str, phrase: str) -> Comparison:
+    """headline: with the number that matters in ** **, without the interval."""
     half = (row["high"] - row["low"]) / 2
     needed = seeds_to_decide(row["difference"], sd_of_interval(row["low"], row["high"], row["n"]))
     decided = verdict(row) in ("better", "worse")
     more = max(needed - row["n"], 1.0) if not math.isnan(needed) else math.nan
-    doubt = "" if decided else f", which can be chance{_more(more, ': ')}"
+    if decided:
+        whole = f"{headline} ({span(row, whole=True)})."
+    else:
+        doubt = f"{span(row, whole=True)}{_more(more, '; ')}"
+        whole = f"{headline.replace('**', '')}, **which can be chance** ({doubt})."
     return Comparison(
         decided=decided,
         measured=row["n"] > 1,
-        headline=f"{headline} {span(row, whole=True)}{doubt}.",
+        headline=whole,
         sentence=sentence,
         phrase=phrase,
         strength=abs(row["difference"]) / half if half > 0 else math.nan,
@@ -264,7 +270,8 @@ def _best(table: pd.DataFrame) -> str:
     seeds = f"the mean of {best['n']} seeds" if best["n"] > 1 else "one seed, which says nothing about chance"
     if len(table) == 1:
         return f"The final {metric.replace('_', ' ')} is {value} ({seeds})."
-    return f"The best of {len(table)} arms is {arm_name(best, varying(table))}: {metric.replace('_', ' ')} {value} ({seeds})."
+    name = arm_name(best, varying(table))
+    return f"The best of {len(table)} arms is {name}: {metric.replace('_', ' ')} {value} ({seeds})."
 
 
 def _lost(table: pd.DataFrame) -> Iterator[str]:
@@ -274,8 +281,10 @@ def _lost(table: pd.DataFrame) -> Iterator[str]:
         yield f"Of {count(int(table['runs'].sum()), 'run')} {' and '.join(parts)}; they are in no mean."
 
 
-def _undecided(comparisons: Sequence[Comparison], total: int) -> str:
-    """One line: how many, and how many more seeds would decide them. `comparisons` are sorted by that number."""
+def _undecided(comparisons: Sequence[Comparison], total: int, where: str) -> str:
+    """One line: how many, and how many more seeds would decide them. `comparisons` are sorted by that number; `where`
+    is the task of the first.
+    """
     if not comparisons:
         return ""
     line = f"Undecided: {len(comparisons)} of {count(total, 'comparison')}"
@@ -283,10 +292,11 @@ def _undecided(comparisons: Sequence[Comparison], total: int) -> str:
     if not finite:
         single = not any(c.measured for c in comparisons)
         return f"{line}; {'two or more seeds are needed to tell' if single else 'even 1000 seeds would hardly decide'}."
-    line += f"; about {count(int(finite[0].more), 'more seed')} would decide {finite[0].phrase}"
+    on = f" on {where.removesuffix(': ')}" if where else ""
+    line += f"; about {count(int(finite[0].more), 'more seed')} would decide {finite[0].phrase}{on}"
     if len(finite) > 1:
         which = "all of them" if len(finite) == len(comparisons) else f"{len(finite)} of them"
-        line += f", about {finite[-1].more:.0f} more {which}"
+        line += f", about {finite[-1].more:.0f} more would decide {which}"
     return f"{line}."
 
 
@@ -316,14 +326,14 @@ def _size(value: float, metric: str, signed: bool = False) -> str:
 
 
 def span(row: Row, whole: bool = False) -> str:
-    """`(0.092 to 0.128, 3 seeds)`: the interval of the size that `amount` tells; `whole` says that it is one of 95%."""
+    """`0.092 to 0.128, 3 seeds`: the interval of the size that `amount` tells; `whole` says that it is one of 95%."""
     if row["n"] < 2:
-        return "(1 seed)"
+        return "1 seed"
     sign = -1.0 if row["difference"] < 0 else 1.0
     low, high = sorted((sign * row["low"], sign * row["high"]))
     scale, digits = (100, 1) if higher_is_better(row["metric"]) else (1, 3)
     what = "95% interval " if whole else ""
-    return f"({what}{_number(scale * low, digits)} to {_number(scale * high, digits)}, {row['n']} seeds)"
+    return f"{what}{_number(scale * low, digits)} to {_number(scale * high, digits)}, {row['n']} seeds"
 
 
 def _number(value: float, digits: int) -> str:

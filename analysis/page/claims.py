@@ -19,8 +19,8 @@ SIGN = {TRUE: "came true", FALSE: "came out false", UNDECIDED: "undecided"}
 
 
 def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str | Drawing]:
-    """The verdicts in words, a picture of the predictions, the decided claims with what decided them, the undecided ones
-    in one line, and everything as tables (folded).
+    """The verdicts in words, a picture of the predictions, the decided claims with what decided them, the undecided
+    ones in one line, and everything as tables (folded).
     """
     yield page.answer(_sentences(verdicts, predictions))
     if drawing := comparisons.predictions(predictions):
@@ -50,9 +50,11 @@ def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str |
 def _sentences(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str]:
     """How many claims came out how; and the prediction that is decided most surely, with its number."""
     counts = verdicts["verdict"].value_counts()
-    parts = [f"**{counts[name]} {name}**" for name in VERDICTS.values() if name in counts]
-    total = len(verdicts)
-    yield f"Of {total} claims made before the runs {_listed(parts)}." if total > 1 else f"The claim is {parts[0]}."
+    if len(verdicts) == 1:
+        yield f"The claim that was made before the runs is **{counts.index[0]}**."
+    else:
+        parts = [f"**{counts[name]} {name}**" for name in VERDICTS.values() if name in counts]
+        yield f"Of {len(verdicts)} claims made before the runs {_listed(parts)}."
     settled = predictions[(predictions["verdict"] != UNDECIDED) & predictions["p"].notna()]
     if len(settled):
         row = settled.loc[settled["p"].idxmin()].to_dict()
@@ -61,7 +63,7 @@ def _sentences(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[st
         yield f"{which}, for “{statement}”: {_measured(row, strong=True)}."
     diverged = predictions[(predictions["metric"] == STEADY) & (predictions["mean"] > 0)]
     if len(diverged):
-        lost = int(round((diverged["mean"] * diverged["n"]).sum()))
+        lost = round((diverged["mean"] * diverged["n"]).sum())
         yield f"Of the {diverged['n'].sum():.0f} runs that were to be steady {lost} diverged."
 
 

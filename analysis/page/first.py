@@ -66,7 +66,9 @@ def _answer(results: Results, frames: dict[str, pd.DataFrame]) -> Iterator[str |
 
 
 def _picture(results: Results, frames: dict[str, pd.DataFrame]) -> Drawing | None:
-    """What formats cost, of all tasks; where formats do not vary, settings, the first arm or rates of the first task."""
+    """What formats cost, of all tasks; where formats do not vary: settings, the first arm or rates, of the first task
+    that has them.
+    """
     tasks = [
         _costs(task, arms, of_task(frames["differences"], task))
         for task, arms in frames["arms"].groupby(list(TASK), dropna=False, sort=False)

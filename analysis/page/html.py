@@ -28,7 +28,7 @@ CSS = """
 body { margin: 0 auto; padding: 1.6rem 1.5rem 4rem; max-width: 1108px; background: var(--paper); color: var(--ink);
   font: 16px/1.55 -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Liberation Sans", sans-serif;
   overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; max-width: 40ch; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; max-width: 62ch; }
 h2 { font-size: 1.4rem; line-height: 1.25; margin: 3rem 0 .75rem; padding-top: .75rem;
   border-top: 2px solid var(--ink); }
 h2.small { font-size: 1.15rem; margin: 1rem 0 .3rem; padding: 0; border: 0; }

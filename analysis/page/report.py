@@ -29,11 +29,16 @@ LONG = ("metrics", "telemetry", "telemetry_cosines")  # tables that are written 
 
 
 def write_report(
-    grid_folder: str | Path | Sequence[str | Path], output: str | Path | None = None, tables_as: str | None = None
+    grid_folder: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    tables_as: str | None = None,
+    figures: bool = True,
 ) -> Path:
-    """Writes the report of a grid folder and returns its path: `<grid_folder>/report.html`, or `output`; beside it, in
-    `tables/`, the tables as CSV and Parquet (metrics and telemetry as Parquet alone), and for a paper where `tables_as`
-    is "latex" or "markdown", and in `figures/` every figure as SVG and PDF. Several folders are one report, `A+B/report.html` beside the first.
+    """Writes the report of a grid folder and returns its path: `<grid_folder>/report.html`, or `output`. Several
+    folders are one report, `A+B/report.html` beside the first.
+
+    Beside it, in `tables/`, the tables as CSV and Parquet (metrics and telemetry as Parquet alone), and for a paper
+    where `tables_as` is "latex" or "markdown"; in `figures/` every figure as SVG and PDF, unless `figures` is False.
 
     Only `environment` and the metric `time_ms` hold times: the other tables of a resumed grid equal those of an
     uninterrupted one. Raises ValueError when a folder is no grid folder, `output` is a folder or `tables_as` is another
@@ -57,10 +62,11 @@ def write_report(
             if name not in LONG:
                 csv = frame.to_csv(index=False, lineterminator="\n")
                 _write(target.parent / "tables" / f"{name}.csv", csv.encode())
-        (target.parent / "figures").mkdir(exist_ok=True)
-        for name, drawing in drawings.items():
+        if figures:
+            (target.parent / "figures").mkdir(exist_ok=True)
+        for name, drawing in drawings.items() if figures else ():
             _write(target.parent / "figures" / f"{name}.svg", drawing.svg)
-            _write(target.parent / "figures" / f"{name}.pdf", drawing.pdf)
+            _write(target.parent / "figures" / f"{name}.pdf", drawing.pdf())
         if tables_as is not None:
             paper.write(frames, target.parent / "tables", tables_as)
         _write(target, text.encode())

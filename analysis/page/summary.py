@@ -21,7 +21,7 @@ from analysis.load import STATUSES, Results
 from analysis.statistics.tables import ALWAYS_FACTORS, BASELINE, TASK, best_arm, factors, higher_is_better, text
 
 METRICS = {
-    "validation_loss": "Validation loss is the mean cross-entropy on data that were held out, in nats; lower is better.",
+    "validation_loss": "Validation loss is the mean cross-entropy on held-out data, in nats; lower is better.",
     "validation_accuracy": "Validation accuracy is the share of held-out examples that are classified correctly.",
 }
 FORMATS = 4  # whose meaning the first screen tells at most

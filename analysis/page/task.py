@@ -135,7 +135,7 @@ def _contrasts(rows: pd.DataFrame, roles: drawings.Roles, label: str) -> Iterato
 def _optimizers(rows: pd.DataFrame, roles: drawings.Roles, label: str) -> Iterator[Part]:
     reference = _reference(rows)
     yield page.heading(3, "Where they end, optimizers compared")
-    yield page.paragraph(f"{label} of the optimizer − of {reference} in the same format, paired by seed.", "note")
+    yield page.paragraph(f"Of the optimizer − of {reference} in the same format, paired by seed: {label}.", "note")
     yield _differences(rows)
     caption = f"Difference to {reference} in the same format, with its 95% interval; hollow: n = 1."
     title, change = "Optimizers compared in each format", f"difference in {label}"

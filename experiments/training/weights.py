@@ -50,7 +50,7 @@ class WeightHistograms:
 
     def rows(self) -> list[dict[str, Any]]:
         """One histogram of all matrices; a second one of the rounded ones over their scales, where any was."""
-        groups = {"all": list(self.parameters), "rounded": list(self._scaled.values())}
+        groups: dict[str, list[Tensor]] = {"all": [*self.parameters], "rounded": [*self._scaled.values()]}
         return [{"of": name, **_histogram(tensors)} for name, tensors in groups.items() if tensors]
 
     def _observe(
