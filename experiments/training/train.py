@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
 from experiments.training.record import RunRecord
-from experiments.training.weights import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
+from experiments.training.histograms import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
 from lpsim import simulate
 from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
