@@ -11,9 +11,9 @@ import pytest
 from analysis import load
 from experiments.running.grid import run_grid
 from experiments.training.config import forward
+from experiments.training.histograms import recorded_steps
 from experiments.training.record import RunRecord
 from experiments.training.train import build
-from experiments.training.histograms import recorded_steps
 from tests.experiments.experiment_jobs import one_thread, tiny_config
 from tests.experiments.test_grid import Here
 
