@@ -137,6 +137,7 @@ def test_chance_decides_a_claim_in_at_most_one_of_twenty_grids(monkeypatch: pyte
         assert decided <= stats.binom.ppf(0.999, 100, 0.05), n
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_begins_with_the_question_and_the_verdicts(tmp_path: Path) -> None:
     configs = made.quickstart(3)
     folder = made.write_runs(tmp_path / "made", configs)

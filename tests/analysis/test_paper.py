@@ -16,6 +16,7 @@ def grid(folder: Path, noise: float, seeds: range = range(3)) -> Path:
     return made.write_runs(folder, [config | {"grid": folder.name} for config in configs])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_grids_that_differ_in_one_setting_show_its_effect(tmp_path: Path) -> None:
     first, second = grid(tmp_path / "a", 0.05), grid(tmp_path / "b", 0.0)
     both = load.read_all([first, second])
@@ -71,6 +72,7 @@ def test_a_paper_prints_the_numbers_of_the_report(tmp_path: Path) -> None:
     assert shown["95% interval"][0] == f"[{row['low']:+.4f}, {row['high']:+.4f}]".replace("-", "−")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kind", ["latex", "markdown"])
 def test_they_are_written_beside_the_report(tmp_path: Path, kind: str) -> None:
     folder = made.write_runs(tmp_path / "grid", made.quickstart(2))

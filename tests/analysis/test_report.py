@@ -136,6 +136,7 @@ def test_every_signature_and_version_is_on_the_page(quick: Path) -> None:
     assert {"2.13.0", "Made-up CPU @ 2.0 GHz", "0123abcd", made.SOURCE} <= texts
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     configs = messy(tmp_path)
     page = written(tmp_path)
@@ -149,6 +150,7 @@ def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     assert any(text.startswith("Traceback (most recent call last)") for text in page.texts)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_all_text_of_a_run_folder_is_escaped(tmp_path: Path) -> None:
     pairs = [(format, prior) for format in ("float32", HOSTILE) for prior in (HOSTILE, "b")]
     configs = [made.config("gpt2-micro", "lmd", format, 0, prior=prior) for format, prior in pairs]
@@ -169,6 +171,7 @@ def without_times(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "tables").iterdir() if path.stem not in skipped}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_of_a_resumed_grid_equal_those_of_an_uninterrupted_one(quick: Path, tmp_path: Path) -> None:
     again = tmp_path / "quickstart"
     shutil.copytree(quick, again, ignore=shutil.ignore_patterns("tables", "figures", "report.html"))
@@ -190,6 +193,7 @@ def test_the_files_hold_the_frames(quick: Path) -> None:
     pd.testing.assert_frame_equal(back, frames["arms"], check_exact=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_place_for_the_report(quick: Path, tmp_path: Path) -> None:
     target = tmp_path / "elsewhere" / "page.html"
     assert report.write_report(quick, target, figures=False) == target
@@ -197,6 +201,7 @@ def test_another_place_for_the_report(quick: Path, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "tables" / "arms.csv").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("full", ["report.html", "arms.csv", "runs.parquet"])
 def test_a_full_disk_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
     made.write_runs(tmp_path, made.quickstart(1)[:2])
@@ -220,6 +225,7 @@ def test_a_full_disk_leaves_the_previous_report(tmp_path: Path, monkeypatch: pyt
     assert [path.read_bytes() for path in kept] == [before[path] for path in kept]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_bad_places_are_one_clear_error(quick: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no grid folder"):
         report.write_report(tmp_path)
@@ -231,6 +237,7 @@ def test_bad_places_are_one_clear_error(quick: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_without_a_result_has_a_report(tmp_path: Path) -> None:
     made.write_grid(tmp_path / "none", made.quickstart())
     assert "No run can be read yet. 24 runs not started." in written(tmp_path / "none").texts
@@ -241,6 +248,7 @@ def test_a_grid_without_a_result_has_a_report(tmp_path: Path) -> None:
         assert "No run has finished with a finite value." in page.texts
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_prints_no_interval(tmp_path: Path) -> None:
     made.write_runs(tmp_path, [config for config in made.quickstart(1) if config["model"]["name"] == "gpt2-micro"])
     page = written(tmp_path)
@@ -296,6 +304,7 @@ def test_a_missing_setting_is_a_level_and_stays_on_the_figures(tmp_path: Path) -
     assert set(roles.label(runs)["optimizer.noise_scale"]) == {"0", "0.1", "–"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_of_variations_is_compared_with_its_first_arm(tmp_path: Path) -> None:
     """Names say what differs from it; a difference far from the others makes the axis logarithmic."""
     configs = [

@@ -88,6 +88,7 @@ def test_gradients_by_arm(folder: Path) -> None:
     assert lines["cosine"].tolist() == pytest.approx([0.845, 0.845])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_shows_it(folder: Path) -> None:
     page = write_report(folder, figures=False).read_text()
     for part in ("What rounding did", "Signal to rounding noise by site", "head/linear", "blocks.0/softmax"):
@@ -110,6 +111,7 @@ def test_many_sites_and_formats_fit(folder: Path) -> None:
     assert "Panels for f6, f7 are left out." in drawing.caption
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_torn_file_is_a_problem_and_the_run_is_kept(folder: Path) -> None:
     torn = made.signature(made.config("gpt2-micro", "adamw", "float32", 0))
     (folder / torn / "telemetry.parquet").write_bytes(b"PAR1")
@@ -120,6 +122,7 @@ def test_a_torn_file_is_a_problem_and_the_run_is_kept(folder: Path) -> None:
     assert "telemetry.parquet cannot be read" in write_report(folder, figures=False).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("name", "missing"), [("telemetry", "origin"), ("telemetry_cosines", "cosine")])
 def test_a_table_without_a_column_that_is_read_is_a_problem(name: str, missing: str, folder: Path) -> None:
     strange = made.signature(made.config("gpt2-micro", "adamw", "float32", 0))
@@ -130,6 +133,7 @@ def test_a_table_without_a_column_that_is_read_is_a_problem(name: str, missing: 
     assert f"{name}.parquet has no column {missing}" in write_report(folder, figures=False).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_telemetry_there_is_nothing_of_it(tmp_path: Path) -> None:
     made.write_runs(tmp_path, made.quickstart(seeds=1))
     assert load.telemetry(tmp_path).empty
@@ -137,6 +141,7 @@ def test_without_telemetry_there_is_nothing_of_it(tmp_path: Path) -> None:
     assert not (tmp_path / "tables" / "telemetry.parquet").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_another_call_are_counted_and_no_problem(tmp_path: Path) -> None:
     configs = [made.config("gpt2-micro", "adamw", name, 0) for name in made.FORMATS]
     made.write_runs(tmp_path, configs)
