@@ -21,7 +21,7 @@ from analysis.load import Results
 from analysis.page import answer as answers
 from analysis.page import claims as claims_part
 from analysis.page import html as page
-from analysis.page import paper, summary, telemetry, terms, worst
+from analysis.page import explore, explore_data, paper, scripts, summary, telemetry, terms, worst
 from analysis.page.html import Column
 from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables
@@ -109,6 +109,8 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     sections: list[tuple[str, str, list[str]]] = []  # anchor, title, HTML
     for number, (task, runs) in enumerate(results.runs.groupby(list(TASK), dropna=False, sort=False)):
         sections.append((f"task-{number}", task_name(task), list(_task(results, frames, task, runs))))
+    if len(results.runs):
+        sections.append(("explore", "Explore the runs", list(explore.section(results, frames["arms"]))))
     sections.append(("incomplete", "Runs that did not finish", list(_incomplete(results))))
     sections.append(("where", "What ran where", list(_provenance(results))))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
@@ -136,7 +138,8 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     ]
     for anchor, title, parts in sections:
         body += [page.heading(2, title, anchor), *parts]
-    return page.document(f"Grid {name}", body)
+    explored = explore_data.data(results, frames["arms"]) if len(results.runs) else None
+    return page.document(f"Grid {name}", body, style=scripts.style(), end=scripts.scripts(explored))
 
 
 def _answers(frames: dict[str, pd.DataFrame]) -> Iterator[str]:
@@ -405,18 +408,6 @@ def _provenance(results: Results) -> Iterator[str]:
             source = page.preformatted(str(part.grid.get("source_text") or "not recorded"))
             which = f" of {part.grid.get('grid', part.folder.name)}" if results.parts else ""
             yield page.folded(f"The grid file{which}, as it was run", command + source)
-    if len(runs):
-        varied = [name for name in factors if runs[name].nunique(dropna=False) > 1]
-        columns = [
-            Column("signature", list(runs["signature"])),
-            *_factor_columns(runs, varied),
-            Column("seed", _texts(runs["seed"], str), number=True),
-            Column("status", list(runs["status"])),
-            Column("step", _texts(runs["step"], lambda step: f"{step:.0f}"), number=True),
-            Column("metric", _texts(runs["metric"], lambda name: name.replace("_", " "))),
-            Column("value", _texts(runs["primary_metric"], plain), number=True),
-        ]
-        yield page.folded(f"All {count(len(runs), 'run')}, by signature", page.table(columns))
 
 
 def _follows(runs: pd.DataFrame, name: str, factors: list[str]) -> str:
