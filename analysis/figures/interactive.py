@@ -151,7 +151,8 @@ def _step(field: str = "step") -> alt.X:
 
 
 def _value(axis: Axis, title: str | None, field: str = "value") -> alt.Y:
-    return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type=axis, zero=False), axis=alt.Axis(tickCount=6))
+    scale = alt.Scale(type="log", padding=8) if axis == "log" else alt.Scale(zero=False, padding=8)
+    return alt.Y(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
 
 
 def _colour() -> alt.Color:
@@ -181,8 +182,10 @@ def _finished(chart: alt.LayerChart, height: int) -> alt.LayerChart:
             autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
         )
         .configure(font="inherit", aria=False)
+        .configure_mark(aria=False)  # the place of the chart has words; its marks would be nameless images
         .configure_view(stroke=None)
         .configure_axis(
+            aria=False,
             labelColor=PAGE_INK,
             titleColor=PAGE_INK,
             domainColor="#8c959f",

@@ -20,8 +20,8 @@ from analysis.figures.plots import LABELS
 from analysis.load import Results
 from analysis.page import answer as answers
 from analysis.page import claims as claims_part
-from analysis.page import html as page
 from analysis.page import explore, explore_data, paper, scripts, summary, telemetry, terms, worst
+from analysis.page import html as page
 from analysis.page.html import Column
 from analysis.page.summary import count, of_task, plain, signed, task_name
 from analysis.statistics import claims, stability, tables

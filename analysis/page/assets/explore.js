@@ -10,7 +10,7 @@ function explorer(task, root) {
   let seen = false;
 
   const choose = (label, options, name, changed = update) => {
-    const select = make("select", {}, ...options.map((text, at) => make("option", { value: at, textContent: text })));
+    const select = make("select", { "aria-label": label }, ...options.map((text, at) => make("option", { value: at, textContent: text })));
     select.value = state[name];
     select.addEventListener("change", () => {
       state[name] = Number(select.value);

@@ -1,7 +1,7 @@
 // Figures: the charts of the data, drawn in a place of the page, and drawn anew when their rows or switches change.
 
-const element = document.getElementById("explore-data");
-const report = element ? JSON.parse(element.textContent) : null;
+const report = document.getElementById("explore-data") ? JSON.parse(await unpacked("explore-data")) : null;
+let library = null; // the module, from the first figure on
 
 /** An element with properties, attributes where their names have a dash, and children. */
 function make(tag, properties = {}, ...children) {
@@ -18,10 +18,9 @@ const ERRORS = 1; // Vega's level: a layer without rows is no reason for a warni
 
 /** Draws a chart where `place` is, after what was asked for before; `alternative` says in words what it shows. */
 function draw(place, { chart, rows, signals = {}, alternative, click = null }) {
-  place.setAttribute("role", "img");
-  place.setAttribute("aria-label", alternative);
   const pending = (place.pending ?? Promise.resolve()).then(async () => {
     if (place.chart !== chart) {
+      await (library ??= unpackedModule("figures-library"));
       place.view?.finalize();
       const filled = { ...report.charts[chart], datasets: { rows } };
       const { view } = await vegaEmbed(place, filled, { actions: false, renderer: "svg", logLevel: ERRORS });
@@ -30,6 +29,9 @@ function draw(place, { chart, rows, signals = {}, alternative, click = null }) {
     }
     for (const [name, value] of Object.entries(signals)) place.view.signal(name, value);
     await place.view.data("rows", rows).resize().runAsync(); // resize: the labels of the axes may be wider now
+    place.setAttribute("role", "img"); // Vega's own words say less, and of each mark nothing that the tables do not say
+    place.setAttribute("aria-label", alternative);
+    place.removeAttribute("aria-roledescription");
     place.dataset.rows = rows.length; // that it is drawn, and with how many rows
   });
   place.pending = pending.catch((error) => console.error(error));

@@ -1,11 +1,7 @@
 // Tables: a click on a heading sorts; tables of more than a few rows can be filtered; all can be copied.
 // The page's tables are plain HTML. Without this script they are read as they stand.
 
-const { default: DataTable } = await import(
-  URL.createObjectURL(
-    new Blob([document.getElementById("tables-library").textContent], { type: "text/javascript" }),
-  )
-);
+const { default: DataTable } = await unpackedModule("tables-library");
 
 const FEW_ROWS = 8; // need no filter
 const NUMBER = /[+−-]?\d+(\.\d+)?(e[+−-]?\d+)?/;
@@ -48,7 +44,6 @@ function sortable(table) {
   );
   box.before(controls);
   made.on("order", () => table.classList.toggle("sorted", made.order().length > 0));
-  box.tabIndex = 0; // so that the keyboard, too, can scroll it
   box.setAttribute("role", "region");
   box.setAttribute("aria-label", `Table: ${name}`);
   return made;
@@ -63,5 +58,8 @@ function caption(box) {
   }
   return document.title;
 }
+
+// so that the keyboard, too, can scroll what is wider than the page
+for (const box of document.querySelectorAll(".box, pre")) box.tabIndex = 0;
 
 const tables = new Map([...document.querySelectorAll(".box > table")].map((table) => [table, sortable(table)]));
