@@ -216,7 +216,7 @@ def test_axes_are_linear_or_logarithmic_and_bands_stand_for_lines(opened: Open, 
     with opened(small) as page:
         place = drawn(page)
         place.get_by_role("combobox", name="Curve").select_option("training loss")
-        place.get_by_role("checkbox", name="logarithmic").check()
+        place.get_by_role("checkbox", name="logarithmic").first.check()
         chart = place.locator(".chart").first
         page.wait_for_function("place => place.view?.scale('y').type === 'log'", arg=chart.element_handle())
         place.get_by_role("checkbox", name="median and range").check()

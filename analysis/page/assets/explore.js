@@ -5,7 +5,9 @@ function about(task, run) {
 }
 
 function explorer(task, root) {
-  const state = { curve: 0, colouring: task.default, hidden: new Set(), bands: false, axis: "linear", across: 0 };
+  const state = { curve: 0, colouring: task.default, hidden: new Set(), bands: false, across: 0 };
+  state.curvesLog = spansDecades(task.curves[0]);
+  state.finalLog = false;
   const table = tables.get(document.querySelector(`[data-runs="${root.dataset.task}"] table`));
   let seen = false;
 
@@ -18,10 +20,10 @@ function explorer(task, root) {
     });
     return make("label", {}, `${label} `, select);
   };
-  const tick = (label, changed) => {
-    const box = make("input", { type: "checkbox" });
+  const tick = (label, name) => {
+    const box = make("input", { type: "checkbox", checked: state[name] });
     box.addEventListener("change", () => {
-      changed(box.checked);
+      state[name] = box.checked;
       update();
     });
     return make("label", {}, box, ` ${label}`);
@@ -89,11 +91,12 @@ function explorer(task, root) {
       const rows = kept.map((at) => curveRow(curve, at, row(at))).filter(Boolean);
       const lines = state.bands ? "median and range of each colour" : "one line a run";
       const mean = curve.mean_of > 1 ? ` A point is the mean of ${curve.mean_of} recorded values.` : "";
-      const alternative = `${curve.name} over the step, ${lines}, coloured by ${colouring.name}; ${counted}`;
-      curveWords.textContent = `${alternative}; × ends a diverged run.${mean} Point at a line to see which run it is; click it to open the run.`;
+      const alternative = `${capital(curve.name)} over the step, ${lines}, coloured by ${colouring.name}; ${counted}`;
+      const ended = rows.some((each) => each.status === "diverged") ? "; × ends a diverged run" : "";
+      curveWords.textContent = `${alternative}${ended}.${mean} Point at a line to see which run it is; click to open it.`;
       draw(curvePlace, {
-        chart: `curves-${state.axis}`,
-        rows: state.axis === "log" ? rows.map(positive) : rows,
+        chart: `curves-${state.curvesLog ? "log" : "linear"}`,
+        rows: state.curvesLog ? rows.map(positive) : rows,
         signals: { bands: state.bands },
         alternative,
         click: openRun,
@@ -103,7 +106,7 @@ function explorer(task, root) {
     const lost = kept.filter((at) => task.runs[at].value === null).length;
     pointWords.textContent = `${alternative}${lost ? `; × at the edge: ${lost} without a final value` : ""}.`;
     draw(pointPlace, {
-      chart: `${across.numbers ? "numbers" : "runs"}-${state.axis}`,
+      chart: `${across.numbers ? "numbers" : "runs"}-${state.finalLog ? "log" : "linear"}`,
       rows: kept.map((at) => {
         const level = task.runs[at].levels[state.across];
         return { ...row(at), value: task.runs[at].value, x: across.numbers?.[level] ?? across.levels[level] };
@@ -120,12 +123,12 @@ function explorer(task, root) {
       { className: "controls" },
       choose("Curve", task.curves.map((curve) => curve.name), "curve"),
       choose("Colour", names, "colouring", recolour),
-      tick("median and range", (on) => (state.bands = on)),
-      tick("logarithmic", (on) => (state.axis = on ? "log" : "linear")),
+      tick("median and range", "bands"),
+      tick("logarithmic", "curvesLog"),
     ),
     legend,
     make("figure", {}, curvePlace, curveWords),
-    make("div", { className: "controls" }, choose("Final values over", names, "across")),
+    make("div", { className: "controls" }, choose("Final values over", names, "across"), tick("logarithmic", "finalLog")),
     make("figure", {}, pointPlace, pointWords),
     note("Dragging a figure moves it, pinching or the wheel with Ctrl zooms, a double click shows all of it again."),
   );
@@ -136,6 +139,17 @@ function explorer(task, root) {
     seen = true;
     update();
   });
+}
+
+/** Whether a linear axis would show little of a curve: where its values are positive and span a ratio of 8 or more. */
+function spansDecades(curve) {
+  const values = (curve?.lines ?? []).flatMap((line) => line?.[1] ?? []);
+  const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, 0]);
+  return low > 0 && high / low >= 8;
+}
+
+function capital(text) {
+  return text[0].toUpperCase() + text.slice(1);
 }
 
 /** A curve without what a logarithmic axis cannot show. */

@@ -115,9 +115,9 @@ function runCurves(task, index) {
     const rows = arm
       .map((at) => curveRow(curve, at, { ...about(task, task.runs[at]), colour: at === index ? colour : others, mine: at === index }))
       .filter(Boolean);
-    const alternative = `${curve.name} of this run over its ${run.step} steps, over those of its arm`;
+    const alternative = `${capital(curve.name)} of this run over its ${run.step} steps, and of the others of its arm`;
     whenSeen(place, () => draw(place, { chart: "small", rows, alternative }));
-    return make("figure", {}, make("figcaption", { textContent: curve.name }), place);
+    return make("figure", {}, make("figcaption", { textContent: capital(curve.name) }), place);
   });
   const thinned = Math.max(...drawn.map((curve) => curve.mean_of));
   const words = ["The coloured line is this run, the grey ones are the others of its arm."];
