@@ -94,7 +94,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report.write_report(one_task(tmp_path_factory.mktemp("runs") / "small"))
+    return report.write_report(one_task(tmp_path_factory.mktemp("runs") / "small"), figures=False)
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_nothing_is_cut_off_on_a_phone_and_axe_finds_no_serious_fault(opened: Op
 @pytest.mark.parametrize("write", [quickstart, lmd_ablation, two_hundred])
 def test_reports_of_real_shapes(opened: Open, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     """All of the above at once, on desk, phone and paper, in the dark, and without JavaScript."""
-    path = report.write_report(write(tmp_path / write.__name__))
+    path = report.write_report(write(tmp_path / write.__name__), figures=False)
     assert path.stat().st_size <= LARGEST
     count = len(list(path.parent.glob("*/config.json")))
     for width, scheme in ((DESK, "light"), (DESK, "dark"), (PHONE, "light")):
