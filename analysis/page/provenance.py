@@ -12,7 +12,7 @@ from analysis.load import Results
 from analysis.page import html as page
 from analysis.page import summary
 from analysis.page.html import Column
-from analysis.page.summary import count, plain
+from analysis.page.summary import count
 from analysis.page.task import factor_columns, texts
 from analysis.statistics import tables
 

@@ -17,9 +17,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from analysis import load
-from analysis.figures import comparisons
+from analysis.figures import comparisons, plots
 from analysis.figures import drawings as figures
-from analysis.figures import plots
 from analysis.page import report, summary
 from analysis.statistics import tables
 from tests.analysis import run_folders as made
