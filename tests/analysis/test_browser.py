@@ -21,6 +21,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 PHONE, DESK, PAPER = 390, 1280, 718  # CSS pixels; paper is A4 between its margins
+PATIENCE_MS = 120_000  # on a machine that has much else to do
 LARGEST = 5_000_000  # bytes of a report of 200 runs
 SITES = ("blocks.0.qkv/linear", "head/linear")
 Open = Callable[..., Any]
@@ -104,6 +105,7 @@ def opened(browser: Any) -> Open:
     @contextmanager
     def open_page(path: Path, width: int = DESK, script: bool = True, **options: Any) -> Iterator[Any]:
         context = browser.new_context(viewport={"width": width, "height": 900}, java_script_enabled=script, **options)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         wrong: list[str] = []
         page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
@@ -136,7 +138,7 @@ def rows(page: Any, task: int = 0) -> Any:
 def shown(place: Any, count: int) -> None:
     """Waits until both figures of an explorer show so many runs."""
     for chart in place.locator(".chart").all():
-        sync_api.expect(chart).to_have_attribute("data-rows", str(count))
+        sync_api.expect(chart).to_have_attribute("data-rows", str(count), timeout=PATIENCE_MS)
 
 
 def fits(page: Any, width: int) -> None:
