@@ -85,10 +85,10 @@ def colourings(
             interactive.page_colour(colours[level] if colours[level] == plots.INK else to_hex(colours[level]))
             for level in levels
         ]
-        positive = numeric and bool((column > 0).all())
+        numbers = sorted(column.unique().tolist()) if numeric and bool((column > 0).all()) else []
         chosen.append(
             {"name": _short(name), "levels": levels, "colours": shown}
-            | ({"numbers": sorted(column.unique().tolist())} if positive else {})
+            | ({"numbers": numbers} if len(numbers) == len(levels) else {})
         )
         places.append([levels.index(text(value)) for value in column])
     return chosen, [list(each) for each in zip(*places, strict=True)]
@@ -154,7 +154,8 @@ def _runs(
     settings (those that vary), seconds, command, and telemetry where it has any.
     """
     observed = telemetry(results, runs, sites)
-    seconds = results.environment.groupby("signature")["time_s"].first() if "time_s" in results.environment else {}
+    first = results.environment[results.environment["session"] == 0].set_index("signature")
+    seconds = first["time_s"].to_dict() if "time_s" in first else {}
     sessions = results.environment.groupby("signature").size()
     rows = []
     for row, arm, mine in zip(runs.to_dict("records"), named, levels, strict=True):
@@ -176,7 +177,7 @@ def _runs(
                 "final": final,
                 "levels": mine,
                 "settings": [text(row[name]) for name in varying],
-                "seconds": _finite(seconds.get(signature, math.nan)),
+                "seconds": _finite(seconds.get(signature) or math.nan),
                 "sessions": int(sessions.get(signature, 0)),
                 "command": command(results, signature),
             }
@@ -203,42 +204,45 @@ def telemetry(results: Results, runs: pd.DataFrame, sites: Sequence[str]) -> dic
     first NaN or Inf; `gradient`: the medians of cosine and norm ratio, and the parameter of the lowest cosine.
     """
     rows, cosines = _of(runs, results.telemetry), _of(runs, results.cosines)
-    found: dict[str, Data] = (
-        {signature: {"observed": len(group)} for signature, group in rows.groupby("signature")} if len(rows) else {}
-    )
+    found: dict[str, Data] = {
+        name: {"observed": True} for name in dict.fromkeys([*rows["signature"], *cosines["signature"]])
+    }
     rounded = _operands(rows)
     place = {operand: index for index, operand in enumerate(sites)}
-    numbers = ["sqnr_db", "clipped", "underflowed", "swallowed"]
     for signature, group in rounded.groupby("signature"):
-        each = group.groupby("operand", sort=False)[numbers].median().sort_values("sqnr_db", kind="stable")
-        found[str(signature)]["rounded"] = [
-            [place[operand], *map(_finite, values)]
-            for operand, values in zip(each.index[:OPERANDS], each.to_numpy(), strict=False)
-        ]
-        found[str(signature)]["operands"] = len(each)
-        medians = group[np.isfinite(group["sqnr_db"])].groupby(["role", "step"], sort=True)["sqnr_db"].median()
-        found[str(signature)]["roles"] = [
-            [role, part.index.get_level_values("step").tolist(), list(map(_number, part))]
-            for role, part in medians.groupby(level="role", sort=False)
-        ]
-    for row in rows[rows["origin"] != ""].to_dict("records") if len(rows) else []:
-        found[row["signature"]]["origin"] = (
-            f"{row['kind'] if 'kind' in row else row['origin']} at step {row['step']}, {row['site']}, {row['role']}"
-        )
-    for signature, group in cosines.groupby("signature") if len(cosines) else []:
-        by_parameter = group.groupby("parameter", sort=False)["cosine"].median()
-        found.setdefault(str(signature), {"observed": 0})["gradient"] = [
-            _finite(group["cosine"].median()),
-            _finite(group["norm_ratio"].median()),
-            *((by_parameter.idxmin(), _finite(by_parameter.min())) if by_parameter.notna().any() else ("", None)),
-        ]
+        found[str(signature)] |= _rounding(group, place)
+    if len(rows):
+        for row in rows[rows["origin"] != ""].to_dict("records"):
+            where = f"{row['origin']} at step {row['step']}, {row['site']}, {row['role']}"
+            found[row["signature"]]["origin"] = where
+    for signature, group in cosines.groupby("signature"):
+        by_parameter = group.groupby("parameter", sort=False)["cosine"].median().dropna()
+        lowest = [str(by_parameter.idxmin()), _finite(by_parameter.min())] if len(by_parameter) else ["", None]
+        medians = [_finite(group["cosine"].median()), _finite(group["norm_ratio"].median())]
+        found[str(signature)]["gradient"] = [*medians, *lowest]
     return found
+
+
+def _rounding(rows: pd.DataFrame, place: dict[str, int]) -> Data:
+    """Of a run's rounded rows: roles, rounded, and how many operands there are."""
+    numbers = ["sqnr_db", "clipped", "underflowed", "swallowed"]
+    each = rows.groupby("operand", sort=False)[numbers].median().sort_values("sqnr_db", kind="stable")
+    by_role = rows[np.isfinite(rows["sqnr_db"])].groupby(["role", "step"])["sqnr_db"].median().reset_index()
+    listed = zip(each.index[:OPERANDS], each.to_numpy(), strict=False)
+    return {
+        "operands": len(each),
+        "rounded": [[place[operand], *map(_finite, values)] for operand, values in listed],
+        "roles": [
+            [role, part["step"].tolist(), [_number(value) for value in part["sqnr_db"]]]
+            for role, part in by_role.groupby("role")
+        ],
+    }
 
 
 def _operands(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of telemetry that something rounds, with `operand`, their site, role and format in words."""
     if rows.empty:
-        return rows.assign(operand=[])
+        return rows.assign(operand="")
     rounded = rows[rows["format"] != ""]
     return rounded.assign(operand=rounded["site"] + " " + rounded["role"] + " → " + rounded["format"])
 

@@ -117,17 +117,16 @@ function explorer(task, root) {
     });
   }
 
+  const ofCurves = [
+    choose("Curve", task.curves.map((curve) => curve.name), "curve"),
+    tick("median and range", "bands"),
+    tick("logarithmic", "curvesLog"),
+  ];
+  const any = task.curves.length > 0;
   root.append(
-    make(
-      "div",
-      { className: "controls" },
-      choose("Curve", task.curves.map((curve) => curve.name), "curve"),
-      choose("Colour", names, "colouring", recolour),
-      tick("median and range", "bands"),
-      tick("logarithmic", "curvesLog"),
-    ),
+    make("div", { className: "controls" }, choose("Colour", names, "colouring", recolour), ...(any ? ofCurves : [])),
     legend,
-    make("figure", {}, curvePlace, curveWords),
+    ...(any ? [make("figure", {}, curvePlace, curveWords)] : []),
     make("div", { className: "controls" }, choose("Final values over", names, "across"), tick("logarithmic", "finalLog")),
     make("figure", {}, pointPlace, pointWords),
     note("Dragging a figure moves it, pinching or the wheel with Ctrl zooms, a double click shows all of it again."),
