@@ -39,7 +39,7 @@ def scripts(data: dict[str, Any] | None) -> str:
 @functools.cache
 def _figures() -> str:
     """Vega, Vega-Lite and vega-embed as one module, which leaves `vegaEmbed` at the window."""
-    return _packed(vl_convert.javascript_bundle())
+    return _packed(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 @functools.cache
