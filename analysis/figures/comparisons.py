@@ -51,8 +51,8 @@ def forest(
 
     def build(width: float) -> Figure:
         figure, named = _rows(frame, width)
-        ax = figure.subplots()
-        plots.forest(named, ax, hue=roles.hue, colours=roles.colours, label=f"{label}; {side} of 0 is worse")
+        below = textwrap.fill(f"{label}; {side} of 0 is worse", LINE + 8 if width == NARROW else 4 * LINE)
+        plots.forest(named, figure.subplots(), hue=roles.hue, colours=roles.colours, label=below)
         return figure
 
     return drawn(name, title, caption, build)

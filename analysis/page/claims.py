@@ -37,7 +37,8 @@ def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str |
     if len(undecided):
         rows = undecided.to_dict("records")
         open_ones = [f"{row['statement']} {_grounds(predictions, row)}" for row in rows]
-        yield page.folded(_undecided(undecided, predictions, len(verdicts)), page.bullets(open_ones))
+        line = _undecided(undecided, predictions, len(verdicts))
+        yield page.folded(line, page.bullets(open_ones), style="open")
     columns = [
         Column("claim", list(verdicts["claim"])),
         Column("verdict", list(verdicts["verdict"])),
@@ -50,26 +51,26 @@ def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str |
 def _sentences(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str]:
     """How many claims came out how; and the prediction that is decided most surely, with its number."""
     counts = verdicts["verdict"].value_counts()
-    if len(verdicts) == 1:
-        yield f"The claim that was made before the runs is **{counts.index[0]}**."
+    if len(counts) == 1:
+        which = "The claim" if len(verdicts) == 1 else f"All {len(verdicts)} claims"
+        yield f"{which} made before the runs {'is' if len(verdicts) == 1 else 'are'} **{counts.index[0]}**."
     else:
-        parts = [f"**{counts[name]} {name}**" for name in VERDICTS.values() if name in counts]
-        yield f"Of {len(verdicts)} claims made before the runs {_listed(parts)}."
-    settled = predictions[(predictions["verdict"] != UNDECIDED) & predictions["p"].notna()]
-    if len(settled):
-        row = settled.loc[settled["p"].idxmin()].to_dict()
+        found = [(counts[name], name) for name in VERDICTS.values() if name in counts]
+        parts = [f"**{n} {'is' if n == 1 else 'are'} {name}**" for n, name in found]
+        yield f"Of {len(verdicts)} claims made before the runs, {', '.join(parts[:-1])} and {parts[-1]}."
+    tested = predictions[predictions["p"].notna()]
+    settled = tested[tested["verdict"] != UNDECIDED]
+    if len(tested):
+        shown = settled if len(settled) else tested
+        row = shown.loc[shown["p"].idxmin()].to_dict()
         statement = verdicts.loc[verdicts["claim"] == row["claim"], "statement"].iloc[0].rstrip(".")
-        which = "What was predicted came true" if row["verdict"] == TRUE else "Clearest against what was predicted"
-        yield f"{which}, for “{statement}”: {_measured(row, strong=True)}."
+        kind = {TRUE: "Surest is what came true", FALSE: "Surest is what came out false"}
+        start = kind.get(row["verdict"], "Nearest to a verdict is a prediction")
+        yield f"{start} of “{statement}”: {_measured(row, strong=True)}."
     diverged = predictions[(predictions["metric"] == STEADY) & (predictions["mean"] > 0)]
     if len(diverged):
         lost = round((diverged["mean"] * diverged["n"]).sum())
         yield f"Of the {diverged['n'].sum():.0f} runs that were to be steady {lost} diverged."
-
-
-def _listed(parts: list[str]) -> str:
-    verb = "is" if parts[0].startswith("**1 ") else "are"
-    return f"{verb} {', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else f"{verb} {parts[0]}"
 
 
 def _measured(row: dict[str, Any], strong: bool = False) -> str:

@@ -62,7 +62,7 @@ def _answer(results: Results, frames: dict[str, pd.DataFrame]) -> Iterator[str |
         yield page.paragraph("Decided, the surest first; in brackets the 95% interval:")
         yield page.bullets(found.decided)
     if found.undecided:
-        yield page.folded(found.undecided, page.bullets(found.open))
+        yield page.folded(found.undecided, page.bullets(found.open), style="open")
 
 
 def _picture(results: Results, frames: dict[str, pd.DataFrame]) -> Drawing | None:

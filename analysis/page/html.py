@@ -64,6 +64,7 @@ pre { overflow-x: auto; padding: .8rem 1rem; background: var(--code); border: 1p
   overflow-wrap: normal; }
 p code, li code { background: var(--code); padding: .05rem .25rem; border-radius: 3px; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; max-width: 96ch; }
+.open summary { font-weight: 400; }
 dt { font-weight: 600; margin-top: .7rem; } dd { margin: .1rem 0 0; }
 @media (max-width: 700px) { body { padding: 1rem .9rem 3rem; } h1 { font-size: 1.5rem; } .answer { font-size: 1.05rem; }
   figure img { width: 100%; } td, th { padding: .3rem .4rem; } .wrap { min-width: 12rem; } }
@@ -153,8 +154,8 @@ def _data(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 
-def folded(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+def folded(summary: str, content: str, style: str = "") -> str:
+    return f"<details{_style(style)}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def preformatted(text: str) -> str:

@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.command.shared import add_define, chosen_formats, user_errors
+
 if TYPE_CHECKING:
     from experiments.training.evaluate import Subject
-    from lpsim.formats import Format
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "evaluate", help="a trained model's loss and accuracy under each format"
-    )
+def add(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="a trained model's loss and accuracy under each format")
     parser.add_argument(
         "model", metavar="MODEL", help="a run's folder, a folder of transformers' save_pretrained, or FILE.py:NAME"
     )
@@ -23,17 +22,19 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE", help="of a save_pretrained folder: text, tokens (.npy) or images (.npz)"
     )
     parser.add_argument("--by-site", action="store_true", help="also the SQNR of every operand at every site")
-    return parser
+    add_define(parser)
+    parser.set_defaults(function=run)
 
 
-def run(options: argparse.Namespace, formats: list[Format]) -> int:
-    """Print the tables. Raises ValueError, SourceError or RunFolderError."""
+def run(options: argparse.Namespace) -> int:
     from experiments.training import evaluate
 
-    subject = load(options.model, options.data)
-    print(evaluate.evaluate(subject, formats).to_string(index=False, float_format=lambda value: f"{value:.5g}"))
-    if options.by_site:
-        print(evaluate.by_site(subject, formats).to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    with user_errors():
+        formats = chosen_formats(options) or []
+        subject = load(options.model, options.data)
+        print(evaluate.evaluate(subject, formats).to_string(index=False, float_format=lambda value: f"{value:.5g}"))
+        if options.by_site:
+            print(evaluate.by_site(subject, formats).to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     return 0
 
 

@@ -1,69 +1,61 @@
-"""`lpsim formats`: the table of the number formats, and a format proved. Drawing them: formats_plot."""
+"""`lpsim formats`: the formats as a table, drawn, proved, compared."""
 
-from __future__ import annotations
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
 
-import math
-from collections.abc import Sequence
-
-import pandas as pd
-
-from lpsim import conformance, formats
-from lpsim.formats import BlockFormat, Codebook, Element, FloatFormat, Format
+from experiments.command import compare
+from experiments.command.shared import UserError, add_define, define, user_errors
 
 
-def table(names: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a format, all of them or those named: bits, max, min normal, min subnormal, decades, codes, specials.
-
-    Of a block format: bits with the scale's share, the range of element times scale, the element's codes.
-    """
-    chosen = [formats.get(name) for name in names] or list(formats.ALL_FORMATS.values())
-    rows = {fmt.name: _row(fmt) for fmt in chosen}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
-
-
-def _row(fmt: Format) -> dict[str, float | int | str]:
-    element = element_of(fmt)
-    specials = [name for name, has in (("Inf", element.has_inf), ("NaN", element.has_nan)) if has]
-    return {
-        "bits": fmt.bits,
-        "max": fmt.max,
-        "min normal": element.min_normal * math.prod(scale.min_normal for scale in _scales(fmt)),
-        "min subnormal": fmt.min_subnormal,
-        "decades": math.log10(fmt.max) - math.log10(fmt.min_subnormal),
-        "codes": len(element.values) if isinstance(element, Codebook) else 2**element.bits,
-        "specials": "NaN by block" if isinstance(fmt, BlockFormat) else ", ".join(specials) or "-",
-    }
-
-
-def _scales(fmt: Format) -> list[FloatFormat]:
-    """The formats of the block's and the tensor's scale."""
-    return [s for s in (fmt.scale, fmt.tensor_scale) if s is not None] if isinstance(fmt, BlockFormat) else []
-
-
-def text(frame: pd.DataFrame) -> str:
-    """The table as aligned lines."""
-    formats_of = {
-        "bits": "g",
-        "max": ".6g",
-        "min normal": ".4g",
-        "min subnormal": ".4g",
-        "decades": ".1f",
-        "codes": "d",
-    }
-    cells = [["name", *frame.columns]]
-    for name, row in frame.iterrows():
-        cells.append([str(name), *(format(row[c], formats_of.get(c, "")) for c in frame.columns)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(middle, widths[1:-1], strict=True)), last])
-        for first, *middle, last in cells
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "formats",
+        help="the number formats that exist, as a table; drawn; proved",
+        usage="lpsim formats [--plot FILE] [--define FILE] [NAME ...]\n"
+        "       lpsim formats check NAME [--define FILE] [--exhaustive]\n"
+        "       lpsim formats compare NAME ... [--tensors FILE | --run RUN | --distribution NAME] [--plot FILE]",
     )
+    parser.add_argument("words", nargs="*", metavar="NAME", help="formats (default: all of them, some to draw)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw value lines and relative errors (.png, .svg, .pdf)"
+    )
+    parser.add_argument("--exhaustive", action="store_true", help="check: walk all 2^32 float32 inputs, in minutes")
+    compare.add_options(parser)
+    add_define(parser)
+    parser.set_defaults(function=run)
 
 
-def check(name: str, exhaustive: bool = False) -> str:
-    """The certificate of the named format. Raises conformance.ConformanceError with the first counterexample."""
-    return str(conformance.check(formats.get(name), exhaustive=exhaustive, progress=True))
+def run(options: argparse.Namespace) -> int:
+    from experiments.command import formats_table
+    from lpsim.conformance import ConformanceError
 
+    define(options.define)
+    if options.words[:1] == ["compare"]:
+        with user_errors():
+            return compare.run(options)
+    if misplaced := compare.misplaced(options):
+        raise UserError(misplaced)
+    checked = options.words[:1] == ["check"]
+    if checked and len(options.words) != 2:
+        raise UserError("check takes the name of one format: lpsim formats check NAME")
+    if options.exhaustive and not checked:
+        raise UserError("--exhaustive goes with check: lpsim formats check NAME --exhaustive")
+    try:
+        if checked:
+            result = formats_table.check(options.words[1], options.exhaustive)
+        elif options.plot:
+            from experiments.command.formats_plot import plot
 
-def element_of(fmt: Format) -> Element:
-    return fmt.element if isinstance(fmt, BlockFormat) else fmt
+            plot(options.words, options.plot)
+            result = str(options.plot)
+        else:
+            result = formats_table.text(formats_table.table(options.words))
+    except ConformanceError as error:
+        print(f"lpsim: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(result)
+    return 0

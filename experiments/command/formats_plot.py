@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.figures.plots import STYLE, colours
-from experiments.command.formats import element_of
+from experiments.command.formats_table import element_of
 from lpsim import Quantizer, formats
 from lpsim.conformance.inputs import ladder
 from lpsim.formats import BlockFormat, Format

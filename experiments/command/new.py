@@ -1,6 +1,10 @@
 """`lpsim new NAME`: a grid file to start from."""
 
+import argparse
 from pathlib import Path
+from typing import Any
+
+from experiments.command.shared import UserError
 
 TEMPLATE = '''"""Write here, in a sentence, what this grid asks: the report begins with it.
 
@@ -46,3 +50,20 @@ def write(name: str) -> Path:
     with file.open("x") as out:
         out.write(TEMPLATE.format(file=file))
     return file
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("new", help="write a grid file to start from")
+    parser.add_argument("name", metavar="NAME", help="of the grid: NAME.py is written, never over another file")
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        file = write(options.name)
+    except FileExistsError as error:
+        raise UserError(f"{error.filename} exists; give the grid another name") from error
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(f"{file}: lpsim run {file} --report")
+    return 0

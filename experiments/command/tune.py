@@ -1,13 +1,53 @@
-"""`lpsim tune`: what is written and said when all runs of a tuning have ended."""
+"""`lpsim tune`: run a tuning; what is written and said when all its runs have ended."""
 
+from __future__ import annotations
+
+import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from analysis.figures.tuning import tuning as picture
-from experiments.grids.tuning.search import Trial, Tuning
-from experiments.training import record
+from experiments.command.run import add_running, interruptible, run_all
+from experiments.command.shared import chosen_formats, user_errors
+
+if TYPE_CHECKING:  # torch takes seconds to import: `lpsim --help` does without
+    from experiments.grids.adaptive import Rounds
+    from experiments.grids.tuning.search import Trial, Tuning
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("tune", help="tune the settings of every arm; the same command again resumes it")
+    parser.add_argument(
+        "grid", metavar="GRID", help="a Python file with `def tune() -> Tuning`, or a shipped tuning's name"
+    )
+    add_running(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the chosen values go, for a grid to read (default: tuned.json in the grid's folder)",
+    )
+    parser.set_defaults(function=lambda options: interruptible(_tune, options))
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from experiments.grids.adaptive import Adaptive
+    from experiments.grids.tuning import load_tuning
+
+    with user_errors():
+        source, tuning = load_tuning(options.grid, chosen_formats(options))
+        trials: list[Trial] = []
+
+        def play() -> Rounds:
+            trials[:] = yield from tuning.play()
+
+        if not run_all(Adaptive(play, source), source, options):
+            return 1
+        folder = options.runs / source.stem
+        files = write(tuning, trials, folder, options.output or folder / "tuned.json")
+        print(summary(tuning, trials), *files, sep="\n")
+        return 0
 
 
 def write(tuning: Tuning, trials: Sequence[Trial], folder: Path, output: Path) -> list[Path]:
@@ -15,6 +55,9 @@ def write(tuning: Tuning, trials: Sequence[Trial], folder: Path, output: Path) -
 
     Raises: RunFolderError when a file cannot be written.
     """
+    from analysis.figures.tuning import tuning as picture
+    from experiments.training import record
+
     table, document = tuning.table(trials), tuning.document(trials, folder.name)
     files = [folder / "tables" / "tuning.csv", folder / "tuning.svg", output]
     ranges = {name: arm["ranges"] for name, arm in document["arms"].items()}

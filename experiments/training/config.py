@@ -182,6 +182,9 @@ class Config(Settings):
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
     schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules; written where it is no Cosine
+    # the signature of a run of the same grid, of the same model, whose last weights this one begins with (fine-tuning);
+    # an adaptive grid knows it from that run's Outcome. Written where it is given.
+    begin_with: str | None = None
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
         "model": (MODEL_FAMILIES, "model"),
@@ -221,6 +224,8 @@ class Config(Settings):
         data = {"version": VERSION, **super().to_dict()}
         if self.schedule == Cosine():
             del data["schedule"]  # there was no other schedule once, and its runs keep their signatures
+        if self.begin_with is None:
+            del data["begin_with"]  # likewise
         return data | {section: own.to_dict(part) for section, part in self.own_parts().items()}
 
     @classmethod
@@ -233,6 +238,7 @@ class Config(Settings):
             raise ValueError(f"config of version {data.get('version')!r}; this is version {VERSION}")
         parts = {name: value for name, value in data.items() if name != "version"}
         parts.setdefault("schedule", Cosine().to_dict())
+        parts.setdefault("begin_with", None)
         for name, (table, what) in cls.sections.items():
             if name in parts:
                 mine = isinstance(parts[name], Mapping) and own.DEFINITION in parts[name]

@@ -12,12 +12,12 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -125,9 +125,21 @@ class StdlibText(Settings):
     inputs: ClassVar[str] = "tokens"
 
     validation_windows: int = 256
+    half: int | None = None  # 1 or 2: train on that half of the training bytes alone
 
     def check(self) -> None:
         self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
+        self.require(self.half in (None, 1, 2), f"half must be 1, 2 or None, is {self.half}")
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        if self.half is None:
+            del data["half"]  # there were no halves once, and runs of the whole text keep their signatures
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return super().from_dict({"half": None, **data})
 
     def check_model(self, model: Any) -> None:
         self.require(
@@ -138,6 +150,8 @@ class StdlibText(Settings):
         train, held_out = (
             np.frombuffer(_stdlib_bytes(m), dtype=np.uint8) for m in (TRAINING_MODULES, HELD_OUT_MODULES)
         )
+        if self.half is not None:
+            train = np.array_split(train, 2)[self.half - 1]
         return Tokens(train, held_out, model, self.validation_windows)
 
     def fingerprint(self) -> str:

@@ -213,6 +213,18 @@ class RunRecord:
             raise RunFolderError(f"cannot load {path} ({reason}); delete it to train this run from its start") from None
         return dict(state)
 
+    def weights_of(self, signature: str, device: str) -> dict[str, Any]:
+        """The model's state at the end of another run of this grid. Raises RunFolderError where it has not finished."""
+        other = RunRecord(self.folder.parent / signature)
+        result = read_json(other.folder / "result.json")
+        saved = other.load_checkpoint(device)
+        if saved is None or result is None or result.get("status") != "finished":
+            raise RunFolderError(
+                f"{self.folder} begins with the weights of {other.folder}, which has not finished; an adaptive grid "
+                "yields that run first"
+            )
+        return dict(saved["model"])
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run is over."""
         if self._metrics is not None:

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
+from experiments.training.histograms import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
 from experiments.training.record import RunRecord
-from experiments.training.weights import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
+from experiments.training.weights import weight_statistics
 from lpsim import simulate
 from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
@@ -40,6 +41,8 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
         model, optimizer = build(config)
         step, time_before, final, cause = 0, 0.0, dict[str, float](), None
         saved = record.load_checkpoint(config.device)
+        if saved is None and config.begin_with is not None:
+            model.load_state_dict(record.weights_of(config.begin_with, config.device))
         if saved is not None:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -222,18 +225,6 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
     model.train()
     measured = {"loss": loss / count}
     return measured if targets.ndim > 1 else measured | {"accuracy": correct / count}
-
-
-@torch.no_grad()
-def weight_statistics(model: nn.Module) -> dict[str, float]:
-    """2-norm, largest magnitude and mean magnitude over all parameters."""
-    parameters = list(model.parameters())
-    magnitudes = sum(p.abs().sum(dtype=torch.float64).item() for p in parameters)
-    return {
-        "norm": math.sqrt(sum(p.double().square().sum().item() for p in parameters)),
-        "max": max(p.abs().max().item() for p in parameters),
-        "mean_abs": magnitudes / sum(p.numel() for p in parameters),
-    }
 
 
 def return_free_memory() -> None:

@@ -69,7 +69,7 @@ def test_the_headline_compares_the_optimizers_in_the_format_that_costs_most(tmp_
 
 def test_optimizers_are_compared_seed_by_seed_in_every_format(tmp_path: Path) -> None:
     runs = load.runs(made.write_runs(tmp_path / "grid", gpt2(3)))
-    values = runs.set_index(["optimizer", "format", "seed"])["primary_metric"]
+    values = runs.set_index(["optimizer", "format", "seed"])["primary_metric"].sort_index()
     table = tables.optimizers(runs)
     assert list(table["format"]) == list(made.FORMATS) and set(table["reference"]) == {"adamw"}
     for row in table.to_dict("records"):
@@ -89,8 +89,8 @@ def test_what_is_undecided_is_called_chance_with_the_seeds_that_would_decide() -
     found = answer._comparison(row, "a loses **0.100 nats more**", "", "whether")
     more = power.seeds_to_decide(0.1, power.sd_of_interval(-0.1, 0.3, 3)) - 3
     assert found.headline == (
-        f"a loses 0.100 nats more, **which can be chance** (95% interval −0.100 to 0.300, 3 seeds; about {more:.0f} more "
-        "seeds would decide)."
+        f"a loses 0.100 nats more, **which can be chance** (95% interval −0.100 to 0.300, 3 seeds; about {more:.0f} "
+        "more seeds would decide)."
     )
 
 

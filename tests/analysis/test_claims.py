@@ -163,7 +163,7 @@ def test_a_report_begins_with_the_question_and_the_verdicts(tmp_path: Path) -> N
     made.write_json(folder / "grid.json", document)
     text = report.write_report(folder, figures=False).read_text()
     assert text.index("Is it free?") < text.index("refuted") < text.index("MXFP4 &lt;costs&gt; nothing.")
-    assert "The claim that was made before the runs is <strong>refuted</strong>." in text
+    assert "The claim made before the runs is <strong>refuted</strong>." in text
     assert "0% diverged" in text
     assert list(pd.read_csv(folder / "tables" / "claims.csv")["verdict"]) == ["refuted"]
     assert "stability" in {path.stem for path in (folder / "tables").iterdir()}

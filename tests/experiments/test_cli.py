@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.command import cli
+from experiments.command import bench, cli
 from lpsim import formats
 from tests.experiments import experiment_jobs
 
@@ -143,7 +143,7 @@ def test_dask_missing_says_how_to_install_it(
 
 def test_bench_without_a_name_runs_every_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in cli.benchmarks():
+    for name in bench.benchmarks():
         module = importlib.import_module(f"experiments.bench.{name}")
         monkeypatch.setattr(module, "run", lambda options, name=name: ran.append(name))
     assert cli.main(["bench"]) == 0

@@ -48,6 +48,7 @@ EVERY_PART = [
     *(text_config(recipe=named_recipe(name)) for name in ALL_RECIPES),
     *(text_config(recipe=GivenRecipe("ours", Recipe(Gemm(accumulate=a)))) for a in ACCUMULATORS),
     text_config(clip_norm=None, grid="a", telemetry_every=10),
+    text_config(data=StdlibText(half=2), begin_with="0123456789abcdef"),
 ]
 
 
@@ -94,7 +95,7 @@ def test_every_field_enters_the_signature() -> None:
         seen.add(config.signature())
 
     for name, value in leaves(base):
-        value = {"divergence_factor": 8.0, "telemetry_every": 3}.get(name, value)
+        value = {"divergence_factor": 8.0, "telemetry_every": 3, "begin_with": "0123456789abcdef"}.get(name, value)
         add(dataclasses.replace(base, **{name: changed(value)} if name != "checkpoint_every" else {name: 7}))
     for name, value in leaves(base.optimizer):
         other = "flat" if name == "prior" else changed(value)
@@ -102,7 +103,8 @@ def test_every_field_enters_the_signature() -> None:
     for name, value in leaves(base.model):
         other = {"heads": 8, "d_model": 128, "vocab_size": 512}.get(name) or changed(value)
         add(dataclasses.replace(base, model=dataclasses.replace(base.model, **{name: other})))
-    add(dataclasses.replace(base, data=StdlibText(validation_windows=7)))
+    for data in (StdlibText(validation_windows=7), StdlibText(half=1), StdlibText(half=2)):
+        add(dataclasses.replace(base, data=data))
 
 
 def test_the_order_of_overrides_enters_the_signature_as_it_decides() -> None:

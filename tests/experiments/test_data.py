@@ -36,6 +36,15 @@ def test_text_targets_are_the_inputs_one_token_on() -> None:
     assert sum(len(inputs) for inputs, _ in loaded.validation_batches(4)) == 5
 
 
+def test_the_halves_of_the_text_make_the_whole() -> None:
+    whole, first, second = (StdlibText(half=half).load(TEXT_MODEL) for half in (None, 1, 2))
+    assert np.array_equal(np.concatenate([first.train, second.train]), whole.train)
+    assert abs(len(first.train) - len(second.train)) <= 1
+    assert np.array_equal(first.held_out, whole.held_out)
+    with pytest.raises(ValueError, match="half must be 1, 2 or None"):
+        StdlibText(half=3)
+
+
 def test_text_is_the_standard_library_and_held_out_by_file() -> None:
     train, held_out = data.TRAINING_MODULES.split(), data.HELD_OUT_MODULES.split()
     assert len({*train, *held_out}) == len(train) + len(held_out)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from experiments.command.cli import summary
+from experiments.command.run import summary
 from experiments.grids import GridError, load_grid
 from experiments.grids.source_files import SourceError
 from experiments.running import grid as grids

@@ -15,8 +15,9 @@ from experiments.training import train as training
 from experiments.training.config import Config, RecipeConfig, all_products, forward, model, named_recipe
 from experiments.training.data import Digits, Glyphs
 from experiments.training.optimizers import LMD, OPTIMIZERS, SGD, AdamW
-from experiments.training.record import RunRecord
+from experiments.training.record import RunFolderError, RunRecord
 from experiments.training.train import train
+from experiments.training.weights import weight_statistics
 from lpsim import Recipe, Rounding, simulate
 from tests.experiments.experiment_jobs import one_thread, tiny_config
 
@@ -241,12 +242,47 @@ def test_a_non_finite_gradient_ends_the_run_before_it_reaches_the_weights(
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
 
 
+def test_a_run_begins_with_the_weights_that_another_ended_with(tmp_path: Path) -> None:
+    first = tiny_config(steps=4, validate_every=4)
+    with pytest.raises(RunFolderError, match="which has not finished"):
+        run(replace(first, begin_with=first.signature()), tmp_path / "second")
+    (tmp_path / first.signature()).mkdir()
+    with closing(RunRecord(tmp_path / first.signature())) as record:
+        result = train(first, record)
+        assert result is not None
+        record.finish(result)
+    second = replace(first, begin_with=first.signature(), seed=7)
+    assert Config.from_dict(second.to_dict()) == second
+    run(second, tmp_path / "stopped", stops=(2,))
+    run(second, tmp_path / "whole")
+    last, begun = metrics(tmp_path / first.signature()), metrics(tmp_path / "whole")
+    for split in ("validation", "weights"):
+        ended = [line for line in last if line["split"] == split][-1]
+        began = next(line for line in begun if line["split"] == split)
+        assert {**ended, "step": 0} == began
+    assert metrics(tmp_path / "stopped") == begun
+
+
 def test_weight_statistics() -> None:
     network = torch.nn.Linear(2, 1)
     with torch.no_grad():
         network.weight.copy_(torch.tensor([[3.0, -12.0]]))
         network.bias.copy_(torch.tensor([4.0]))
-    assert training.weight_statistics(network) == pytest.approx({"norm": 13.0, "max": 12.0, "mean_abs": 19 / 3})
+    mean_square = (9 + 144) / 2
+    assert weight_statistics(network) == pytest.approx(
+        {"norm": 13.0, "max": 12.0, "mean_abs": 19 / 3}
+        | {"kurtosis": (81 + 20736) / 2 / mean_square**2, "crest": 12 / mean_square**0.5}
+    )
+
+
+def test_a_weight_of_two_values_has_neither_tails_nor_a_crest_and_zeros_are_left_out() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(40, 2, bias=False), torch.nn.Linear(40, 2, bias=False))
+    signs = torch.tensor([[0.5, -0.5] * 20, [0.0] * 40])
+    with torch.no_grad():
+        network[0].weight.copy_(signs)
+        network[1].weight.zero_()
+    found = weight_statistics(network)
+    assert (found["kurtosis"], found["crest"]) == (2.0, 1.0)  # half of the first tensor is zero
 
 
 def test_an_escaped_product_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from experiments.command import cli, formats_plot
-from experiments.command import formats as formats_cli
+from experiments.command import cli, formats_plot, formats_table
 from lpsim import conformance, formats
 
 
 def test_the_table_holds_every_format_s_numbers() -> None:
-    table = formats_cli.table()
+    table = formats_table.table()
     assert list(table.index) == list(formats.ALL_FORMATS)
     row = table.loc["float8_e5m2"]
     assert (row["max"], row["min normal"], row["min subnormal"]) == (57344.0, 2.0**-14, 2.0**-16)
     assert (row["bits"], row["codes"], row["specials"]) == (8, 256, "Inf, NaN")
     assert table.loc["nvfp4", "min normal"] == 2.0**-6 * 2.0**-126
     assert table.loc["mxfp6_e3m2", "max"] == 28 * 2.0**127
-    assert formats_cli.table(["nf4", "bfloat16"]).index.tolist() == ["nf4", "bfloat16"]
+    assert formats_table.table(["nf4", "bfloat16"]).index.tolist() == ["nf4", "bfloat16"]
 
 
 @pytest.mark.parametrize("names", [[], ["bfloat16", "mxfp4_e2m1", "float8_e8m0fnu"], ["nf4_block64"]])

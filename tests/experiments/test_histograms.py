@@ -11,9 +11,9 @@ import pytest
 from analysis import load
 from experiments.running.grid import run_grid
 from experiments.training.config import forward
+from experiments.training.histograms import recorded_steps
 from experiments.training.record import RunRecord
 from experiments.training.train import build
-from experiments.training.weights import recorded_steps
 from tests.experiments.experiment_jobs import one_thread, tiny_config
 from tests.experiments.test_grid import Here
 
@@ -53,7 +53,7 @@ def test_what_was_recorded_after_the_checkpoint_is_replaced(tmp_path: Path) -> N
 )
 def test_a_damaged_record_is_a_problem_and_the_run_is_kept(damage: str, tmp_path: Path) -> None:
     with one_thread():
-        (row,) = run_grid([tiny_config(steps=2)], tmp_path / "g", Here())
+        (row,) = run_grid([tiny_config()], tmp_path / "g", Here())
     (tmp_path / "g" / row.signature / "weights.json").write_text(damage)
     results = load.read(tmp_path / "g")
     (problem,) = results.problems.to_dict("records")

@@ -1,0 +1,144 @@
+"""`lpsim run`: run a grid, resume it, say what it would do. What `lpsim tune` does alike is here too."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.command.report import write_report
+from experiments.command.shared import UserError, add_define, chosen_formats, user_errors
+
+if TYPE_CHECKING:  # torch takes seconds to import: `lpsim --help` does without
+    from experiments.grids.adaptive import Adaptive
+    from experiments.grids.claims import Claim
+    from experiments.running.executors import StoppableExecutor
+    from experiments.running.grid import Row
+    from experiments.training.config import Config
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("run", help="run a grid; the same command again resumes it")
+    parser.add_argument(
+        "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
+    )
+    add_running(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say how many runs there are, done and left, and end")
+    parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of everything that runs a grid."""
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        metavar="NAME",
+        help="the number formats of a grid that takes formats, as quickstart does",
+    )
+    add_define(parser)
+    parser.add_argument(
+        "--telemetry-every", type=int, metavar="N", help="record what rounding did at every site, every N steps"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=getattr(os, "process_cpu_count", os.cpu_count)() or 1,
+        help="processes (default: the usable cores)",
+    )
+    parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the grid's folder lies (default: runs)"
+    )
+    parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
+    )
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
+    )
+
+
+def interruptible(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """`work(options)`; 130, and how to go on, when it was interrupted or asked to end."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return work(options)
+    except KeyboardInterrupt:
+        print(f"lpsim: interrupted; continue with: {shlex.join(options.argv)}", file=sys.stderr)
+        return 130
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_grid(options: argparse.Namespace) -> int:
+    from experiments.grids import load_claims, load_grid
+
+    with user_errors():
+        formats = chosen_formats(options)
+        source, configs = load_grid(options.grid, formats)
+        if options.dry_run:
+            return _plan(configs, source, options)
+        return 0 if run_all(configs, source, options, load_claims(options.grid, formats)) else 1
+
+
+def _plan(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> int:
+    from experiments.command.plan import plan
+
+    if not isinstance(configs, list):
+        raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
+    print(plan(configs, options.runs / source.stem, options.jobs, options.telemetry_every))
+    return 0
+
+
+def run_all(
+    configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace, claims: Sequence[Claim] = ()
+) -> bool:
+    """Run a grid where the options say, print how it ended, write the report. Whether every run came to its end."""
+    from experiments.grids.adaptive import Adaptive
+    from experiments.running.grid import DONE, run_grid
+
+    folder = options.runs / source.stem
+    with make_executor(options, folder) as executor:
+        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims=claims)
+    print(f"{folder}: {summary(rows)}")
+    done = all(row.status in DONE for row in rows)
+    if not done and isinstance(configs, Adaptive):
+        print("  what the grid asks for next depends on these; the same command tries them again")
+    if options.report:
+        write_report([folder], None)
+    return done
+
+
+def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecutor:
+    from experiments.running.executors import DaskExecutor, LocalExecutor, SlurmExecutor
+
+    if options.executor == "slurm":
+        return SlurmExecutor(folder / "slurm", options.sbatch)
+    if options.executor == "dask":
+        try:
+            return DaskExecutor(options.scheduler, options.jobs)
+        except (ImportError, OSError) as error:
+            raise UserError(str(error)) from error
+    return LocalExecutor(options.jobs)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line of counts, and one for every run that did not come to its end."""
+    ran = sum(not row.skipped for row in rows)
+    counts = {
+        status: sum(row.status == status for row in rows)
+        for status in ("finished", "diverged", "failed", "interrupted")
+    }
+    outcomes = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    lines = [f"{len(rows)} runs: {outcomes} ({ran} of them run now)"]
+    for row in rows:
+        if row.status in ("failed", "interrupted"):
+            lines.append(f"  {row.status}: {row.label} ({row.signature}): {row.cause or 'the same command resumes it'}")
+    return "\n".join(lines)
