@@ -1,8 +1,8 @@
 """HTML of a report page: escaped text, tables, figures, folded parts; one file that needs
 nothing else.
 
-Every string that comes from a run folder goes through `escape` here. The page loads nothing, runs no script, and wide
-tables scroll in their own box, so the page itself never scrolls sideways.
+Every string that comes from a run folder goes through `escape` here. The page loads nothing, can be read without its
+script, and wide tables scroll in their own box, so the page itself never scrolls sideways.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Column:
     texts: Sequence[str]
     number: bool = False
     wrap: bool = False
+    anchors: Sequence[str] = ()  # where given, a cell is a link to itself under this name
 
 
 def escape(value: object) -> str:
@@ -124,11 +125,19 @@ def table(columns: Sequence[Column], best: Sequence[bool] = (), new: Sequence[bo
     head = "".join(f"<th{_classes(column)}>{escape(column.heading)}</th>" for column in columns)
     rows = []
     for index in range(length):
-        cells = "".join(f"<td{_classes(column)}>{escape(column.texts[index])}</td>" for column in columns)
+        cells = "".join(f"<td{_classes(column)}>{_cell(column, index)}</td>" for column in columns)
         marks = [name for name, flags in (("best", best), ("new", new)) if flags and flags[index]]
         rows.append(f"<tr{_style(' '.join(marks))}>{cells}</tr>")
     style = "box long" if length > LONG_TABLE else "box"
     return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(column: Column, index: int) -> str:
+    text = escape(column.texts[index])
+    if not column.anchors:
+        return text
+    anchor = escape(column.anchors[index])
+    return f'<a id="{anchor}" href="#{anchor}">{text}</a>'
 
 
 def figure(drawing: Drawing) -> str:
@@ -161,14 +170,14 @@ def contents(entries: Iterable[tuple[str, str]]) -> str:
     return "<nav>" + "".join(f'<a href="#{escape(anchor)}">{escape(text)}</a>' for anchor, text in entries) + "</nav>"
 
 
-def document(title: str, body: Iterable[str]) -> str:
-    """The whole page. `body` is HTML made by the functions above."""
+def document(title: str, body: Iterable[str], style: str = "", end: str = "") -> str:
+    """The whole page. `body` is HTML made by the functions above, `end` the scripts, `style` the CSS of theirs."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}{style}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        + f"\n{end}</body>\n</html>\n"
     )
 
 

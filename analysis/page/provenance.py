@@ -12,7 +12,7 @@ from analysis.load import Results
 from analysis.page import html as page
 from analysis.page import summary
 from analysis.page.html import Column
-from analysis.page.summary import count, plain
+from analysis.page.summary import count
 from analysis.page.task import factor_columns, texts
 from analysis.statistics import tables
 
@@ -101,18 +101,6 @@ def provenance(results: Results) -> Iterator[str]:
             source = page.preformatted(str(part.grid.get("source_text") or "not recorded"))
             which = f" of {part.grid.get('grid', part.folder.name)}" if results.parts else ""
             yield page.folded(f"The grid file{which}, as it was run", command + source)
-    if len(runs):
-        varied = [name for name in factors if runs[name].nunique(dropna=False) > 1]
-        columns = [
-            Column("signature", list(runs["signature"])),
-            *factor_columns(runs, varied),
-            Column("seed", texts(runs["seed"], str), number=True),
-            Column("status", list(runs["status"])),
-            Column("step", texts(runs["step"], lambda step: f"{step:.0f}"), number=True),
-            Column("metric", texts(runs["metric"], lambda name: name.replace("_", " "))),
-            Column("value", texts(runs["primary_metric"], plain), number=True),
-        ]
-        yield page.folded(f"All {count(len(runs), 'run')}, by signature", page.table(columns))
 
 
 def _follows(runs: pd.DataFrame, name: str, factors: list[str]) -> str:

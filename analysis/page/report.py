@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import load
 from analysis.figures.saving import Drawing
 from analysis.load import Results
-from analysis.page import first, paper, provenance, task, terms
+from analysis.page import explore, explore_data, first, paper, provenance, scripts, task, terms
 from analysis.page import html as page
 from analysis.page.summary import task_name
 from analysis.page.task import Part
@@ -121,6 +121,8 @@ def compose(results: Results, frames: dict[str, pd.DataFrame], written_at: datet
     sections: list[tuple[str, str, Iterable[Part]]] = []  # anchor, title, parts
     for number, (where, runs) in enumerate(results.runs.groupby(list(TASK), dropna=False, sort=False)):
         sections.append((f"task-{number}", task_name(where), task.section(results, frames, where, runs)))
+    if len(results.runs):
+        sections.append(("explore", "Explore the runs", explore.section(results, frames["arms"])))
     sections.append(("incomplete", "What was left out, and why", provenance.left_out(results)))
     sections.append(("where", "What ran where", provenance.provenance(results)))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
@@ -129,7 +131,8 @@ def compose(results: Results, frames: dict[str, pd.DataFrame], written_at: datet
     body.append(page.contents((anchor, title) for anchor, title, _ in sections))
     for anchor, title, parts in sections:
         body += [page.heading(2, title, anchor), *_written(title, parts, drawings)]
-    return page.document(f"Grid {name}", body), drawings
+    explored = explore_data.data(results, frames["arms"]) if len(results.runs) else None
+    return page.document(f"Grid {name}", body, style=scripts.style(), end=scripts.scripts(explored)), drawings
 
 
 def _written(title: str, parts: Iterable[Part], drawings: dict[str, Drawing]) -> Iterator[str]:
