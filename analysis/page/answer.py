@@ -213,7 +213,7 @@ def _cost(row: Row, others: Sequence[str]) -> Comparison:
 
 
 def _effect(row: Row) -> Comparison:
-    setting = row["factor"].removeprefix("optimizer.").removeprefix("recipe.").replace("_", " ")
+    setting = summary.short(row["factor"]).replace("_", " ")
     what = f"{setting} from {row['reference']} to {row['level']}"
     word = "better" if _good(row) else "worse"
     return _comparison(
