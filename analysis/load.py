@@ -25,12 +25,27 @@ REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
 FINAL = "final."
+SHIPPED_FINALS = tuple(FINAL + name for name in ("train_loss", "validation_loss", "validation_accuracy"))
 TELEMETRY = {  # Parquet files of a run, where telemetry was on, and the columns that are read
     "telemetry": ("step", "site", "role", "format", "sqnr_db", "clipped", "underflowed", "swallowed", "origin"),
     "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
 }
 WEIGHTS = ("signature", "step", "of", "log2", "width", "count")
 VALUES = ("signature", "value")
+LATER = ("oscillated",)  # columns that telemetry of earlier versions does not have
+FRONTIER = "frontier.json"
+FRONTIER_COLUMNS = {  # of its two tables, those that are read
+    "arms": (
+        *("arm", "model", "data", "optimizer", "format", "rounding", "noise", "low", "high", "status"),
+        *("frontier", "breaks", "best", "best_loss", "best_edge", "share", "broke", "monotone", "contradicting"),
+        *("margin", "required_share", "resolution", "seeds"),
+    ),
+    "runs": ("arm", "rate", "seed", "signature", "status", "loss", "excess", "holds", "rate_holds", "place"),
+}
+FRONTIER_NUMBERS = (  # that an arm or run may lack, and so all of a grid
+    *("noise", "frontier", "breaks", "best", "best_loss"),
+    *("frontier_loss", "share", "excess_above", "loss", "excess"),
+)
 METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -57,6 +72,8 @@ class Results:
     cosines: pd.DataFrame  # signature, step, parameter, cosine, norm_ratio
     weights: pd.DataFrame  # signature, step, of, log2 (a bin's lower edge; −inf for zeros), width, count
     weight_values: pd.DataFrame  # signature, value: the positive values of the format that the weights are rounded to
+    frontier: pd.DataFrame  # of `lpsim frontier`: one row an arm; empty where the grid sought none
+    frontier_runs: pd.DataFrame  # one row a run
     parts: tuple[Results, ...] = ()  # the grids that `read_all` put together
 
     def grid_of(self, signature: str) -> tuple[Path, dict[str, Any]]:
@@ -101,6 +118,26 @@ def telemetry(folder: str | Path) -> pd.DataFrame:
     return read(folder).telemetry
 
 
+def frontier(folder: str | Path) -> pd.DataFrame:
+    """What `lpsim frontier` found, one row an arm: arm, model, data, optimizer, format, rounding, noise, `status`
+    ("bracketed"; "open": it lies beyond what was tried; "none": every rate breaks), `frontier` and `breaks` (the
+    largest rate that holds, the one above it that does not), `best` and `best_loss`, `share` (of the seeds that hold at
+    the frontier), `broke`, `monotone` ("true" or "false"), ...
+
+    Empty where the grid sought none. Raises ValueError when `folder` is no grid folder.
+    """
+    return read(folder).frontier
+
+
+def frontier_runs(folder: str | Path) -> pd.DataFrame:
+    """The runs that frontiers rest on: arm, rate, seed, signature, status, loss, `excess` (nats over the same seed at
+    the arm's best rate), holds (the seed), rate_holds, place ("best", "frontier", "breaks").
+
+    Empty where the grid sought none. Raises ValueError when `folder` is no grid folder.
+    """
+    return read(folder).frontier_runs
+
+
 def read(folder: str | Path) -> Results:
     """Everything in a grid folder, each file read once. Raises ValueError when `folder` is no grid folder."""
     folder = Path(folder)
@@ -118,7 +155,7 @@ def read(folder: str | Path) -> Results:
     found = sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_a_run(child))
     listed = found if signatures is None else list(dict.fromkeys(signatures))
     run_rows, environment_rows, metric_rows = [], [], []
-    for signature in [name for name in listed if (folder / name).is_dir()]:
+    for signature in [name for name in listed if _holds_a_run(folder / name)]:
         try:
             run, sessions, numbers = _read_run(folder / signature)
         except Unreadable as error:
@@ -128,6 +165,7 @@ def read(folder: str | Path) -> Results:
         environment_rows.extend(sessions)
         metric_rows.extend(numbers)
     weights, values = _histograms(folder, listed, problem_rows)
+    pushed = _frontier(folder / FRONTIER, problem_rows)
     observed = [_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TELEMETRY.items()]
     long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
     for column in ("signature", "split", "metric"):
@@ -139,12 +177,14 @@ def read(folder: str | Path) -> Results:
         metrics=long,
         environment=_frame(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
-        not_started=[name for name in listed if not (folder / name).is_dir()],
+        not_started=[name for name in listed if not _holds_a_run(folder / name)],
         not_listed=[name for name in found if name not in set(listed)],
-        telemetry=observed[0],
+        telemetry=observed[0].assign(**{c: math.nan for c in LATER if len(observed[0]) and c not in observed[0]}),
         cosines=observed[1],
         weights=weights,
         weight_values=values,
+        frontier=pushed[0],
+        frontier_runs=pushed[1],
     )
 
 
@@ -183,6 +223,8 @@ def read_all(folders: Sequence[str | Path]) -> Results:
         cosines=_below([part.cosines for part in parts]),
         weights=_below([part.weights for part in parts]),
         weight_values=_below([part.weight_values for part in parts]),
+        frontier=_below([part.frontier for part in parts]),
+        frontier_runs=_below([part.frontier_runs for part in parts]),
         parts=tuple(parts),
     )
 
@@ -209,6 +251,11 @@ def _below(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def config_columns(runs: pd.DataFrame) -> list[str]:
     """The columns of `runs` that come from config.json, in its order."""
     return [name for name in runs.columns if name not in RESULT_COLUMNS and not name.startswith(FINAL)]
+
+
+def own_metrics(runs: pd.DataFrame) -> list[str]:
+    """The columns of `runs` with metrics that a grid's author defined: every `final.*` that is not shipped."""
+    return [name for name in runs.columns if name.startswith(FINAL) and name not in SHIPPED_FINALS]
 
 
 def _no_grid_folder(folder: Path) -> str:
@@ -334,6 +381,25 @@ def _histograms(
             rows += mine
             values += held
     return pd.DataFrame(rows, columns=list(WEIGHTS)), pd.DataFrame(values, columns=list(VALUES))
+
+
+def _frontier(path: Path, problem_rows: list[dict[str, str]]) -> list[pd.DataFrame]:
+    """Both tables that `lpsim frontier` wrote, empty where it did not; an unreadable file is added to the problems."""
+    frames = []
+    try:
+        document = _document(path) if path.exists() else {}
+        for name, wanted in FRONTIER_COLUMNS.items():
+            rows = document.get(name, [])
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise Unreadable(f"{path.name} has no table {name}")
+            if missing := [column for row in rows for column in wanted if column not in row]:
+                raise Unreadable(f"{path.name} has no column {missing[0]} in its table {name}")
+            frame = _frame(rows, list(wanted))
+            frames.append(frame.astype({name: "float64" for name in FRONTIER_NUMBERS if name in frame}))
+        return frames
+    except ValueError as error:  # unreadable, or a text where a number belongs
+        problem_rows.append({"folder": ".", "reason": f"{error}; lpsim frontier writes it again"})
+        return [_frame([], list(wanted)) for wanted in FRONTIER_COLUMNS.values()]
 
 
 def _table(path: Path, wanted: Iterable[str]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from analysis.figures import comparisons, drawings
 from analysis.figures.plots import LABELS
 from analysis.figures.saving import Drawing
 from analysis.load import Results
-from analysis.page import claims, summary
+from analysis.page import claims, frontier, summary
 from analysis.page import html as page
 from analysis.page.answer import answer
 from analysis.page.summary import of_task, task_name
@@ -34,7 +34,8 @@ def screen(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     yield page.paragraph(summary.lead(results), "meta" if summary.complete(results) else "warn")
     if "claims" in frames:
         yield from claims.section(frames["claims"], frames["predictions"])
-    else:
+    yield from frontier.section(frames)
+    if results.parts or not ("claims" in frames or "frontier" in frames):
         yield from _answer(results, frames)
     if len(results.runs):
         yield page.paragraph(summary.words(results), "note")

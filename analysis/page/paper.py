@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.page.files import replace
 from analysis.page.summary import plain, signed
 from analysis.statistics.tables import text
 
@@ -65,7 +66,7 @@ def write(tables: dict[str, pd.DataFrame], folder: Path, kind: str) -> list[Path
     for name in PAPER:
         if name in tables and len(tables[name]):
             paths.append(folder / f"{name}{ENDINGS[kind]}")
-            paths[-1].write_text(convert(tables[name]), encoding="utf-8")
+            replace(paths[-1], convert(tables[name]).encode())
     return paths
 
 

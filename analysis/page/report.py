@@ -6,7 +6,6 @@ so a reader never sees half a report, and a full disk leaves the previous one.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -18,7 +17,9 @@ from analysis import load
 from analysis.figures.saving import Drawing
 from analysis.load import Results
 from analysis.page import explore, explore_data, first, paper, provenance, scripts, task, terms
+from analysis.page import frontier as frontier_part
 from analysis.page import html as page
+from analysis.page.files import replace
 from analysis.page.summary import task_name
 from analysis.page.task import Part
 from analysis.statistics import claims, stability, tables
@@ -58,18 +59,18 @@ def write_report(
     try:
         (target.parent / "tables").mkdir(parents=True, exist_ok=True)
         for name, frame in frames.items():
-            _write(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
+            replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
             if name not in LONG:
                 csv = frame.to_csv(index=False, lineterminator="\n")
-                _write(target.parent / "tables" / f"{name}.csv", csv.encode())
+                replace(target.parent / "tables" / f"{name}.csv", csv.encode())
         if figures:
             (target.parent / "figures").mkdir(exist_ok=True)
         for name, drawing in drawings.items() if figures else ():
-            _write(target.parent / "figures" / f"{name}.svg", drawing.svg)
-            _write(target.parent / "figures" / f"{name}.pdf", drawing.pdf())
+            replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
+            replace(target.parent / "figures" / f"{name}.pdf", drawing.pdf())
         if tables_as is not None:
             paper.write(frames, target.parent / "tables", tables_as)
-        _write(target, text.encode())
+        replace(target, text.encode())
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"cannot write the report to {target}: {reason}") from error
@@ -96,6 +97,7 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),
         **_claims(results, per_run),
+        **frontier_part.tables(results),
         **({"telemetry": results.telemetry} if len(results.telemetry) else {}),
         **({"telemetry_cosines": results.cosines} if len(results.cosines) else {}),
     }
@@ -147,14 +149,3 @@ def _written(title: str, parts: Iterable[Part], drawings: dict[str, Drawing]) ->
             yield page.figure(part)
         else:
             yield part
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file beside `path` and renames it there; the old file stays when that fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

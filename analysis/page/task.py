@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 
+from analysis import load
 from analysis.figures import comparisons, drawings, resources, weights
 from analysis.figures.plots import LABELS
 from analysis.figures.saving import Drawing
@@ -160,6 +161,11 @@ def _arms(rows: pd.DataFrame) -> str:
         *(
             Column(name, texts(rows[name], str), number=True)
             for name in ("diverged", "failed", "unfinished", "excluded")
+        ),
+        *(
+            Column(name.removeprefix(load.FINAL), texts(rows[name], plain), number=True)
+            for name in load.own_metrics(rows)
+            if rows[name].notna().any()
         ),
     ]
     return page.table(columns, best=flags, new=_new(rows, names))

@@ -17,6 +17,8 @@ from analysis.page.html import Column
 from analysis.page.summary import arm_name, count
 from analysis.statistics.tables import text
 
+SHARES = ("clipped", "underflowed", "swallowed", "oscillated")
+
 
 def origins(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """One row a run that saw a NaN or Inf, the first of them: signature, status, step, site, role, kind.
@@ -31,22 +33,22 @@ def origins(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def rounding(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
     """One row an arm and role that something rounds: its factors, role, rounded_to, runs, sites, sqnr_db (the median
-    over runs, steps and sites), lowest_db and lowest_site (of the sites' medians), clipped, underflowed and swallowed
-    (the largest of the sites' medians).
+    over runs, steps and sites), lowest_db and lowest_site (of the sites' medians), clipped, underflowed, swallowed and
+    oscillated (the largest of the sites' medians).
     """
     rounded = _with_factors(runs, rows, factors).query("rounded_to != ''")
     out = []
     for key, group in rounded.groupby([*factors, "role", "rounded_to"], dropna=False, sort=False):
-        sites = group.groupby("site", sort=False)[["sqnr_db", "clipped", "underflowed", "swallowed"]].median()
+        sites = group.groupby("site", sort=False)[["sqnr_db", *SHARES]].median()
         out.append(
             dict(zip([*factors, "role", "rounded_to"], key, strict=True))
             | {"runs": group["signature"].nunique(), "sites": len(sites)}
             | {"sqnr_db": group["sqnr_db"].median(), "lowest_db": sites["sqnr_db"].min()}
             | {"lowest_site": sites["sqnr_db"].idxmin() if sites["sqnr_db"].notna().any() else ""}
-            | {name: sites[name].max() for name in ("clipped", "underflowed", "swallowed")}
+            | {name: sites[name].max() for name in SHARES}
         )
     columns = ["role", "rounded_to", "runs", "sites", "sqnr_db", "lowest_db", "lowest_site"]
-    return pd.DataFrame(out, columns=[*factors, *columns, "clipped", "underflowed", "swallowed"])
+    return pd.DataFrame(out, columns=[*factors, *columns, *SHARES])
 
 
 def gradients(runs: pd.DataFrame, cosines: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
@@ -119,15 +121,13 @@ def section(
                 Column("SQNR (dB)", _numbers(table["sqnr_db"], ".1f"), number=True),
                 Column("lowest", _numbers(table["lowest_db"], ".1f"), number=True),
                 Column("at", list(table["lowest_site"]), wrap=True),
-                *(
-                    Column(name, _numbers(table[name], ".2%"), number=True)
-                    for name in ("clipped", "underflowed", "swallowed")
-                ),
+                *(Column(name, _numbers(table[name], ".2%"), number=True) for name in SHARES),
             ]
         )
         yield page.paragraph(
-            "Medians over runs and steps. Clipped, underflowed (to zero) and swallowed (weights whose update rounding "
-            "undid) are the shares at the worst site.",
+            "Medians over runs and steps. Clipped, underflowed (to zero), swallowed (weights whose update rounding "
+            "undid) and oscillated (weights that flipped to a neighbouring value and back in two updates) are the "
+            "shares at the worst site.",
             "note",
         )
     yield from maps(runs, rows.rename(columns={"format": "rounded_to"}))

@@ -87,6 +87,14 @@ LEGEND = (
         "over finished runs.",
     ),
     (
+        "frontier, breaks, best rate",
+        "Of `lpsim frontier`. A seed holds at a learning rate when it does not diverge there and ends at most the "
+        "stated margin above its own run at the arm's best rate: that at which fewest seeds diverge and then the mean "
+        "loss is lowest. A rate holds when the stated share of seeds hold, else it breaks. The frontier is the largest "
+        "rate up to which, from the best one on, every rate tried holds. That what has broken stays broken is an "
+        "assumption; an arm with trials against it is marked.",
+    ),
+    (
         "largest stable learning rate",
         "The largest rate tried at which a run finished and none diverged, below the smallest rate at which one did.",
     ),

@@ -77,16 +77,35 @@ def loss_spikes(loss: np.ndarray) -> tuple[int, float]:
     not mistaken for a spike. NaN and infinite losses are divergence, not spikes, and are left out. (0, 0.0) for a
     series of at most 50 values.
     """
-    loss = loss[np.isfinite(loss)]
+    _, jump, high, starts = _spikes(loss[np.isfinite(loss)])
+    return int(starts.sum()), float(jump[high].max(initial=0.0))
+
+
+def recoveries(step: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """For every spike of `loss_spikes` the steps from its start until the loss is back; NaN where it never is.
+
+    Back is a logged loss of at most the median of the 50 before the spike began. Empty without spikes.
+    """
+    step, loss = step[np.isfinite(loss)], loss[np.isfinite(loss)]
+    median, _, _, starts = _spikes(loss)
+    steps, tail = step[SPIKE_WINDOW:], loss[SPIKE_WINDOW:]
+    out = []
+    for start in np.flatnonzero(starts):
+        back = np.flatnonzero(tail[start:] <= median[start])
+        out.append(steps[start + back[0]] - steps[start] if back.size else math.nan)
+    return np.array(out, dtype=np.float64)
+
+
+def _spikes(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every loss after the first 50: the median before it, its jump, whether it is in a spike, or starts one."""
     if loss.size <= SPIKE_WINDOW:
-        return 0, 0.0
+        return np.empty(0), np.empty(0), np.empty(0, bool), np.empty(0, bool)
     before = sliding_window_view(loss, SPIKE_WINDOW)[:-1]  # (n - window, window)
     median = np.median(before, axis=1)
     spread = SD_PER_MAD * np.median(np.abs(before - median[:, None]), axis=1)
     jump = loss[SPIKE_WINDOW:] - median
     high = jump > np.maximum(SPIKE_THRESHOLD * spread, SPIKE_FLOOR * np.abs(median))
-    starts = high & ~np.concatenate(([False], high[:-1]))
-    return int(starts.sum()), float(jump[high].max(initial=0.0))
+    return median, jump, high, high & ~np.concatenate(([False], high[:-1]))
 
 
 def weight_growth(step: np.ndarray, norm: np.ndarray) -> float:

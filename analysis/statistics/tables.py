@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from analysis.load import config_columns
+from analysis.load import config_columns, own_metrics
 
 CONFIDENCE = 0.95
 BASELINE = "float32"  # the format that the others are compared to
@@ -80,12 +80,13 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm: its factors, metric, runs, n, mean, low, high, sd, diverged, failed, unfinished, excluded.
+    """One row an arm: its factors, metric, runs, n, mean, low, high, sd, diverged, failed, unfinished, excluded, and
+    the mean of each metric of the author's own, `final.NAME`, over the same n runs.
 
     `n` runs enter mean and sd, `excluded` = runs − n do not: the diverged, failed and unfinished ones, and finished
     ones whose metric is not finite. sd has n − 1 in its denominator and is NaN for n < 2.
     """
-    columns = factors(runs)
+    columns, own = factors(runs), own_metrics(runs)
     rows = []
     for key, group in runs.groupby(columns, dropna=False, sort=False):
         values = group.loc[counted(group), "primary_metric"]
@@ -96,9 +97,10 @@ def arms(runs: pd.DataFrame) -> pd.DataFrame:
             | {"mean": mean, "low": low, "high": high, "sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan}
             | {status: int((group["status"] == status).sum()) for status in ("diverged", "failed", "unfinished")}
             | {"excluded": len(group) - len(values)}
+            | {name: float(group.loc[counted(group), name].mean(skipna=False)) for name in own}
         )
     statistics = ["metric", "runs", "n", "mean", "low", "high", "sd", "diverged", "failed", "unfinished", "excluded"]
-    return pd.DataFrame(rows, columns=[*columns, *statistics])
+    return pd.DataFrame(rows, columns=[*columns, *statistics, *own])
 
 
 def pairs(runs: pd.DataFrame) -> pd.DataFrame:

@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from experiments.command import bench, evaluate, formats, new, report, run, tune
+from experiments.command import bench, evaluate, export, formats, frontier, new, report, run, runs, tune
 from experiments.command.shared import UserError
 
-COMMANDS = (formats, evaluate, new, run, tune, report, bench)
+COMMANDS = (formats, evaluate, new, run, tune, frontier, runs, report, export, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """`lpsim run GRID --dry-run`: what the command would do, without doing it."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,19 @@ from experiments.training import record
 from experiments.training.config import Config
 
 
-def plan(configs: Iterable[Config], folder: Path, jobs: int, telemetry_every: int | None = None) -> str:
-    """How many runs there are, what became of them, and how long the rest takes.
+def plan(runs: Sequence[Config], folder: Path, jobs: int, retry_failed: bool = False) -> str:
+    """How many runs there are, what became of them, and how long the rest takes; what failed is of the rest where it is
+    tried again. runs: as the grid in the folder runs them.
 
     The time is the mean over finished runs of the same model, or over all where that model has none, of seconds a step,
     times the steps that are left; a run that has begun counts whole.
     """
-    changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
-    runs = [replace(config, grid=folder.name, **changes) for config in configs]
     results = [record.read_json(folder / run.signature() / "result.json") or {} for run in runs]
     status = [_status(run, result, folder) for run, result in zip(runs, results, strict=True)]
     count = {name: status.count(name) for name in dict.fromkeys(status)}
     lines = [f"{folder}: {len(runs)} runs: {', '.join(f'{number} {name}' for name, number in count.items())}"]
-    left = [run for run, name in zip(runs, status, strict=True) if name not in DONE]
+    ended = DONE if retry_failed else (*DONE, "failed")
+    left = [run for run, name in zip(runs, status, strict=True) if name not in ended]
     timed = [(run, result) for run, result in zip(runs, results, strict=True) if _is_timed(run, result)]
     if left and timed:
         times = [_seconds_a_step([pair for pair in timed if pair[0].model == run.model] or timed) for run in left]

@@ -1,10 +1,13 @@
 """`lpsim report`: one HTML file from run folders."""
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.command.shared import UserError
+from experiments.command.watch import watch
 
 
 def add(commands: Any) -> None:
@@ -14,10 +17,45 @@ def add(commands: Any) -> None:
         "--output", type=Path, metavar="FILE", help="default: report.html in the folder; of A and B, A+B/report.html"
     )
     parser.add_argument("--tables", choices=("latex", "markdown"), help="write the tables for a paper too, in tables/")
-    parser.set_defaults(function=lambda options: write_report(options.folders, options.output, options.tables))
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=30.0,
+        metavar="SECONDS",
+        help="write it anew while runs go on, at most every so many seconds (30), until all have ended",
+    )
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.watch is None:
+        return write_report(options.folders, options.output, options.tables)
+    if not options.watch > 0:
+        raise UserError(f"--watch takes a positive number of seconds, not {options.watch:g}")
+    said: list[str] = []
+
+    def write() -> None:
+        path = written(options.folders, options.output, options.tables)
+        if not said:
+            said.append(str(path))
+            print(f"{path}; it is written anew until all runs have ended, or until Ctrl-C", flush=True)
+
+    try:
+        watch(options.folders, write, options.watch)
+    except KeyboardInterrupt:
+        print("lpsim: the report stays as it was last written", file=sys.stderr)
+        return 130
+    return 0
 
 
 def write_report(folders: Sequence[Path], output: Path | None, tables: str | None = None) -> int:
+    print(written(folders, output, tables))
+    return 0
+
+
+def written(folders: Sequence[Path], output: Path | None, tables: str | None) -> Path:
+    """Where the report was written. Raises UserError."""
     for folder in folders:
         if not (folder / "grid.json").exists():
             near = (
@@ -27,7 +65,6 @@ def write_report(folders: Sequence[Path], output: Path | None, tables: str | Non
     from analysis.page.report import write_report as write
 
     try:
-        print(write(folders, output, tables))
+        return write(folders, output, tables)
     except (ValueError, OSError) as error:
         raise UserError(f"no report of {', '.join(map(str, folders))}: {error}") from error
-    return 0

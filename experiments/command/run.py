@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.command import where
 from experiments.command.report import write_report
 from experiments.command.shared import UserError, add_define, chosen_formats, user_errors
 
@@ -28,6 +29,7 @@ def add(commands: Any) -> None:
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
     add_running(parser)
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE", help=where.HELP)
     parser.add_argument("--dry-run", action="store_true", help="say how many runs there are, done and left, and end")
     parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
 
@@ -54,6 +56,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where the grid's folder lies (default: runs)"
     )
+    parser.add_argument("--retry-failed", action="store_true", help="try the runs that failed again")
     parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
@@ -78,39 +81,69 @@ def _as_interrupt(*_: object) -> None:
 
 
 def _run_grid(options: argparse.Namespace) -> int:
+    from experiments.command.plan import plan
     from experiments.grids import load_claims, load_grid
 
     with user_errors():
         formats = chosen_formats(options)
         source, configs = load_grid(options.grid, formats)
+        chosen = _chosen(configs, source, options) if options.only or options.dry_run else None
         if options.dry_run:
-            return _plan(configs, source, options)
-        return 0 if run_all(configs, source, options, load_claims(options.grid, formats)) else 1
+            print(plan(chosen or [], options.runs / source.stem, options.jobs, options.retry_failed))
+            return 0
+        return 0 if run_all(configs, source, options, load_claims(options.grid, formats), chosen) else 1
 
 
-def _plan(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> int:
-    from experiments.command.plan import plan
+def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> list[Config]:
+    """The runs that --only leaves, as they are run; all without it. Raises ValueError."""
+    from analysis.load import SCHEDULE, USUAL_SCHEDULE, flatten
+    from experiments.running.grid import resolved
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
-    print(plan(configs, options.runs / source.stem, options.jobs, options.telemetry_every))
-    return 0
+    runs = resolved(configs, options.runs / source.stem, options.telemetry_every)
+    if not options.only:
+        return runs
+    fields = [{SCHEDULE: USUAL_SCHEDULE, **flatten(run.to_dict())} for run in runs]
+    for each in fields:
+        del each["version"]
+    met = where.meets(fields, options.only, "--only")
+    return [run for run, is_met in zip(runs, met, strict=True) if is_met]
 
 
 def run_all(
-    configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace, claims: Sequence[Claim] = ()
+    configs: list[Config] | Adaptive,
+    source: Path,
+    options: argparse.Namespace,
+    claims: Sequence[Claim] = (),
+    only: Sequence[Config] | None = None,
 ) -> bool:
-    """Run a grid where the options say, print how it ended, write the report. Whether every run came to its end."""
+    """Run a grid, or some of its runs only, where the options say, print how it ended, write the report.
+
+    Whether every run came to its end.
+    """
     from experiments.grids.adaptive import Adaptive
     from experiments.running.grid import DONE, run_grid
 
     folder = options.runs / source.stem
     with make_executor(options, folder) as executor:
-        rows = run_grid(configs, folder, executor, source, options.argv, options.telemetry_every, claims=claims)
+        rows = run_grid(
+            configs,
+            folder,
+            executor,
+            source,
+            options.argv,
+            options.telemetry_every,
+            claims=claims,
+            only=None if only is None else {config.signature() for config in only},
+            retry_failed=options.retry_failed,
+        )
     print(f"{folder}: {summary(rows)}")
+    if isinstance(configs, list) and len(rows) < len(configs):
+        print(f"  --only left out {len(configs) - len(rows)} runs of the grid")
     done = all(row.status in DONE for row in rows)
     if not done and isinstance(configs, Adaptive):
-        print("  what the grid asks for next depends on these; the same command tries them again")
+        print("  what the grid asks for next depends on these")
     if options.report:
         write_report([folder], None)
     return done
@@ -141,4 +174,6 @@ def summary(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.status in ("failed", "interrupted"):
             lines.append(f"  {row.status}: {row.label} ({row.signature}): {row.cause or 'the same command resumes it'}")
+    if any(row.status == "failed" and row.ended for row in rows):
+        lines.append("  what failed is tried again by the same command with --retry-failed")
     return "\n".join(lines)

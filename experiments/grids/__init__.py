@@ -1,10 +1,11 @@
 """One file a research question, each with `def grid() -> Iterator[Config]`; `load_grid` reads such a file.
 
 A grid that looks at finished runs yields lists of configs and receives how they ended (`adaptive`). A file with
-`def tune()` seeks the best settings of each arm (`tuning`); one with `def claims()` says what its grid is to decide
-(`claims`). A grid whose formats may be chosen on the command line takes them: `def grid(formats: Sequence[Format] =
-(...))`. In: a file that a user names. Out: configs, or one message that tells the file and line of a mistake. It
-imports training; running and command import it.
+`def tune()` seeks the best settings of each arm (`tuning`), one with `def frontier()` how far the learning rate of each
+can be pushed (`frontier`); one with `def claims()` says what its grid is to decide (`claims`). A grid whose formats may
+be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`. In: a file that a user names.
+Out: configs, or one message that tells the file and line of a mistake. It imports training; running and command import
+it.
 """
 
 import inspect
@@ -22,6 +23,12 @@ from experiments.training.settings import names_near
 from lpsim.formats import Format
 
 HERE = Path(__file__).parent
+COMMANDS = {  # what a file may define, and what runs it
+    "grid": "it is a grid: lpsim run",
+    "tune": "it is a tuning: lpsim tune",
+    "frontier": "it seeks a frontier: lpsim frontier",
+}
+KINDS = rf"^def ({'|'.join(COMMANDS)})\("
 
 
 def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, list[Config] | Adaptive]:
@@ -60,7 +67,7 @@ def find(source: str) -> Path:
     """The grid file of that path, or the shipped one of that name. Raises GridError."""
     path = Path(source)
     if not path.is_file():
-        shipped = sorted(p.stem for p in HERE.glob("*.py") if re.search(r"^def (grid|tune)\(", p.read_text(), re.M))
+        shipped = sorted(p.stem for p in HERE.glob("*.py") if re.search(KINDS, p.read_text(), re.M))
         if source not in shipped:
             raise GridError(f"no grid file {source!r}; shipped grids: {names_near(source, shipped)}")
         path = HERE / f"{source}.py"
@@ -74,8 +81,8 @@ def function(path: Path, name: str, returns: str, formats: Sequence[Format] | No
     module = execute(path, f"grid_{path.stem.replace('.', '_')}")
     found = getattr(module, name, None)
     if not callable(found):
-        tuning = "; it is a tuning: lpsim tune" if callable(getattr(module, "tune", None)) else ""
-        raise GridError(f"{path}: defines no function {name}(); it must be: def {name}() -> {returns}{tuning}")
+        there = [f"; {command}" for other, command in COMMANDS.items() if callable(getattr(module, other, None))]
+        raise GridError(f"{path}: defines no function {name}(); it must be: def {name}() -> {returns}{''.join(there)}")
     if formats is None:
         return found
     if "formats" not in inspect.signature(found).parameters:

@@ -21,7 +21,7 @@ class Outcome:
 
     config: Config  # as the grid yielded it
     signature: str  # the name of its run folder
-    status: str  # "finished" or "diverged"; a failed run is run again before the grid hears of its round
+    status: str  # "finished" or "diverged"; while one has failed, the grid does not hear of its round
     final: Mapping[str, float]  # "validation_loss" (nats) and the other final metrics; few of a diverged run
 
 

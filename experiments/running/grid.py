@@ -2,7 +2,8 @@
 
 The grid's folder is runs/<grid>/: `grid.json` (the source of the grid and its signatures) and one folder a run. Every
 decision is read from there, so the same command after a crash, a Ctrl-C or a kill -9 continues, and after success does
-nothing. A grid is a round of runs, or, when it is adaptive, several, each asked for after the one before has ended.
+nothing. What failed, by an exception of its training, stays failed until it is asked for again. A grid is a round of
+runs, or, when it is adaptive, several, each asked for after the one before has ended.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,15 @@ from experiments.training.config import Config
 from experiments.training.record import DamagedFolderError, RunFolderError, RunRecord
 
 VERSION = 1
-DONE = ("finished", "diverged")  # outcomes that are not tried again
+DONE = ("finished", "diverged")  # outcomes that are never tried again
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one run stands: status "finished", "diverged", "failed" or "interrupted"; `skipped` when it was so before."""
+    """How one run stands: status "finished", "diverged", "failed" or "interrupted"; `skipped` when it was so before.
+
+    ended: it has a result. A failed run without one (its worker was killed, the disk was full) is resumed next time.
+    """
 
     signature: str
     label: str
@@ -42,6 +46,7 @@ class Row:
     cause: str | None = None
     final: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
+    ended: bool = False
 
 
 def label(config: Config) -> str:
@@ -59,6 +64,7 @@ def labels(configs: Mapping[str, Config]) -> dict[str, str]:
         settings = {signature: dict(_leaves(configs[signature].to_dict())) for signature in signatures}
         paths = sorted({path for leaves in settings.values() for path in leaves})
         differ = [path for path in paths if len({repr(leaves.get(path)) for leaves in settings.values()}) > 1]
+        differ = [path for path in differ if own.DEFINITION not in path] or differ
         for signature, leaves in settings.items():
             values = [f"{path.rpartition('.')[2]} {leaves[path]}" for path in differ if path in leaves]
             names[signature] = ", ".join([common, *values])
@@ -82,26 +88,30 @@ def run_grid(
     argv: Sequence[str] = (),
     telemetry_every: int | None = None,
     claims: Sequence[Claim] = (),
+    only: Collection[str] | None = None,
+    retry_failed: bool = False,
 ) -> list[Row]:
     """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
 
-    A run whose folder is damaged is a failed row that says how to mend it; the others are run. An adaptive grid gets
-    the results of a round when all its runs have finished or diverged; while one has failed or was interrupted, the
-    grid stops there, so that what it asks for next never depends on an accident. telemetry_every: replaces the
-    configs' own, where given. claims: what the grid is to decide, written to grid.json for the report.
+    A run that has failed is tried again, from its last checkpoint, with retry_failed alone. A run whose folder is
+    damaged is a failed row that says how to mend it; the others are run. An adaptive grid gets the results of a round
+    when all its runs have finished or diverged; while one has failed or was interrupted, the grid stops there, so that
+    what it asks for next never depends on an accident. telemetry_every: replaces the configs' own, where given. claims:
+    what the grid is to decide, written to grid.json for the report. only: the signatures of the runs to bring to their
+    end; the others stand in grid.json, and have no row.
 
-    Raises: GridError for no or equal configs, of any rounds, and for a claim about runs that the grid has not;
-    RunFolderError, before anything of a round is run, when the folder is in use, of another version or was filled from
-    other data; KeyboardInterrupt, after all running runs have written a checkpoint, on Ctrl-C.
+    Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, and for
+    `only` of an adaptive grid; RunFolderError, before anything of a round is run, when the folder is in use, of another
+    version or was filled from other data; KeyboardInterrupt, after all running runs have written a checkpoint, on
+    Ctrl-C.
     """
     rounds = configs.rounds() if isinstance(configs, Adaptive) else _one_round(configs)
-    changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
     by_signature: dict[str, Config] = {}
 
-    def resolved(asked: Iterable[Config]) -> dict[str, Config]:
+    def joined(asked: Iterable[Config]) -> dict[str, Config]:
         """The configs of a round by signature; they join those of the rounds before."""
         mine: dict[str, Config] = {}
-        for config in (dataclasses.replace(each, grid=folder.name, **changes) for each in asked):
+        for config in resolved(asked, folder, telemetry_every):
             signature = config.signature()
             if signature in by_signature:
                 raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
@@ -109,11 +119,12 @@ def run_grid(
         return mine
 
     asked = next(rounds, None)
-    mine = resolved(asked or ())
+    mine = joined(asked or ())
     if not asked or not mine:
         raise GridError(f"the grid {folder.name} has no runs")
-    if claims and isinstance(configs, Adaptive):
-        raise GridError(f"the grid {folder.name} looks at its runs; claims need a grid whose runs are known before")
+    if (claims or only is not None) and isinstance(configs, Adaptive):
+        what = "claims need" if claims else "to run some only needs"
+        raise GridError(f"the grid {folder.name} looks at its runs; {what} a grid whose runs are known before")
     resolved_claims = resolve(claims, by_signature, source or folder)
     description: dict[str, Any] = {
         "version": VERSION,
@@ -132,27 +143,33 @@ def run_grid(
         rows: dict[str, Row | None] = {}
         while True:
             names = labels(by_signature)
+            chosen = {signature: config for signature, config in mine.items() if only is None or signature in only}
             rows |= {
-                signature: _recorded(folder / signature, config, names[signature], fingerprint)
-                for signature, config in mine.items()
+                signature: _recorded(folder / signature, config, names[signature], fingerprint, retry_failed)
+                for signature, config in chosen.items()
             }
             if None in rows.values():
                 describe()
-                sources = own.keep(
-                    (part for each in mine.values() for part in each.own_parts().values()), folder, source
-                )
-                _run_missing(by_signature, names, rows, folder, executor, sources)
-            ended = [row for row in (rows[signature] for signature in mine) if row is not None and row.status in DONE]
+                sources = own.keep((part for each in chosen.values() for part in each.own_parts()), folder, source)
+                wanted = {signature: by_signature[signature] for signature in rows}
+                _run_missing(wanted, names, rows, folder, executor, sources)
+            ended = [row for row in (rows[signature] for signature in chosen) if row is not None and row.status in DONE]
             if len(ended) < len(mine):
                 break
             try:
                 asked = rounds.send([_outcome_of(config, row) for config, row in zip(asked, ended, strict=True)])
             except StopIteration:
                 break
-            mine = resolved(asked)
+            mine = joined(asked)
         describe()
     names = labels(by_signature)
     return [dataclasses.replace(row, label=names[row.signature]) for row in rows.values() if row is not None]
+
+
+def resolved(configs: Iterable[Config], folder: Path, telemetry_every: int | None = None) -> list[Config]:
+    """The configs as the grid in that folder runs them; telemetry_every replaces their own, where given."""
+    changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
+    return [dataclasses.replace(config, grid=folder.name, **changes) for config in configs]
 
 
 def _one_round(configs: Iterable[Config]) -> Generator[list[Config], Sequence[Outcome], None]:
@@ -164,18 +181,20 @@ def _outcome_of(config: Config, row: Row) -> Outcome:
     return Outcome(config, row.signature, row.status, {name: float(value) for name, value in row.final.items()})
 
 
-def _recorded(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str]) -> Row | None:
-    """The row of a run that is done or whose folder is damaged, None for one to be run or resumed.
+def _recorded(
+    folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str], retry_failed: bool
+) -> Row | None:
+    """The row of a run that has ended or whose folder is damaged, None for one to be run, resumed or tried again.
 
     Raises: RunFolderError for a folder that is not to be touched.
     """
     try:
-        return _read(folder, config, name, fingerprint)
+        return _read(folder, config, name, fingerprint, retry_failed)
     except DamagedFolderError as error:
         return Row(config.signature(), name, "failed", cause=str(error), skipped=True)
 
 
-def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str]) -> Row | None:
+def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], str], retry_failed: bool) -> Row | None:
     written = record.read_json(folder / "config.json")
     result = record.read_json(folder / "result.json")
     made_in = record.read_json(folder / "env.json")
@@ -196,14 +215,14 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
             f"of Python, glyphs between those of matplotlib: that run had {versions.get('python')} and "
             f"{versions.get('matplotlib')}); use another --runs folder, or delete {folder.parent}"
         )
-    if result is None or result.get("status") not in DONE:
+    if result is None or result.get("status") not in (*DONE, *(() if retry_failed else ("failed",))):
         return None
     return _row(config, name, result, skipped=True)
 
 
 def _row(config: Config, name: str, result: dict[str, Any], skipped: bool = False) -> Row:
     cause, final = result.get("cause"), result.get("final") or {}
-    return Row(config.signature(), name, result["status"], result.get("step", 0), cause, final, skipped)
+    return Row(config.signature(), name, result["status"], result.get("step", 0), cause, final, skipped, ended=True)
 
 
 def _run_missing(

@@ -37,6 +37,7 @@ MODELS: dict[str, ModelConfig] = {
     model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.MICRO_GLYPHS, vit.BASE)
 }
 PASSES = ("forward", "all")
+SHIPPED_METRICS = ("step", "split", "loss", "accuracy", "train_loss", "validation_loss", "validation_accuracy")
 GIVEN = "given"  # written for passes where the recipe is given whole
 
 
@@ -182,6 +183,7 @@ class Config(Settings):
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
     schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules; written where it is no Cosine
+    metrics: tuple[own.Metric, ...] = ()  # of one's own, measured at every validation; written where there are any
     # the signature of a run of the same grid, of the same model, whose last weights this one begins with (fine-tuning);
     # an adaptive grid knows it from that run's Outcome. Written where it is given.
     begin_with: str | None = None
@@ -206,17 +208,25 @@ class Config(Settings):
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or None")
         self.require(self.divergence_factor > 1, "divergence_factor must be above 1")
         self.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), is {self.seed}")
-        for section, part in self.own_parts().items():
+        for section, part in self._own_sections().items():
             table, what = self.sections[section]
             own.check(part, what, () if section == "model" else table)
+        for metric in self.metrics:
+            own.check(metric, "metric", SHIPPED_METRICS)
+            self.require(metric.name.isidentifier(), f"a metric's name is a word, is {metric.name!r}")
+        names = [metric.name for metric in self.metrics]
+        self.require(len(set(names)) == len(names), f"two metrics have one name: {', '.join(names)}")
         self.require(
             self.data.inputs == self.model.inputs,
             f"{self.data.name} gives {self.data.inputs}, {self.model.name} takes {self.model.inputs}",
         )
         self.data.check_model(self.model)
 
-    def own_parts(self) -> dict[str, Settings]:
-        """The parts, by their fields, whose classes are not shipped."""
+    def own_parts(self) -> list[Settings]:
+        """The parts whose classes are not shipped."""
+        return [*self._own_sections().values(), *self.metrics]
+
+    def _own_sections(self) -> dict[str, Settings]:
         parts = {section: getattr(self, section) for section in self.sections}
         return {name: part for name, part in parts.items() if type(part) not in self.sections[name][0].values()}
 
@@ -224,9 +234,12 @@ class Config(Settings):
         data = {"version": VERSION, **super().to_dict()}
         if self.schedule == Cosine():
             del data["schedule"]  # there was no other schedule once, and its runs keep their signatures
+        data["metrics"] = {metric.name: own.to_dict(metric) for metric in self.metrics}
+        if not self.metrics:
+            del data["metrics"]  # likewise
         if self.begin_with is None:
-            del data["begin_with"]  # likewise
-        return data | {section: own.to_dict(part) for section, part in self.own_parts().items()}
+            del data["begin_with"]
+        return data | {section: own.to_dict(part) for section, part in self._own_sections().items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], sources: Path | None = None) -> Self:
@@ -238,6 +251,10 @@ class Config(Settings):
             raise ValueError(f"config of version {data.get('version')!r}; this is version {VERSION}")
         parts = {name: value for name, value in data.items() if name != "version"}
         parts.setdefault("schedule", Cosine().to_dict())
+        metrics = parts.get("metrics", {})
+        if not isinstance(metrics, Mapping) or not all(own.DEFINITION in metric for metric in metrics.values()):
+            raise ValueError(f"metrics must be an object of metrics with a definition each, is {metrics!r}")
+        parts["metrics"] = tuple(own.from_dict(metric, sources, "metric") for metric in metrics.values())
         parts.setdefault("begin_with", None)
         for name, (table, what) in cls.sections.items():
             if name in parts:

@@ -21,16 +21,16 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from experiments.training import glyphs, own
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.huggingface import TransformersCausalLM, TransformersImageClassifier
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
+from experiments.training.text import HuggingFaceText, TextFile
+from experiments.training.tokens import Batch, Tokens, generator
 
 ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier | own.Model
-Batch = tuple[Tensor, Tensor]  # inputs, targets
 
 # Modules of every Python from 3.11 to 3.14, 5.4 MB together; none that distributions package apart.
 TRAINING_MODULES = """
@@ -66,35 +66,6 @@ class Data(Protocol):
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch: ...
     def validation_batches(self, batch_size: int) -> Iterator[Batch]: ...
-
-
-def generator(seed: int, step: int) -> np.random.Generator:
-    """The generator of one step's batch; no two (seed, step) pairs share one."""
-    return np.random.default_rng([seed, step])
-
-
-class Tokens:
-    """Windows of two token streams (uint8 or uint16): inputs (B, T) and targets, one token on, both int64."""
-
-    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: Any, validation_windows: int) -> None:
-        self.train, self.held_out = train, held_out
-        self.context, self.classes = model.context, model.vocab_size
-        for name, stream in (("training", train), ("validation", held_out)):
-            if len(stream) <= self.context:
-                raise ValueError(f"the {name} stream has {len(stream)} tokens; a context of {self.context} needs more")
-        self.starts = np.linspace(0, len(held_out) - self.context - 1, validation_windows).astype(np.int64)
-
-    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        starts = generator(seed, step).integers(0, len(self.train) - self.context, size=batch_size)
-        return self._windows(self.train, starts)
-
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        for i in range(0, len(self.starts), batch_size):
-            yield self._windows(self.held_out, self.starts[i : i + batch_size])
-
-    def _windows(self, stream: np.ndarray, starts: np.ndarray) -> Batch:
-        windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
 class ImageArrays:
@@ -419,5 +390,7 @@ class ImageFiles:
         return np.asarray(image)
 
 
-DATA: dict[str, type[Settings]] = {data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders)}
-DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | own.DataSet
+DATA: dict[str, type[Settings]] = {
+    data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders, TextFile, HuggingFaceText)
+}
+DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | TextFile | HuggingFaceText | own.DataSet

@@ -1,4 +1,5 @@
-"""Models, data sets, optimizers and schedules that are not shipped: classes of a grid's file, or of a module beside it.
+"""Models, data sets, optimizers, schedules, metrics that are not shipped: classes of a grid's file, or of a
+module beside it.
 
 Such a class is a frozen dataclass below one of the bases of its kind. A config names it by its definition: the name of
 the class, its file, and a hash of its source, so that a changed model gives new runs. Hashed are the statements of the
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.nn as nn
+from torch import Tensor, nn
 
 from experiments.training import record
 from experiments.training.settings import Settings
@@ -78,6 +79,27 @@ class DataSet(Settings):
         This one is of the definition alone: override it where `load` reads files.
         """
         return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Metric(Settings):
+    """Base of a metric of your own: `measure`, and a `name`, under which it stands beside the validation loss in
+    metrics.jsonl, and as `final.NAME` in tables.
+    """
+
+    if TYPE_CHECKING:  # a field or a class attribute of the subclass
+
+        @property
+        def name(self) -> str: ...
+
+    def measure(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """One number of the model and the held-out split; inputs and targets come as the training loop has them.
+
+        Called at every validation: the model is in evaluation mode, without gradients, at the posterior mean. Its
+        products are rounded by the run's recipe, and so would be a matrix product of yours. `batches` can be gone
+        through once. torch's random numbers begin at the run's seed.
+        """
+        raise NotImplementedError
 
 
 def to_dict(part: Settings) -> dict[str, Any]:

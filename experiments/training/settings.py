@@ -88,7 +88,7 @@ def from_table(table: Mapping[str, type[T]], data: object, what: str) -> T:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Settings):
         return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
+    return [_to_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -98,6 +98,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             if _matches(value, option):
                 return _checked(value, option, where)
     elif origin is tuple:
+        if isinstance(value, tuple) and arguments[1:] == (...,):
+            return tuple(_checked(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
         if isinstance(value, tuple) and len(value) == len(arguments):
             return tuple(_checked(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
     elif _matches(value, hint):

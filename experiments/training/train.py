@@ -93,8 +93,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                     break
                 final["train_loss"] = loss
                 if step % config.validate_every == 0 or last:
-                    measured = measure(config, model, data, record, simulation, step)
-                    final |= {f"validation_{name}": value for name, value in measured.items()}
+                    final |= measure(config, model, data, record, simulation, step)
                 stopped = stop()
                 if step % config.checkpoint_every == 0 or last or stopped:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -198,7 +197,7 @@ def divergence(config: Config, loss: float, grad_norm: float, classes: int) -> s
 def measure(
     config: Config, model: nn.Module, data: Data, record: RunRecord, simulation: Simulation, step: int
 ) -> dict[str, float]:
-    """Log validation metrics and weight statistics after `step` updates. Returns the former."""
+    """Log validation metrics and weight statistics after `step` updates. Returns the former, named for result.json."""
     if step in recorded_steps(config):
         histograms = WeightHistograms(model)
         with histograms.watching(simulation):
@@ -206,9 +205,10 @@ def measure(
         record.write_weights(step, histograms.rows(), histograms.values, 1 / BINS_PER_OCTAVE)
     else:
         measured = validate(config, model, data)
-    record.log(step, "validation", **measured)
+    of_own = own_metrics(config, model, data)
+    record.log(step, "validation", **measured, **of_own)
     record.log(step, "weights", **weight_statistics(model))
-    return measured
+    return {f"validation_{name}": value for name, value in measured.items()} | of_own
 
 
 @torch.no_grad()
@@ -216,8 +216,7 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
     """Mean loss, and for images accuracy, over the held-out split, at the posterior mean: what the parameters hold."""
     loss, correct, count = 0.0, 0, 0
     model.eval()
-    for batch in data.validation_batches(config.batch_size):
-        inputs, targets = (tensor.to(config.device) for tensor in batch)
+    for inputs, targets in held_out(config, data):
         logits = model(inputs)
         loss += cross_entropy(logits, targets).item() * targets.numel()
         correct += int((logits.argmax(-1) == targets).sum())
@@ -225,6 +224,29 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
     model.train()
     measured = {"loss": loss / count}
     return measured if targets.ndim > 1 else measured | {"accuracy": correct / count}
+
+
+def held_out(config: Config, data: Data) -> Iterator[Batch]:
+    """The batches of the held-out split, on the run's device."""
+    for inputs, targets in data.validation_batches(config.batch_size):
+        yield inputs.to(config.device), targets.to(config.device)
+
+
+@torch.no_grad()
+def own_metrics(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
+    """What the config's metrics measure, by their names. Raises ValueError for one that gives no number."""
+    measured = {}
+    model.eval()
+    for metric in config.metrics:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            value = metric.measure(model, held_out(config, data))
+        try:
+            measured[metric.name] = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+            raise ValueError(f"metric {metric.name}: measure must return a number, it returned {value!r}") from None
+    model.train()
+    return measured
 
 
 def return_free_memory() -> None:

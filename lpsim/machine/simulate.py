@@ -432,6 +432,7 @@ class Simulation:
             if self._observer is not None:
                 for t in _floating(result):
                     self._call(place.first).out(t)
+                self._observe_inside(op, place, args, kwargs)
             return result
         refuse_strange(first)
         target = args[0] if inplace_argument(func) == -1 else None
@@ -451,6 +452,14 @@ class Simulation:
         if target is not None:
             return target.copy_(result)
         return result if out is None else _written(out, result)
+
+    def _observe_inside(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the observer what torch computed inside a call that was left to it, such as attention's logits."""
+        if op.inside is not None:
+            part, compute = op.inside
+            with self.suspended(), torch.no_grad():
+                value = compute(*args, **kwargs)
+            self._call(place.sites[part]).vector(value)
 
     def _execution(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | Composite:
         if op.parts:

@@ -5,9 +5,10 @@
         train(model)  # any training loop; its step follows the optimizer
     telemetry.write("telemetry.parquet")
 
-Between sampled steps nothing is observed, and it costs nothing. To examine a run that diverged, repeat its last step,
-which gives the same bits, with every=1; the training loop does so. Sums are computed in float64 by one thread, so that
-they do not depend on the number of threads. Only a model in training mode is observed.
+In the two steps after a sampled one, only rounded weights are looked at; in all others nothing is observed, and it
+costs nothing. To examine a run that diverged, repeat its last step, which gives the same bits, with every=1; the
+training loop does so. Sums are computed in float64 by one thread, so that they do not depend on the number of threads.
+Only a model in training mode is observed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from lpsim.formats import BlockFormat, Format
 from lpsim.machine.ops import Call, Role
+from lpsim.machine.weight_watch import WeightWatch
 from lpsim.quantization import storage
 from lpsim.quantization.quantizer import Quantizer
 
@@ -45,10 +47,13 @@ class Row:
 
     format: the quantizer's; "" for a result that is not rounded. sqnr_db: signal to quantization noise ratio,
     10·log10(Σx² / Σ(q − x)²), over the finite elements. bias: Σ(q − x) / Σ|x|. clipped: |x| is above the largest
-    magnitude that its block or format holds. underflowed: q is 0 and x is not. nan, inf: counts in x. scale_log2_*:
-    of the block scales, NaN without blocks; the smallest possible scale, which blocks of zeros get, is left out.
+    magnitude that its block or format holds. underflowed: q is 0 and x is not. nan, inf: counts in x. amax: the largest
+    finite |x|; at attention's site `.scores` that of the scaled and masked logits, also where nothing is rounded.
+    scale_log2_*: of the block scales, NaN without blocks; the smallest possible scale, which blocks of zeros get, is
+    left out.
     swallowed: of the weights that the optimizer changed between this step and the next, the fraction whose rounded
-    value stayed the same. If the optimizer samples weights, the samples are compared. Only a step's first call counts.
+    value stayed the same. oscillated: of all weights, the fraction that flipped to a neighbouring value in that update
+    and back in the next. If the optimizer samples weights, the samples are compared. Only a step's first call counts.
     origin: "nan" or "inf" in the row where the first NaN or Inf was seen (see NonFinite), "" in all others.
     """
 
@@ -70,6 +75,7 @@ class Row:
     scale_log2_min: float = math.nan
     scale_log2_max: float = math.nan
     swallowed: float = math.nan
+    oscillated: float = math.nan
     origin: str = ""
 
 
@@ -131,7 +137,7 @@ class Telemetry:
         self._rows: list[Row] = []
         self._cosines: list[tuple[Any, ...]] = []
         self._sums: dict[tuple[str, str], _Sums] = {}
-        self._weights: dict[tuple[str, str], tuple[Row, Tensor, Tensor]] = {}  # of the last sampled step
+        self._weights = WeightWatch()
         self._parameters = list(simulation.model.parameters())
         simulation.sampler = self._observer_at
 
@@ -188,12 +194,10 @@ class Telemetry:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue the tables as if it had not stopped; torch.save can store it.
 
-        tables: the bytes of the Parquet files. weights: each weight before and after rounding, if a step was just
-        sampled.
+        tables: the bytes of the Parquet files. watched: the weights of the last sampled steps that are still looked at.
         """
         tables = {name: torch.frombuffer(bytearray(file), dtype=torch.uint8) for name, file in self.parquet().items()}
-        due = [(*key, x, q) for key, (row, x, q) in self._weights.items() if self.simulation.step - row.step in (0, 1)]
-        return {"tables": tables, "weights": due}
+        return {"tables": tables, "watched": self._weights.state(self.simulation.step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`; all rows so far are dropped."""
@@ -207,9 +211,8 @@ class Telemetry:
         self._cosines = [tuple(values.values()) for values in tables.get("telemetry_cosines", [])]
         origins = [NonFinite(row.step, row.site, row.role, row.origin) for row in self._rows if row.origin]
         self.first_nonfinite = origins[0] if origins else None
-        rows = {(row.step, row.site, row.role): row for row in self._rows}
-        last = max((row.step for row in self._rows), default=0)
-        self._weights = {(site, role): (rows[last, site, role], x, q) for site, role, x, q in state["weights"]}
+        # a checkpoint of an earlier version has no weights that could be looked at two steps later
+        self._weights.load(state.get("watched", []), {(row.step, row.site, row.role): row for row in self._rows})
 
     @property
     def sampling(self) -> bool:
@@ -239,15 +242,11 @@ class Telemetry:
                 self._cosines.append((self.simulation.step, name, cosine, ratio))
 
     def _observer_at(self, step: int) -> Callable[..., None] | None:
-        """The observer of a step: of all tensors in a sampled step, of the weights in the step after one, else None."""
+        """The observer of a step: of all tensors in a sampled step, of the weights in the two after one, else None."""
         self._rows = self.rows()
         self._sums.clear()
-        if step % self.every == 0:
-            return self._observe
-        if self._weights and step == next(iter(self._weights.values()))[0].step + 1:
-            return self._observe_weight
-        self._weights.clear()
-        return None
+        due = self._weights.due(step)
+        return self._observe if step % self.every == 0 else self._observe_weight if due else None
 
     def _observe(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
@@ -271,7 +270,7 @@ class Telemetry:
         if quantizer is not None:
             self._note_rounding(sums, quantizer, axis, x, result)
             if role is Role.FPROP_RHS and row.calls == 1 and self._is_weight(x):
-                self._weights[key] = (row, x.clone(), result)
+                self._weights.note(key, row, x, result)
         if self.first_nonfinite is None and (nan or inf or (minus and role is not Role.VECTOR)):
             row.origin = "nan" if nan else "inf"
             self.first_nonfinite = NonFinite(call.step, *key, row.origin)
@@ -296,14 +295,9 @@ class Telemetry:
     def _observe_weight(
         self, call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor
     ) -> None:
-        """Look at a weight in the step after a sampled one: did rounding swallow its update?"""
-        key = (call.site.name, role.label)
-        if key not in self._weights or self._weights[key][0].step + 1 != call.step:
-            return
-        row, before, rounded = self._weights.pop(key)
-        changed = x.detach() != before
-        n = int(changed.sum())
-        row.swallowed = int((changed & (result.detach() == rounded)).sum()) / n if n else math.nan
+        """Look at a weight in the steps after a sampled one."""
+        if quantizer is not None and role is Role.FPROP_RHS and self.simulation.model.training:
+            self._weights.look((call.site.name, role.label), call.step, quantizer.format, axis, x, result)
 
 
 def rounding_sums(x: Tensor, q: Tensor) -> tuple[float, float, float, float, int]:

@@ -27,7 +27,7 @@ def test_two_grids_that_differ_in_one_setting_show_its_effect(tmp_path: Path) ->
     assert effect["n"] == 3 and effect["difference"] == pytest.approx(change.mean())
     target = report.write_report([first, second], figures=False)
     assert target == tmp_path / "a+b" / "report.html"
-    assert "noise_scale 0.05 → 0" in target.read_text()
+    assert "Changing noise scale from 0.05 to 0 makes lmd" in target.read_text()
 
 
 def test_grids_that_differ_in_nothing_are_told_apart_by_their_names(tmp_path: Path) -> None:

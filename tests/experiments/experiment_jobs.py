@@ -3,12 +3,13 @@
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.running.executors import stop_requested
+from experiments.running.executors import StoppableExecutor, stop_requested
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,6 +31,25 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class Here(StoppableExecutor):
+    """Runs a job at once, in this process; counts them."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.submitted += 1
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def stop(self) -> None:
+        pass
 
 
 def add(a: int, b: int) -> int:

@@ -14,14 +14,13 @@ from experiments.training.own import DataSet, Model
 
 
 class Block(nn.Module):
-    def __init__(self, patches, width):
+    def __init__(self, *sizes):  # the numbers of patches and of channels
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(patches), nn.LayerNorm(patches)])
-        self.tokens, self.channels = nn.Linear(patches, patches), nn.Linear(width, width)
+        self.patches, self.channels = (nn.Sequential(nn.LayerNorm(n), nn.Linear(n, n), nn.ReLU()) for n in sizes)
 
     def forward(self, x):
-        x = x + self.tokens(self.norms[0](x)).relu()  # (B, channels, patches): mixes patches
-        return x + self.channels(self.norms[1](x).transpose(1, 2)).relu().transpose(1, 2)  # mixes channels
+        x = x + self.patches(x)  # (B, channels, patches)
+        return x + self.channels(x.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class Mixer(Model):
 
 
 @dataclass(frozen=True)
-class Stripes(DataSet):
-    """Images of 4x4 pixels, striped across or down, with noise."""
-
+class Stripes(DataSet):  # images of 4x4 pixels, striped across or down, with noise
     name: ClassVar[str] = "stripes"
     inputs: ClassVar[str] = "images"
 

@@ -17,9 +17,9 @@ from experiments.running.executors import SlurmExecutor, StoppableExecutor
 from experiments.running.grid import Row, run_grid
 from experiments.training.config import Config
 from experiments.training.optimizers import SGD
-from tests.experiments.experiment_jobs import one_thread, tiny_config
+from tests.experiments.experiment_jobs import Here, one_thread, tiny_config
 from tests.experiments.test_executors import fake_slurm
-from tests.experiments.test_grid import Here, contents
+from tests.experiments.test_grid import contents
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -95,6 +95,8 @@ def test_every_field_enters_the_signature() -> None:
         seen.add(config.signature())
 
     for name, value in leaves(base):
+        if name == "metrics":  # classes of one's own: test_own_metric.py
+            continue
         value = {"divergence_factor": 8.0, "telemetry_every": 3, "begin_with": "0123456789abcdef"}.get(name, value)
         add(dataclasses.replace(base, **{name: changed(value)} if name != "checkpoint_every" else {name: 7}))
     for name, value in leaves(base.optimizer):

@@ -16,37 +16,18 @@ from typing import Any
 
 import pytest
 
+from analysis import load
 from experiments.command.run import summary
 from experiments.grids import GridError, load_grid
 from experiments.grids.source_files import SourceError
 from experiments.running import grid as grids
-from experiments.running.executors import StoppableExecutor
 from experiments.running.grid import Row, labels, run_grid
-from experiments.training import record
+from experiments.training import record, train
 from experiments.training.config import Config
 from experiments.training.optimizers import LMD, SGD
 from experiments.training.record import RunFolderError
 from tests.experiments import experiment_jobs
-from tests.experiments.experiment_jobs import one_thread, tiny_config, tiny_grid, wait_until
-
-
-class Here(StoppableExecutor):
-    """Runs a job at once, in this process; counts them."""
-
-    def __init__(self) -> None:
-        self.submitted = 0
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.submitted += 1
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def stop(self) -> None:
-        pass
+from tests.experiments.experiment_jobs import Here, one_thread, tiny_config, tiny_grid, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +89,7 @@ def test_a_run_records_what_ran_where(tmp_path: Path) -> None:
     assert environment["threads"] == 1
 
 
-def test_a_failing_run_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
+def test_a_failing_run_is_a_row_and_is_tried_again_when_asked(tmp_path: Path) -> None:
     folder = tmp_path / "g"
     good = tiny_config()
     bad = tiny_config(batch_size=4, data=replace(good.data, validation_windows=9))
@@ -119,8 +100,44 @@ def test_a_failing_run_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     result = json.loads((folder / rows[1].signature / "result.json").read_text())
     assert result["status"] == "failed" and "Traceback" in result["traceback"]
     executor = Here()
-    assert statuses(run_grid([good, broken, bad], folder, executor)) == ["finished", "failed", "finished"]
-    assert executor.submitted == 1
+    again = run_grid([good, broken, bad], folder, executor)
+    assert [replace(row, skipped=False) for row in again] == rows and executor.submitted == 0
+    assert "what failed is tried again by the same command with --retry-failed" in summary(again)
+    retried = run_grid([good, broken, bad], folder, executor, retry_failed=True)
+    assert statuses(retried) == statuses(rows) and executor.submitted == 1
+
+
+def test_a_failed_run_that_is_tried_again_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[float] = []
+
+    def breaks(config: Config, loss: float, *_: Any) -> None:
+        steps.append(loss)
+        if len(steps) == 10:
+            raise MemoryError("just then")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "divergence", breaks)
+        (failed,) = run_grid([tiny_config()], tmp_path / "g", Here())
+    assert (failed.status, failed.cause, failed.step) == ("failed", "MemoryError: just then", 9)
+    (row,) = run_grid([tiny_config()], tmp_path / "g", Here(), retry_failed=True)
+    assert (row.status, row.skipped) == ("finished", False)
+    run_grid([tiny_config()], tmp_path / "whole" / "g", Here())
+    assert contents(tmp_path / "g") == contents(tmp_path / "whole" / "g")
+
+
+def test_some_runs_only_leave_a_grid_that_knows_all_and_goes_on(tmp_path: Path) -> None:
+    configs = [tiny_config(steps=3, warmup_steps=1, seed=seed) for seed in range(3)]
+    names = [replace(config, grid="g").signature() for config in configs]
+    executor = Here()
+    rows = run_grid(configs, tmp_path / "g", executor, only=names[1:2])
+    assert [(row.signature, row.status) for row in rows] == [(names[1], "finished")] and executor.submitted == 1
+    assert json.loads((tmp_path / "g" / "grid.json").read_text())["signatures"] == names
+    assert load.read(tmp_path / "g").not_started == [names[0], names[2]]
+    rows = run_grid(configs, tmp_path / "g", executor)
+    assert [(row.status, row.skipped) for row in rows] == [("finished", s) for s in (False, True, False)]
+    assert executor.submitted == 3
 
 
 def test_a_diverged_run_is_done(tmp_path: Path) -> None:

@@ -42,13 +42,13 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 def test_the_source_that_a_class_uses_enters_the_signature_and_comments_do_not(tmp_path: Path) -> None:
     before = signatures(tmp_path, MIXER)
     for old, new in (
-        ("# mixes channels", "# over the channels"),
-        ('"""Images of 4x4', '"""Pictures of 4x4'),
+        ("# (B, channels, patches)", "# mixes the patches"),
+        ("class Mixer(Model):\n", 'class Mixer(Model):\n    """After Tolstikhin et al., 2021."""\n\n'),
     ):
-        assert signatures(tmp_path, MIXER.replace(old, new)) == before
+        assert old in MIXER and signatures(tmp_path, MIXER.replace(old, new)) == before
     assert signatures(tmp_path, "# a line above\n\nUNUSED = 1\n" + MIXER) == before
     for old, new in (
-        (".relu()", ".tanh()"),
+        ("nn.ReLU()", "nn.Tanh()"),
         ("4 * self.width, 2)", "4 * self.width, 2, bias=False)"),
         ("randn", "rand"),
         ("Adagrad(groups", "RMSprop(groups"),
@@ -66,7 +66,7 @@ def test_modules_beside_the_grid_count_too(tmp_path: Path) -> None:
     before = signatures(tmp_path, grid)
     beside.write_text("from torch import nn\n# again\n" + block)
     assert signatures(tmp_path, grid) == before
-    beside.write_text("from torch import nn\n\n" + block.replace("relu", "tanh"))
+    beside.write_text("from torch import nn\n\n" + block.replace("ReLU", "Tanh"))
     assert signatures(tmp_path, grid) != before
 
 

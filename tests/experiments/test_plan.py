@@ -36,6 +36,24 @@ def test_a_dry_run_counts_and_runs_nothing(tmp_path: Path, capsys: pytest.Captur
     assert "3 runs: 3 finished (2 of them run now)" in capsys.readouterr().out
 
 
+def test_only_some_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.py").write_text(GRID)
+    run = ["run", str(tmp_path / "small.py"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    assert cli.main([*run, "--only", "seed=1", "--only", "seed=2", "--dry-run"]) == 0
+    assert "2 runs: 2 not started" in capsys.readouterr().out
+    assert cli.main([*run, "--only", "optimizer.lrr=0.01"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "lpsim: --only optimizer.lrr=0.01: no field 'optimizer.lrr'; there are: optimizer.lr, "
+    )
+    assert cli.main([*run, "--only", "optimizer.lr=0.02"]) == 2
+    assert "--only optimizer.lr=0.02: no run has that value; there are: 0.01" in capsys.readouterr().err
+    assert cli.main([*run, "--only", "seed=1"]) == 0
+    output = capsys.readouterr().out
+    assert "1 runs: 1 finished (1 of them run now)\n  --only left out 2 runs of the grid\n" in output
+    assert cli.main([*run, "--dry-run"]) == 0
+    assert "3 runs: 2 not started, 1 finished" in capsys.readouterr().out
+
+
 def test_a_dry_run_of_an_adaptive_grid_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "looks.py").write_text(
         GRID.replace("yield tiny_config(steps=4, warmup_steps=1, seed=seed)", "yield [tiny_config(seed=seed)]")

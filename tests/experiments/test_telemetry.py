@@ -18,8 +18,7 @@ from experiments.training.optimizers import LMD, SGD
 from experiments.training.record import RunRecord
 from experiments.training.train import build, train
 from lpsim import Rounding
-from tests.experiments.experiment_jobs import one_thread, tiny_config
-from tests.experiments.test_grid import Here
+from tests.experiments.experiment_jobs import Here, one_thread, tiny_config
 from tests.experiments.test_train import Stopper, metrics, run, weights
 
 STOCHASTIC = all_products("mxfp4_e2m1", vector="bfloat16", rounding=Rounding.STOCHASTIC)

@@ -23,9 +23,8 @@ from experiments.training import record
 from experiments.training.config import Config, forward
 from experiments.training.optimizers import LMD, AdamW
 from lpsim.formats import float32, mxfp4_e2m1
-from tests.experiments.experiment_jobs import tiny_config
+from tests.experiments.experiment_jobs import Here, tiny_config
 from tests.experiments.test_adaptive import Killed
-from tests.experiments.test_grid import Here
 
 Loss = Callable[[Mapping[str, Any]], float]  # of a config as JSON; not finite: the run diverges
 

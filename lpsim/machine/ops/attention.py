@@ -33,14 +33,7 @@ def scaled_dot_product_attention(
     multiplied in one product.
     """
     length, positions = query.shape[-2], key.shape[-2]
-    bias = attn_mask
-    if is_causal:
-        if attn_mask is not None:
-            raise ValueError("attention takes either attn_mask or is_causal")
-        left_out = torch.ones(length, positions, dtype=torch.bool, device=query.device).triu(1)
-        bias = _as_bias(left_out, query)
-    elif attn_mask is not None and attn_mask.dtype is torch.bool:
-        bias = _as_bias(attn_mask.logical_not(), query)
+    bias = _bias(query, key, attn_mask, is_causal)
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     lead = query.shape[:-2] if grouped else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     if grouped:
@@ -51,7 +44,7 @@ def scaled_dot_product_attention(
     if flat:
         query, key, value = (t.flatten(0, -3) for t in (query, key, value))  # contiguous, once for all products
     scores = composite.part("qk").gemm(query, key, rhs_axis=-1)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = _factor(query, scale)
     shape = (*lead, length, positions)
     weights = _Softmax.apply(scores, bias, factor, shape, attn_mask is not None, composite.part("scores"))
     if dropout_p > 0:
@@ -59,6 +52,43 @@ def scaled_dot_product_attention(
     weights = composite.part("softmax").vector(weights)
     out = composite.part("pv").gemm(weights, value)
     return out.view(*lead, length, out.shape[-1]) if flat or grouped else out
+
+
+def logits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scale · query·keyᵀ + mask [..., H, L, S], what the softmax takes: for telemetry, of calls that torch runs whole.
+
+    −Inf where a position is left out. Arguments as those of scaled_dot_product_attention.
+    """
+    bias = _bias(query, key, attn_mask, is_causal)
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = torch.matmul(query, key.mT) * _factor(query, scale)
+    return scores if bias is None else scores + bias
+
+
+def _factor(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _bias(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """What is added to the scaled scores; None for nothing. Raises ValueError where there are two masks."""
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("attention takes either attn_mask or is_causal")
+        left_out = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)
+        return _as_bias(left_out, query)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        return _as_bias(attn_mask.logical_not(), query)
+    return attn_mask
 
 
 def _as_bias(left_out: Tensor, like: Tensor) -> Tensor:
@@ -87,8 +117,9 @@ class _Softmax(torch.autograd.Function):
             x.mul_(factor)
         else:
             torch.add(bias, x, alpha=factor, out=x)
-        if call.recipe.vector is not None:
-            x.copy_(call.quantize(Role.VECTOR, call.recipe.vector, x))
+        rounded = call.quantize(Role.VECTOR, call.recipe.vector, x)  # x itself without a vector format
+        if rounded is not x:
+            x.copy_(rounded)
         torch.softmax(x, -1, out=x)
         if rows_may_be_masked and bias is not None:
             empty = bias.isneginf().all(-1, keepdim=True)

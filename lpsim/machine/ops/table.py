@@ -44,6 +44,7 @@ class Op:
     transparent: torch's Python code for the function runs, and the functions it calls are simulated.
     autocasts: autocast runs this op in its lower precision, or, if `widened`, in float32.
     multiplies: whether a call with given arguments makes products, if not all do; the other calls are vector ops.
+    inside: a vector part, and its value for a call that the recipe leaves to torch; telemetry looks at it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Op:
     autocasts: bool = True
     widened: bool = False
     multiplies: Callable[..., bool] | None = None
+    inside: tuple[str, Callable[..., torch.Tensor]] | None = None
 
 
 def _entries(kind: Kind, reason: str, names: str) -> dict[str, Op]:
@@ -77,6 +79,12 @@ def _composite(name: str, function: Callable[..., Any], products: str, vectors: 
 def _cdist() -> dict[str, Op]:
     (op,) = _composite("cdist", contraction.cdist, "xy", "norms distance").values()
     return {"cdist": replace(op, widened=True, multiplies=contraction.cdist_has_products)}
+
+
+def _attention() -> dict[str, Op]:
+    name = "scaled_dot_product_attention"
+    (op,) = _composite(name, attention.scaled_dot_product_attention, "qk pv", "scores softmax").values()
+    return {name: replace(op, inside=("scores", attention.logits))}
 
 
 def _transparent(name: str, kind: Kind, reason: str) -> dict[str, Op]:
@@ -119,7 +127,7 @@ WRAPPED: dict[str, Op] = {
     **_product("conv_transpose1d", convolution.conv_transpose1d),
     **_product("conv_transpose2d", convolution.conv_transpose2d),
     **_product("conv_transpose3d", convolution.conv_transpose3d),
-    **_composite("scaled_dot_product_attention", attention.scaled_dot_product_attention, "qk pv", "scores softmax"),
+    **_attention(),
     **_composite("lstm", recurrent.lstm, "ih hh hr", "sum gates cell hidden"),
     **_composite("gru", recurrent.gru, "ih hh hr", "sum gates cell hidden"),
     **_composite("rnn_tanh", recurrent.rnn_tanh, "ih hh hr", "sum gates cell hidden"),

@@ -1,0 +1,30 @@
+"""Frontiers: how far the learning rate of every arm can be pushed before training breaks.
+
+A grid file with `def frontier() -> Frontier` says which arms are pushed and what counts as broken; `lpsim frontier`
+runs it as an adaptive grid. `search` says which rates are tried, `judge` what holds and what breaks, `written` what is
+kept of it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.grids import find, function
+from experiments.grids.frontier.search import Arm, Frontier
+from experiments.grids.source_files import GridError, blamed
+from experiments.grids.tuning.ranges import LogUniform
+from lpsim.formats import Format
+
+__all__ = ["Arm", "Frontier", "LogUniform", "load_frontier"]
+
+
+def load_frontier(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, Frontier]:
+    """The file that `source` names (a path, or a shipped one) and its frontier, with `formats` if any are given.
+
+    Raises: SourceError with file and line.
+    """
+    path = find(source)
+    with blamed(path):
+        sought = function(path, "frontier", "Frontier", formats)()
+    if not isinstance(sought, Frontier):
+        raise GridError(f"{path}: frontier() must return a Frontier, it returned {sought!r}")
+    return path, sought

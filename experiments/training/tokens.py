@@ -1,0 +1,39 @@
+"""Streams of tokens as batches, and the random numbers that a batch is drawn with."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # inputs, targets
+
+
+def generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of one step's batch; no two (seed, step) pairs share one."""
+    return np.random.default_rng([seed, step])
+
+
+class Tokens:
+    """Windows of two token streams (of unsigned integers): inputs (B, T) and targets, one token on, both int64."""
+
+    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: Any, validation_windows: int) -> None:
+        self.train, self.held_out = train, held_out
+        self.context, self.classes = model.context, model.vocab_size
+        for name, stream in (("training", train), ("validation", held_out)):
+            if len(stream) <= self.context:
+                raise ValueError(f"the {name} stream has {len(stream)} tokens; a context of {self.context} needs more")
+        self.starts = np.linspace(0, len(held_out) - self.context - 1, validation_windows).astype(np.int64)
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        starts = generator(seed, step).integers(0, len(self.train) - self.context, size=batch_size)
+        return self._windows(self.train, starts)
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        for i in range(0, len(self.starts), batch_size):
+            yield self._windows(self.held_out, self.starts[i : i + batch_size])
+
+    def _windows(self, stream: np.ndarray, starts: np.ndarray) -> Batch:
+        windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
