@@ -51,7 +51,7 @@ def forest(
 
     def build(width: float) -> Figure:
         figure, named = _rows(frame, width)
-        below = textwrap.fill(f"{label}; {side} of 0 is worse", LINE + 8 if width == NARROW else 4 * LINE)
+        below = textwrap.fill(f"{label}; {side} of 0 is worse", LINE + 8 if width == NARROW else 2 * LINE + 8)
         plots.forest(named, figure.subplots(), hue=roles.hue, colours=roles.colours, label=below)
         return figure
 

@@ -128,7 +128,8 @@ def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[st
     ax.set_xticks(range(len(levels)), levels)
     if sum(map(len, levels)) > 40:
         ax.tick_params(axis="x", rotation=25)
-    ax.set(xlabel=hue, ylabel=LABELS[frame["metric"].iloc[0]], xlim=(-0.6, len(levels) - 0.4))
+    name = LABELS[frame["metric"].iloc[0]].replace(" (", "\n(")
+    ax.set(xlabel=hue, ylabel=name, xlim=(-0.6, len(levels) - 0.4))
     ax.grid(visible=False, axis="x")
     return ax
 
@@ -236,7 +237,7 @@ def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colour
             transform=ax.get_xaxis_transform(),
             markersize=7,
         )
-    ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric])
+    ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric].replace(" (", "\n("))
     rates = sorted(frame[rate].dropna().unique())
     if len(rates) <= FEW_RATES:
         ax.set_xticks(rates, [f"{value:g}" for value in rates])

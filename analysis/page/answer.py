@@ -213,7 +213,7 @@ def _cost(row: Row, others: Sequence[str]) -> Comparison:
 
 
 def _effect(row: Row) -> Comparison:
-    setting = row["factor"].removeprefix("optimizer.").removeprefix("recipe.").replace("_", " ")
+    setting = summary.short(row["factor"]).replace("_", " ")
     what = f"{setting} from {row['reference']} to {row['level']}"
     word = "better" if _good(row) else "worse"
     return _comparison(
@@ -249,7 +249,7 @@ def _comparison(row: Row, headline: str, sentence: str, phrase: str) -> Comparis
         whole = f"{headline} ({span(row, whole=True)})."
     else:
         doubt = f"{span(row, whole=True)}{_more(more, '; ')}"
-        whole = f"{headline.replace('**', '')}, **which can be chance** ({doubt})."
+        whole = f"{headline.replace('**', '')}, **which may be chance** ({doubt})."
     return Comparison(
         decided=decided,
         measured=row["n"] > 1,

@@ -204,7 +204,7 @@ def _settings(optimizer: str, rows: pd.DataFrame) -> Iterator[str]:
 
 def effect_name(row: Mapping[str, Any] | pd.Series) -> str:
     """`noise_scale 0 → 0.1`."""
-    return f"{row['factor'].removeprefix('optimizer.')} {row['reference']} → {row['level']}"
+    return f"{short(row['factor'])} {row['reference']} → {row['level']}"
 
 
 def _no_interval(rows: pd.DataFrame) -> str:
@@ -228,8 +228,13 @@ def arm_name(row: Mapping[str, Any] | pd.Series, names: Sequence[str]) -> str:
     for name in names:
         value = row[name]
         if not pd.isna(value):
-            parts.append(text(value) if name in ALWAYS_FACTORS else f"{name.removeprefix('optimizer.')} {text(value)}")
+            parts.append(text(value) if name in ALWAYS_FACTORS else f"{short(name)} {text(value)}")
     return ", ".join(parts)
+
+
+def short(factor: str) -> str:
+    """A factor without the part of the config that it stands in."""
+    return factor.removeprefix("optimizer.").removeprefix("recipe.")
 
 
 def verdict(row: Mapping[str, Any] | pd.Series) -> str:

@@ -84,12 +84,11 @@ def _map(arms: pd.DataFrame, metric: str) -> Drawing | None:
     else:
         column = max(choices, key=lambda name: _filled(arms, name, names))
     rest = [name for name in names if name != column]
-    short = column.removeprefix("optimizer.").removeprefix("recipe.")
     cells = arms.assign(
         row=[summary.arm_name(row, rest) for row in arms.to_dict("records")],
-        **{short: [tables.text(value) for value in arms[column]]},
+        **{summary.short(column): [tables.text(value) for value in arms[column]]},
     )
-    return comparisons.factor_map(cells, "row", short, metric, drawings.levels(arms[column]))
+    return comparisons.factor_map(cells, "row", summary.short(column), metric, drawings.levels(arms[column]))
 
 
 def _filled(arms: pd.DataFrame, column: str, names: list[str]) -> float:
@@ -267,7 +266,9 @@ def _learning_rates(rows: pd.DataFrame) -> str:
 
 def factor_columns(rows: pd.DataFrame, names: list[str]) -> list[Column]:
     return [
-        Column(_short(name), texts(rows[name], tables.text), number=pd.api.types.is_numeric_dtype(rows[name].dtype))
+        Column(
+            summary.short(name), texts(rows[name], tables.text), number=pd.api.types.is_numeric_dtype(rows[name].dtype)
+        )
         for name in names
     ]
 
@@ -283,7 +284,3 @@ def _new(rows: pd.DataFrame, names: list[str]) -> list[bool]:
 
 def texts(values: pd.Series, write: Callable[..., str]) -> list[str]:
     return [write(value) for value in values.tolist()]
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("optimizer.").removeprefix("recipe.")

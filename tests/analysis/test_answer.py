@@ -89,7 +89,7 @@ def test_what_is_undecided_is_called_chance_with_the_seeds_that_would_decide() -
     found = answer._comparison(row, "a loses **0.100 nats more**", "", "whether")
     more = power.seeds_to_decide(0.1, power.sd_of_interval(-0.1, 0.3, 3)) - 3
     assert found.headline == (
-        f"a loses 0.100 nats more, **which can be chance** (95% interval −0.100 to 0.300, 3 seeds; about {more:.0f} "
+        f"a loses 0.100 nats more, **which may be chance** (95% interval −0.100 to 0.300, 3 seeds; about {more:.0f} "
         "more seeds would decide)."
     )
 
