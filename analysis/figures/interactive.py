@@ -15,7 +15,7 @@ import altair as alt
 from analysis.figures.plots import INK
 
 PAGE_INK = "currentColor"  # the colour of the page's text, light or dark
-MISSING = "isValid(datum.value)"
+HAS_VALUE = "isValid(datum.value)"
 Axis = Literal["linear", "log"]
 
 
@@ -88,20 +88,20 @@ def final(axis: Axis, numbers: bool) -> alt.LayerChart:
     """A point a run: its final metric over the level of a factor, or over a positive number on a logarithmic axis. A
     run without a final metric is a cross at the edge where the metric is bad.
 
-    Rows: signature, run, status, final (as text), value (or null), x, colour. Parameters: the axes' titles.
+    Rows: signature, run, status, final (as text), value (or null), x, colour. Parameter: higher_is_better.
     """
     hover = _hover()
-    title = alt.Axis(title=None, labelAngle=0 if numbers else -35, labelLimit=150, labelOverlap=numbers)
+    labels = alt.Axis(title=None, labelAngle=0 if numbers else -35, labelLimit=150, labelOverlap=numbers)
     x = (
-        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=title)
+        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=labels)
         if numbers
-        else alt.X("x:N", sort=None, axis=title)
+        else alt.X("x:N", sort=None, axis=labels)
     )
     shared: dict[str, Any] = {"x": x, "color": _colour(), "detail": "signature:N", "tooltip": _tooltips()}
     size = alt.when(hover, empty=False).then(alt.value(220)).otherwise(alt.value(64))
     points = (
         _rows()
-        .transform_filter(MISSING)
+        .transform_filter(HAS_VALUE)
         .mark_point(filled=True, opacity=0.75)
         .encode(y=_value(axis), size=size, **shared)
         .add_params(hover, _zoom(("x", "y") if numbers else ("y",)))
@@ -109,7 +109,7 @@ def final(axis: Axis, numbers: bool) -> alt.LayerChart:
     )
     lost = (
         _rows()
-        .transform_filter(f"!{MISSING}")
+        .transform_filter(f"!{HAS_VALUE}")
         .mark_point(shape="cross", angle=45, size=80, filled=True)
         .encode(y=alt.value(alt.ExprRef("higher_is_better ? height - 8 : 8")), **shared)
     )
