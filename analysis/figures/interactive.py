@@ -81,7 +81,7 @@ def curves(axis: Axis) -> alt.LayerChart:
         .encode(x=_step("end_step"), y=_value(axis, "end_value"), color=_colour(), tooltip=_tooltips())
     )
     named = target.add_params(hover, _zoom(("x", "y"))).properties(name="lines")
-    return _finished(alt.layer(area, middle, seen, ends, named).add_params(bands), height=340)
+    return _finished(alt.LayerChart(layer=[area, middle, seen, ends, named]).add_params(bands), height=340)
 
 
 def final(axis: Axis, numbers: bool) -> alt.LayerChart:
@@ -114,7 +114,7 @@ def final(axis: Axis, numbers: bool) -> alt.LayerChart:
         .encode(y=alt.value(alt.ExprRef("higher_is_better ? height - 8 : 8")), **shared)
     )
     better = alt.param(name="higher_is_better", value=False)
-    return _finished(alt.layer(points, lost).add_params(better), height=280)
+    return _finished(alt.LayerChart(layer=[points, lost]).add_params(better), height=280)
 
 
 def small() -> alt.LayerChart:
@@ -127,7 +127,7 @@ def small() -> alt.LayerChart:
         )
         for each in (other, mine)
     ]
-    return _finished(alt.layer(*lines), height=150)
+    return _finished(alt.LayerChart(layer=lines), height=150)
 
 
 def by_role() -> alt.LayerChart:
@@ -135,7 +135,9 @@ def by_role() -> alt.LayerChart:
     encoded = _unfolded().encode(
         x=_step(), y=_value("linear"), color=_colour(), detail="level:N", tooltip=[alt.Tooltip("level:N")]
     )
-    return _finished(alt.layer(encoded.mark_line(strokeWidth=1.8), encoded.mark_point(filled=True, size=26)), 170)
+    return _finished(
+        alt.LayerChart(layer=[encoded.mark_line(strokeWidth=1.8), encoded.mark_point(filled=True, size=26)]), 170
+    )
 
 
 def _rows() -> alt.Chart:

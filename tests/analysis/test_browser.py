@@ -136,6 +136,12 @@ def drawn(page: Any, task: int = 0) -> Any:
     return place
 
 
+def curve_of_a_run(page: Any) -> None:
+    """Scrolls to the first curve of the run that is open and waits until it is drawn."""
+    page.locator("dialog .chart").first.scroll_into_view_if_needed()
+    page.locator("dialog .chart[data-rows]").first.wait_for()
+
+
 def rows(page: Any, task: int = 0) -> Any:
     return page.locator(f'[data-runs="{task}"] tbody tr')
 
@@ -285,7 +291,7 @@ def test_nothing_is_cut_off_on_a_phone_and_axe_finds_no_serious_fault(opened: Op
             fits(page, PHONE)
             assert serious(page) == []
         rows(page).first.locator("a").click()
-        page.locator("dialog .chart[data-rows]").first.wait_for()
+        curve_of_a_run(page)
         assert page.evaluate("document.querySelector('dialog').scrollWidth") <= PHONE
 
 
@@ -312,7 +318,7 @@ def test_reports_of_real_shapes(opened: Open, tmp_path: Path, write: Callable[[P
             shown(drawn(page), 0)
             filtered.fill("")
             rows(page).last.locator("a").click()
-            page.locator("dialog .chart[data-rows]").first.wait_for()
+            curve_of_a_run(page)
     with opened(path, PAPER) as page:
         page.emulate_media(media="print")
         fits(page, PAPER)
