@@ -15,7 +15,7 @@ import altair as alt
 from analysis.figures.plots import INK
 
 PAGE_INK = "currentColor"  # the colour of the page's text, light or dark
-MISSING = "isValid(datum.value)"
+HAS_VALUE = "isValid(datum.value)"
 Axis = Literal["linear", "log"]
 
 
@@ -48,17 +48,17 @@ def curves(axis: Axis) -> alt.LayerChart:
     bands = alt.param(name="bands", value=False)
     lines = _unfolded()
     drawn = lines.transform_filter("!bands || datum.status === 'diverged'")
-    y = _value(axis, None)
+    y = _value(axis)
     spread = lines.transform_filter("bands && datum.status !== 'diverged'").transform_aggregate(
         groupby=["level", "colour", "step"], low="min(value)", middle="median(value)", high="max(value)"
     )
     level = alt.Detail("level:N")
     area = spread.mark_area(opacity=0.18, tooltip=None).encode(
-        x=_step(), y=_value(axis, None, "low"), y2="high:Q", color=_colour(), detail=level
+        x=_step(), y=_value(axis, "low"), y2="high:Q", color=_colour(), detail=level
     )
     middle = spread.mark_line(strokeWidth=2.2).encode(
         x=_step(),
-        y=_value(axis, None, "middle"),
+        y=_value(axis, "middle"),
         color=_colour(),
         detail=level,
         tooltip=[alt.Tooltip("level:N", title="median and range of")],
@@ -78,43 +78,43 @@ def curves(axis: Axis) -> alt.LayerChart:
         _rows()
         .transform_filter("isValid(datum.end_value)")
         .mark_point(shape="cross", angle=45, size=70, filled=True)
-        .encode(x=_step("end_step"), y=_value(axis, None, "end_value"), color=_colour(), tooltip=_tooltips())
+        .encode(x=_step("end_step"), y=_value(axis, "end_value"), color=_colour(), tooltip=_tooltips())
     )
     named = target.add_params(hover, _zoom(("x", "y"))).properties(name="lines")
-    return _finished(alt.layer(area, middle, seen, ends, named).add_params(bands), height=340)
+    return _finished(alt.LayerChart(layer=[area, middle, seen, ends, named]).add_params(bands), height=340)
 
 
 def final(axis: Axis, numbers: bool) -> alt.LayerChart:
     """A point a run: its final metric over the level of a factor, or over a positive number on a logarithmic axis. A
     run without a final metric is a cross at the edge where the metric is bad.
 
-    Rows: signature, run, status, final (as text), value (or null), x, colour. Parameters: the axes' titles.
+    Rows: signature, run, status, final (as text), value (or null), x, colour. Parameter: higher_is_better.
     """
     hover = _hover()
-    title = alt.Axis(title=None, labelAngle=0 if numbers else -35, labelLimit=150, labelOverlap=numbers)
+    labels = alt.Axis(title=None, labelAngle=0 if numbers else -35, labelLimit=150, labelOverlap=numbers)
     x = (
-        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=title)
+        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=labels)
         if numbers
-        else alt.X("x:N", sort=None, axis=title)
+        else alt.X("x:N", sort=None, axis=labels)
     )
     shared: dict[str, Any] = {"x": x, "color": _colour(), "detail": "signature:N", "tooltip": _tooltips()}
     size = alt.when(hover, empty=False).then(alt.value(220)).otherwise(alt.value(64))
     points = (
         _rows()
-        .transform_filter(MISSING)
+        .transform_filter(HAS_VALUE)
         .mark_point(filled=True, opacity=0.75)
-        .encode(y=_value(axis, None), size=size, **shared)
+        .encode(y=_value(axis), size=size, **shared)
         .add_params(hover, _zoom(("x", "y") if numbers else ("y",)))
         .properties(name="points")
     )
     lost = (
         _rows()
-        .transform_filter(f"!{MISSING}")
+        .transform_filter(f"!{HAS_VALUE}")
         .mark_point(shape="cross", angle=45, size=80, filled=True)
         .encode(y=alt.value(alt.ExprRef("higher_is_better ? height - 8 : 8")), **shared)
     )
     better = alt.param(name="higher_is_better", value=False)
-    return _finished(alt.layer(points, lost).add_params(better), height=280)
+    return _finished(alt.LayerChart(layer=[points, lost]).add_params(better), height=280)
 
 
 def small() -> alt.LayerChart:
@@ -123,19 +123,21 @@ def small() -> alt.LayerChart:
     mine = _unfolded().transform_filter("datum.mine").mark_line(strokeWidth=1.6)
     lines = [
         each.encode(
-            x=_step(), y=_value("linear", None), color=_colour(), detail="signature:N", tooltip=[alt.Tooltip("run:N")]
+            x=_step(), y=_value("linear"), color=_colour(), detail="signature:N", tooltip=[alt.Tooltip("run:N")]
         )
         for each in (other, mine)
     ]
-    return _finished(alt.layer(*lines), height=150)
+    return _finished(alt.LayerChart(layer=lines), height=150)
 
 
 def by_role() -> alt.LayerChart:
     """SQNR over the sampled steps, a line a role, named at its end. Rows: level (the role), colour, steps, values."""
     encoded = _unfolded().encode(
-        x=_step(), y=_value("linear", "SQNR (dB)"), color=_colour(), detail="level:N", tooltip=[alt.Tooltip("level:N")]
+        x=_step(), y=_value("linear"), color=_colour(), detail="level:N", tooltip=[alt.Tooltip("level:N")]
     )
-    return _finished(alt.layer(encoded.mark_line(strokeWidth=1.8), encoded.mark_point(filled=True, size=26)), 170)
+    return _finished(
+        alt.LayerChart(layer=[encoded.mark_line(strokeWidth=1.8), encoded.mark_point(filled=True, size=26)]), 170
+    )
 
 
 def _rows() -> alt.Chart:
@@ -147,12 +149,12 @@ def _unfolded() -> alt.Chart:
 
 
 def _step(field: str = "step") -> alt.X:
-    return alt.X(f"{field}:Q", title="step", axis=alt.Axis(tickCount=6, format="~s"))
+    return alt.X(f"{field}:Q", title="step", axis=alt.Axis(tickCount=5, format="~s"))
 
 
-def _value(axis: Axis, title: str | None, field: str = "value") -> alt.Y:
+def _value(axis: Axis, field: str = "value") -> alt.Y:
     scale = alt.Scale(type="log", padding=8) if axis == "log" else alt.Scale(zero=False, padding=8)
-    return alt.Y(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
+    return alt.Y(f"{field}:Q", title=None, scale=scale, axis=alt.Axis(tickCount=6))
 
 
 def _colour() -> alt.Color:

@@ -76,8 +76,8 @@ def with_site(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return runs.assign(where="")
     first = rows[rows["origin"] != ""].drop_duplicates("signature").set_index("signature")
-    where = first["origin"] + " at " + first["site"] + ", " + first["role"]
-    return runs.assign(where=runs["signature"].map(where).fillna(""))
+    where = (first["origin"] + " at " + first["site"] + ", " + first["role"]).to_dict()
+    return runs.assign(where=[where.get(signature, "") for signature in runs["signature"]])
 
 
 def section(

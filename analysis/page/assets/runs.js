@@ -140,7 +140,7 @@ function runTelemetry(task, run) {
     const rows = run.roles.map(([level, steps, values], at) => ({ level, steps, values, colour: colours[at % colours.length] }));
     const legend = make("ul", { className: "legend" });
     legend.append(...rows.map((row) => make("li", {}, swatch(row.colour), row.level)));
-    const alternative = "Signal to rounding noise over the sampled steps, the median over sites, a line a role";
+    const alternative = "Signal to rounding noise (dB) over the sampled steps, the median over sites, a line a role";
     whenSeen(place, () => draw(place, { chart: "by-role", rows, alternative }));
     parts.push(make("figure", {}, make("figcaption", { textContent: `${alternative}.` }), legend, place));
   }
