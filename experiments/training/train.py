@@ -9,7 +9,8 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
@@ -121,10 +123,34 @@ def build(config: Config) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(config.seed)
         model = config.model.build()
     model.to(config.device)
+    if config.recompute:
+        recompute_blocks(model)
     optimizer = config.optimizer.build(model, config.seed)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return model, optimizer
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Make every block, a module in an nn.ModuleList, keep its inputs alone; the backward pass computes the rest again.
+
+    Under `simulate` the second pass draws the random bits of the first. Raises ValueError for a model without blocks.
+    """
+    blocks: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and not any(module in set(block.modules()) for block in blocks):
+            blocks += module
+    if not blocks:
+        raise ValueError("recompute needs a model with blocks, modules in an nn.ModuleList; this one has none")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def computing(config: Config) -> AbstractContextManager[Any]:
+    """The context of a forward pass: autocast where the config has it."""
+    if config.autocast is None:
+        return nullcontext()
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.autocast))
 
 
 def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
@@ -148,14 +174,22 @@ def gradients(
     clipping.
     """
     inputs, targets = (tensor.to(config.device) for tensor in batch)
+    parts = list(zip(inputs.chunk(config.micro_batches), targets.chunk(config.micro_batches), strict=True))
+
+    def loss_of(part: Batch) -> Tensor:
+        with computing(config):
+            return cross_entropy(model(part[0]), part[1])
+
     samples, total = getattr(optimizer, "mc_samples", 1), 0.0
     for sample in range(samples):
         with getattr(optimizer, "sampled_params", nullcontext)():
-            loss = cross_entropy(model(inputs), targets)
-            loss.backward()
+            for part in parts:
+                loss = loss_of(part)
+                # the mean's gradient; by backward's argument, for a division would be one more op of the machine
+                loss.backward(None if len(parts) == 1 else torch.full_like(loss, 1 / len(parts)))
+                total += loss.item() / len(parts)
             if sample == 0 and telemetry is not None and telemetry.sampling:
-                telemetry.compare_gradients(lambda: cross_entropy(model(inputs), targets))
-        total += loss.item()
+                telemetry.compare_gradients(lambda: torch.stack([loss_of(part) for part in parts]).mean())
     limit = math.inf if config.clip_norm is None else config.clip_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return total / samples, norm.item()
@@ -217,8 +251,9 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
     loss, correct, count = 0.0, 0, 0
     model.eval()
     for inputs, targets in held_out(config, data):
-        logits = model(inputs)
-        loss += cross_entropy(logits, targets).item() * targets.numel()
+        with computing(config):
+            logits = model(inputs)
+            loss += cross_entropy(logits, targets).item() * targets.numel()
         correct += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
     model.train()
