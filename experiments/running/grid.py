@@ -305,6 +305,7 @@ def _train(config: Config, run: RunRecord, made_from: dict[str, str]) -> dict[st
     try:
         made_in = {**record.environment(), **made_from, "data_sha256": config.data.fingerprint()}
         run.begin(config.to_dict(), made_in)
+        record.forget_peak_memory()
         result = train.train(config, run, stop_requested)
     except RunFolderError:
         raise
@@ -320,6 +321,7 @@ def _train(config: Config, run: RunRecord, made_from: dict[str, str]) -> dict[st
             "time_s": 0.0,
         }
     if result is not None:
+        result["peak_memory_mb"] = round(record.peak_memory_mb(), 1)
         run.finish(result)
     return record.strict_json(result)
 
