@@ -317,6 +317,7 @@ def _train(config: Config, run: RunRecord, sources: str | None, processes: int) 
         if processes > 1:
             made_in["processes"] = processes
         run.begin(config.to_dict(), made_in)
+        record.forget_peak_memory()
         if processes == 1:
             result = train.train(config, run, stop_requested)
         else:
@@ -335,6 +336,7 @@ def _train(config: Config, run: RunRecord, sources: str | None, processes: int) 
             "time_s": 0.0,
         }
     if result is not None:
+        result["peak_memory_mb"] = round(record.peak_memory_mb(), 1)
         run.finish(result)
     return record.strict_json(result)
 

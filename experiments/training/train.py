@@ -22,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
+from experiments.training.histograms import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
 from experiments.training.parallel import Alone, Peers
 from experiments.training.record import RunRecord
 from experiments.training.weights import weight_statistics
 from lpsim import simulate
+from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
 
 Result = dict[str, Any]
@@ -72,7 +74,7 @@ def train(
         with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
             simulation.step = step
             if saved is None:
-                measure(config, model, data, record, step)
+                measure(config, model, data, record, simulation, step)
             telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
             if telemetry is not None and saved is not None:
                 telemetry.load_state_dict(saved["telemetry"])
@@ -101,7 +103,7 @@ def train(
                     break
                 final["train_loss"] = loss
                 if step % config.validate_every == 0 or last:
-                    final |= measure(config, model, data, record, step)
+                    final |= measure(config, model, data, record, simulation, step)
                 stopped = peers.any(stop())
                 if step % config.checkpoint_every == 0 or last or stopped:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -234,9 +236,18 @@ def divergence(config: Config, loss: float, grad_norm: float, classes: int) -> s
     return None
 
 
-def measure(config: Config, model: nn.Module, data: Data, record: RunRecord, step: int) -> dict[str, float]:
+def measure(
+    config: Config, model: nn.Module, data: Data, record: RunRecord, simulation: Simulation, step: int
+) -> dict[str, float]:
     """Log validation metrics and weight statistics after `step` updates. Returns the former, named for result.json."""
-    measured, of_own = validate(config, model, data), own_metrics(config, model, data)
+    if step in recorded_steps(config):
+        histograms = WeightHistograms(model)
+        with histograms.watching(simulation):
+            measured = validate(config, model, data)
+        record.write_weights(step, histograms.rows(), histograms.values, 1 / BINS_PER_OCTAVE)
+    else:
+        measured = validate(config, model, data)
+    of_own = own_metrics(config, model, data)
     record.log(step, "validation", **measured, **of_own)
     record.log(step, "weights", **weight_statistics(model))
     return {f"validation_{name}": value for name, value in measured.items()} | of_own

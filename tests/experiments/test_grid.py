@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Metrics and results of every run, times left out."""
 
     def timeless(value: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in value.items() if k not in ("time_ms", "time_s")}
+        return {k: v for k, v in value.items() if k not in ("time_ms", "time_s", "peak_memory_mb")}
 
     runs = {}
     for result in sorted(folder.glob("*/result.json")):

@@ -115,6 +115,28 @@ def block_cases():  # type: ignore[no-untyped-def]
             yield x, fmt, n % 3, list(Rounding)[n % 7]
 
 
+@pytest.mark.parametrize(
+    ("fmt", "shape", "axis"),
+    [
+        (formats.mx9, (3, 37), 1),
+        (formats.mx9, (37, 3), 0),
+        (BlockFormat("b", formats.int8_q6, formats.float8_e8m0fnu, 12, ScaleRule.CEIL, None, 4, 3), (2, 5, 27), 1),
+        (BlockFormat("b", ODD_ONES[-1], formats.float8_e8m0fnu, 9, ScaleRule.RCEIL, None, 1, 2), (2, 2, 27), 2),
+        (
+            BlockFormat(
+                "b", formats.float4_e2m1fn, formats.float8_e8m0fnu, 20480, sub_block_size=128, microexponent_bits=1
+            ),
+            (20481,),
+            0,
+        ),
+    ],
+)
+def test_sub_blocks(fmt: BlockFormat, shape: tuple[int, ...], axis: int) -> None:
+    for turn, x in enumerate(hostile_tensors(shape)[: 1 if len(shape) == 1 else None]):
+        rounding = Rounding.STOCHASTIC if turn == 1 else Rounding.TIES_TO_EVEN
+        assert_equals_the_oracle(torch.from_numpy(x).to(list(TYPES.values())[turn % 4]), fmt, axis, rounding)
+
+
 def test_blocks_of_every_kind() -> None:
     for case in block_cases():
         assert_equals_the_oracle(*case)

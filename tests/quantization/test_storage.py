@@ -41,7 +41,10 @@ def half_amax(amax: float, element: object) -> float:
 
 
 OWN = BlockFormat("own", formats.float4_e2m1fn, formats.float8_e4m3fn, block_size=4, scale_rule=half_amax)
-BLOCKS = [*BLOCK, TILES, WHOLE, AXIS, RCEIL, EVEN, OWN]
+PARTS = BlockFormat(
+    "parts", formats.float4_e2m1fn, formats.float8_e8m0fnu, 24, ScaleRule.CEIL, sub_block_size=4, microexponent_bits=2
+)
+BLOCKS = [*BLOCK, TILES, WHOLE, AXIS, RCEIL, EVEN, OWN, PARTS]
 
 
 def without_nan(x: torch.Tensor, fmt: object) -> torch.Tensor:
