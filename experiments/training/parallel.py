@@ -134,3 +134,6 @@ class SilentRecord(RunRecord):
 
     def save_checkpoint(self, state: Any) -> None:
         pass
+
+    def write_weights(self, *_: Any, **__: Any) -> None:
+        pass
