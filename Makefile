@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: quickstart test test-full check docs bench clean
+.PHONY: quickstart test test-full check docs bench gpu clean
 
 # One pip call with the constraints, so that torch comes at its pin.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -37,6 +37,10 @@ docs: $(VENV)/docs
 
 bench: $(VENV)/installed
 	$(BIN)/lpsim bench
+
+# With the Python whose torch has CUDA, as it is: nothing is installed. Results: runs/gpu.json.
+gpu:
+	$(PYTHON) -m experiments.bench.gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

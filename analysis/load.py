@@ -31,6 +31,8 @@ TABLES = {  # Parquet files of a run, where telemetry was on or `lpsim attribute
     "telemetry_cosines": ("step", "parameter", "cosine", "norm_ratio"),
     "attribution": ("recipe", "by", "part", "site", "role", "rounded", "loss", "change", "logits_sqnr_db"),
 }
+WEIGHTS = ("signature", "step", "of", "log2", "width", "count")
+VALUES = ("signature", "value")
 LATER = ("oscillated",)  # columns that telemetry of earlier versions does not have
 FRONTIER = "frontier.json"
 FRONTIER_COLUMNS = {  # of its two tables, those that are read
@@ -56,7 +58,7 @@ class Unreadable(ValueError):
 @dataclass(frozen=True)
 class Results:
     """All that a grid folder holds. `runs` has one row a run, `metrics` one a number, `environment` one a session of a
-    run: a resumed run has several, the first of which holds its `time_s`.
+    run: a resumed run has several, the first of which holds its `time_s` and `peak_memory_mb`.
     """
 
     folder: Path
@@ -70,6 +72,8 @@ class Results:
     telemetry: pd.DataFrame  # signature, and the columns of lpsim's telemetry; empty where no run has any
     cosines: pd.DataFrame  # signature, step, parameter, cosine, norm_ratio
     attribution: pd.DataFrame  # signature, and the columns that `lpsim attribute` keeps; empty where no run has any
+    weights: pd.DataFrame  # signature, step, of, log2 (a bin's lower edge; −inf for zeros), width, count
+    weight_values: pd.DataFrame  # signature, value: the positive values of the format that the weights are rounded to
     frontier: pd.DataFrame  # of `lpsim frontier`: one row an arm; empty where the grid sought none
     frontier_runs: pd.DataFrame  # one row a run
     parts: tuple[Results, ...] = ()  # the grids that `read_all` put together
@@ -170,6 +174,7 @@ def read(folder: str | Path) -> Results:
         run_rows.append(run)
         environment_rows.extend(sessions)
         metric_rows.extend(numbers)
+    weights, values = _histograms(folder, listed, problem_rows)
     pushed = _frontier(folder / FRONTIER, problem_rows)
     observed = [_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TABLES.items()]
     long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
@@ -187,6 +192,8 @@ def read(folder: str | Path) -> Results:
         telemetry=observed[0].assign(**{c: math.nan for c in LATER if len(observed[0]) and c not in observed[0]}),
         cosines=observed[1],
         attribution=observed[2],
+        weights=weights,
+        weight_values=values,
         frontier=pushed[0],
         frontier_runs=pushed[1],
     )
@@ -226,6 +233,8 @@ def read_all(folders: Sequence[str | Path]) -> Results:
         telemetry=_below([part.telemetry for part in parts]),
         cosines=_below([part.cosines for part in parts]),
         attribution=_below([part.attribution for part in parts]),
+        weights=_below([part.weights for part in parts]),
+        weight_values=_below([part.weight_values for part in parts]),
         frontier=_below([part.frontier for part in parts]),
         frontier_runs=_below([part.frontier_runs for part in parts]),
         parts=tuple(parts),
@@ -234,7 +243,7 @@ def read_all(folders: Sequence[str | Path]) -> Results:
 
 def _without(part: Results, signatures: set[str]) -> Results:
     """The results without these runs."""
-    tables = ("runs", "metrics", "environment", "telemetry", "cosines", "attribution")
+    tables = ("runs", "metrics", "environment", "telemetry", "cosines", "weights", "weight_values", "attribution")
     frames = {name: getattr(part, name) for name in tables}
     return replace(part, **{name: frame[~frame["signature"].isin(signatures)].copy() for name, frame in frames.items()})
 
@@ -328,7 +337,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[
             raise Unreadable("result.json does not say the last step and the final metrics")
         row |= {name: result.get(name) for name in ("status", "step", "cause", "traceback")}
         row |= {FINAL + name: _number(value, "result.json", name) for name, value in final.items()}
-        sessions[0]["time_s"] = result.get("time_s")
+        sessions[0] |= {name: result.get(name) for name in ("time_s", "peak_memory_mb") if name in result}
     else:
         row |= {
             "status": "unfinished",
@@ -355,6 +364,35 @@ def _tables(
             frame.insert(0, "signature", signature)
             frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["signature"])
+
+
+def _histograms(
+    folder: Path, signatures: Iterable[str], problem_rows: list[dict[str, str]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of every weights.json, and the values of the formats; an unreadable one is added to the problems."""
+    rows: list[tuple[Any, ...]] = []
+    values: list[tuple[str, float]] = []
+    for signature in signatures:
+        path = folder / signature / "weights.json"
+        if not path.exists():
+            continue
+        try:
+            document = _document(path)
+            mine = [
+                (signature, each["step"], each["of"], float(low), float(document["width"]), int(n))
+                for each in document["histograms"]
+                for low, n in zip([-math.inf, *each["log2"]], [each["zeros"], *each["count"]], strict=True)
+            ]
+            held = [(signature, float(value)) for value in document["values"]]
+        except Unreadable as error:
+            problem_rows.append({"folder": signature, "reason": f"{error}; the rest of the run is used"})
+        except (KeyError, TypeError, ValueError):
+            reason = "weights.json holds no histograms; the rest of the run is used"
+            problem_rows.append({"folder": signature, "reason": reason})
+        else:
+            rows += mine
+            values += held
+    return pd.DataFrame(rows, columns=list(WEIGHTS)), pd.DataFrame(values, columns=list(VALUES))
 
 
 def _frontier(path: Path, problem_rows: list[dict[str, str]]) -> list[pd.DataFrame]:

@@ -1,4 +1,6 @@
-"""Frames to pictures: `plots` draws one thing on given axes, `drawings` decides which figures a grid needs.
+"""Frames to pictures: `plots` draws one thing on given axes, `drawings` and the modules beside it decide which figures
+a grid needs, `saving` makes files of them; `interactive` has the charts that the page's script draws.
 
-In: frames of load and statistics. Out: axes, and SVG with its alternative text. The room page imports it.
+In: frames of load and statistics. Out: axes, drawings (SVG and PDF with their alternative text), Vega-Lite charts. The
+room page imports it.
 """

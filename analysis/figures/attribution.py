@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures import plots
-from analysis.figures.drawings import PANELS, PANELS_A_ROW, WIDTH, Drawing, svg
+from analysis.figures.drawings import PANELS, PANELS_A_ROW
+from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
 
 SITES = 40  # rows of a panel at most
 CHANGE, GRADIENT = "change", "gradient_sqnr_db"
@@ -34,9 +35,8 @@ def drawing(panels: Mapping[str, pd.DataFrame], measure: str = CHANGE) -> Drawin
     made = figure(panels, measure)
     if made is None:
         return None
-    drawn, caption = made
-    with matplotlib.rc_context(plots.STYLE):
-        return Drawing(TITLES[measure], caption, svg(drawn))
+    name = "attribution" if measure == CHANGE else "attribution-gradients"
+    return drawn(name, TITLES[measure], made[1], lambda width: _figure(panels, measure, width)[0])
 
 
 def save(frame: pd.DataFrame, path: Path) -> str:
@@ -50,18 +50,24 @@ def save(frame: pd.DataFrame, path: Path) -> str:
     made = figure({str(name): part for name, part in rows.groupby("recipe", sort=False)}, measure)
     if made is None:
         raise ValueError("there is nothing by site and role to draw")
-    drawn, caption = made
+    picture, caption = made
     with matplotlib.rc_context(plots.STYLE):
-        drawn.savefig(path, dpi=150)
+        picture.savefig(path, dpi=150)
     return f"{TITLES[measure]}. {caption}"
 
 
 def figure(panels: Mapping[str, pd.DataFrame], measure: str) -> tuple[Figure, str] | None:
-    """The figure and its caption."""
+    """The figure and its caption; None where there is no number."""
+    return _figure(panels, measure, WIDTH) if _tables(panels, measure) else None
+
+
+def _tables(panels: Mapping[str, pd.DataFrame], measure: str) -> dict[str, pd.DataFrame]:
     tables = {name: _table(frame, measure) for name, frame in panels.items()}
-    tables = {name: table for name, table in tables.items() if np.isfinite(table.to_numpy(dtype=float)).any()}
-    if not tables:
-        return None
+    return {name: table for name, table in tables.items() if np.isfinite(table.to_numpy(dtype=float)).any()}
+
+
+def _figure(panels: Mapping[str, pd.DataFrame], measure: str, width: float) -> tuple[Figure, str]:
+    tables = _tables(panels, measure)
     caption, left_out = READ[measure], list(tables)[PANELS:]
     tables = dict(list(tables.items())[:PANELS])
     sites = list(dict.fromkeys(site for table in tables.values() for site in table.index))
@@ -75,17 +81,17 @@ def figure(panels: Mapping[str, pd.DataFrame], measure: str) -> tuple[Figure, st
     caption += f" Panels for {', '.join(left_out)} are left out." if left_out else ""
     values = np.concatenate([_badness(table, measure).to_numpy(dtype=float).ravel() for table in tables.values()])
     bounds = float(np.nanmin(values)), float(np.nanmax(values))
-    columns = min(len(tables), max(1, PANELS_A_ROW if len(roles) < 4 else 1))
+    columns = min(len(tables), PANELS_A_ROW if len(roles) < 4 and width > NARROW else 1)
     lines = -(-len(tables) // columns)
     with matplotlib.rc_context(plots.STYLE | {"axes.grid": False}):
-        drawn = Figure(figsize=(WIDTH, lines * (1.2 + 0.24 * len(sites))), layout="constrained")
-        grid = drawn.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        picture = Figure(figsize=(width, lines * (1.2 + 0.24 * len(sites))), layout="constrained")
+        grid = picture.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for (name, table), ax in zip(tables.items(), grid.flat, strict=False):
             heatmap(table.reindex(index=sites, columns=roles), ax, measure=measure, bounds=bounds)
             ax.set_title(name, loc="left")
         for ax in grid.flat[len(tables) :]:
             ax.set_visible(False)
-    return drawn, caption
+    return picture, caption
 
 
 def heatmap(table: pd.DataFrame, ax: Axes, *, measure: str, bounds: tuple[float, float]) -> Axes:

@@ -7,35 +7,23 @@ says.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures import plots
-from analysis.statistics.claims import VERDICTS
+from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
 from analysis.statistics.stability import LEARNING_RATE
-from analysis.statistics.tables import BASELINE, TASK, counted, higher_is_better, text
+from analysis.statistics.tables import BASELINE, TASK, counted, text
 
-WIDTH = 11.0  # inches, 1056 CSS pixels: the width of the page
-PANELS_A_ROW, PANELS, ROWS, LEVELS = 3, 6, 30, 12  # what one figure shows at most
+PANELS_A_ROW, PANELS, LEVELS = 3, 6, 12  # what one figure shows at most
 SMOOTH = 30  # a smoothed training loss is the mean over this part of the longest run
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure of the page: what it is called, what it shows and leaves out, and the SVG."""
-
-    title: str
-    caption: str
-    svg: bytes
 
 
 @dataclass(frozen=True)
@@ -98,18 +86,21 @@ def curves(
     if frame.empty:
         return None
     smooth = 1 + int(frame.groupby("signature").size().max()) // SMOOTH if split == "train" else 1
-    line = (
-        f"One line a run, the mean of {smooth} neighbouring values over the values themselves"
-        if smooth > 1
-        else "One line a run"
-    )
+    by_colour = [roles.hue, *([roles.facet] if roles.facet else [])]
+    many = frame.groupby(by_colour, dropna=False)["signature"].nunique().max() > plots.MANY_RUNS
+    line = "Median over runs, in a band from the lowest to the highest; of one or two runs a line each"
+    line = line if many else "One line a run"
+    mixed = f" The runs of a colour differ in {', '.join(roles.others)} too." if roles.others else ""
+    mean = f" Each run is smoothed, the mean of {smooth} neighbouring values." if smooth > 1 else ""
+    lost = (frame["status"] == "diverged").any()
+    mark = f" × is the last finite value of a diverged run{', drawn alone' if many else ''}." if lost else ""
     return _panels(
+        f"{split}-{metric}".replace("_", "-"),
         roles.label(frame),
         roles,
         lambda part, ax: plots.curves(part, ax, hue=roles.hue, colours=roles.colours, label=label, smooth=smooth),
         title=label[0].upper() + label[1:],
-        caption=f"{line}; × marks the last finite value of a diverged run. With more than {plots.MANY_RUNS} runs of a "
-        "colour in a panel: the median of those that did not diverge, and a band over all of them.",
+        caption=f"{line}.{mixed}{mean}{mark}",
         legend=True,
     )
 
@@ -132,6 +123,7 @@ def final_metric(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
     if not replicates_only:
         caption = f"Each point is one finished run. A column mixes {', '.join(roles.others)}, so no mean is drawn."
     return _panels(
+        "final-metric",
         roles.label(points),
         roles,
         lambda part, ax: plots.final_metric(part, ax, hue=roles.hue, colours=roles.colours, intervals=replicates_only),
@@ -151,6 +143,7 @@ def learning_rates(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
         roles = flat if roles.hue == LEARNING_RATE else Roles(roles.hue, roles.colours, None, [], others)
     mixed = f" The runs at one rate differ in {', '.join(others)} too." if others else ""
     return _panels(
+        "learning-rates",
         roles.label(runs),
         roles,
         lambda part, ax: plots.learning_rates(part, ax, rate=LEARNING_RATE, hue=roles.hue, colours=roles.colours),
@@ -160,67 +153,8 @@ def learning_rates(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
     )
 
 
-def forest(rows: pd.DataFrame, roles: Roles, title: str, label: str, caption: str) -> Drawing | None:
-    """The rows of a table of differences (column `name` says which) with their intervals. None when no row has a
-    difference.
-    """
-    measured = rows[rows["difference"].notna()]
-    if measured.empty:
-        return None
-    if plots.far_apart(measured["difference"]):
-        caption += " The axis is logarithmic but for its middle."
-    if len(measured) > ROWS:
-        kept = measured["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
-        caption += f" The {ROWS} largest of {len(measured)} differences are drawn; the table has all."
-        measured = measured.loc[sorted(kept)]
-    side = "left" if higher_is_better(measured["metric"].iloc[0]) else "right"
-    frame = measured.assign(**{roles.hue: measured[roles.hue].map(text) if roles.hue in measured else ""})
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(measured)), layout="constrained")
-        plots.forest(
-            frame, figure.subplots(), hue=roles.hue, colours=roles.colours, label=f"{label}; {side} of 0 is worse"
-        )
-        return Drawing(title, caption, svg(figure))
-
-
-def costs(rows: pd.DataFrame, names: Sequence[str]) -> Drawing | None:
-    """What each format costs each optimizer (rows of tables.differences): a line an arm, named by `name`, with
-    intervals. None where there are no or too many arms to be told apart.
-    """
-    measured = rows[rows["difference"].notna()]
-    arms = list(dict.fromkeys(measured["name"]))
-    if not arms or len(arms) > len(plots.DISTINCT):
-        return None
-    metric = measured["metric"].iloc[0]
-    side = "down" if higher_is_better(metric) else "up"
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(0.7 * WIDTH, 3.1), layout="constrained")
-        colours = dict(zip(arms, plots.DISTINCT, strict=False))
-        label = f"change from {BASELINE} ({plots.UNITS[metric]})\n{side} is worse"
-        plots.costs(measured, figure.subplots(), formats=names, colours=colours, label=label)
-        caption = f"Mean over seeds of format − {BASELINE} with its 95% interval, none for n = 1."
-        return Drawing("What each format costs", caption, svg(figure))
-
-
-def predictions(rows: pd.DataFrame) -> Drawing | None:
-    """The predictions about losses with their intervals and bounds (a table of statistics.claims). None without any."""
-    shown = rows[(rows["metric"] == "validation_loss") & rows["mean"].notna()]
-    if shown.empty:
-        return None
-    names = shown["claim"] + ": " + shown["prediction"]
-    frame = shown.assign(name=names, difference=shown["mean"], verdict=shown["verdict"].map(VERDICTS))
-    colours = dict(zip(VERDICTS.values(), (plots.DISTINCT[2], plots.DISTINCT[4], plots.FAINT), strict=True))
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(frame)), layout="constrained")
-        ax = plots.forest(frame, figure.subplots(), hue="verdict", colours=colours, label="difference of losses (nats)")
-        plots.bounds(frame, ax)
-        handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
-        figure.legend(handles, list(colours), loc="outside upper left", ncols=3)
-        caption = "Mean over seeds with its 95% interval; the claim predicts that the mean lies left of the tick."
-        return Drawing("What was predicted, and what came", caption, svg(figure))
-
-
 def _panels(
+    name: str,
     frame: pd.DataFrame,
     roles: Roles,
     draw: Callable[[pd.DataFrame, Axes], Axes],
@@ -238,12 +172,12 @@ def _panels(
         left_out = ", ".join(str(level) for level, _ in panels[PANELS:])
         caption += f" Panels for {roles.facet} = {left_out} are left out."
         panels = panels[:PANELS]
-    columns = min(len(panels), PANELS_A_ROW)
-    rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(
-            figsize=(WIDTH if columns > 1 else 0.7 * WIDTH, 2.9 * rows + 0.55 * legend), layout="constrained"
-        )
+
+    def build(width: float) -> Figure:
+        columns = 1 if width == NARROW else min(len(panels), PANELS_A_ROW)
+        rows = -(-len(panels) // columns)
+        size = (width if columns > 1 else min(width, 0.7 * WIDTH), 2.9 * rows + 0.55 * legend)
+        figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for index, (level, part) in enumerate(panels):
             ax = draw(part, grid.flat[index])
@@ -254,20 +188,14 @@ def _panels(
             ax.set_visible(False)
         if legend:
             present = [level for level in roles.colours if (frame[roles.hue] == level).any()]
-            handles = [Line2D([], [], color=roles.colours[level], linewidth=2.5) for level in present]
-            figure.legend(
-                handles,
-                present,
-                loc="outside upper left",
-                ncols=min(len(present), 6),
-                title=roles.hue,
-                alignment="left",
-            )
-        return Drawing(title, caption, svg(figure))
+            key(figure, {level: roles.colours[level] for level in present}, width, title=roles.hue)
+        return figure
+
+    return drawn(name, title, caption, build)
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure's file: the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+def key(figure: Figure, colours: dict[str, Any], width: float, title: str | None = None) -> None:
+    """What the colours mean, above the panels."""
+    handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
+    columns = min(len(colours), 2 if width == NARROW else 6)
+    figure.legend(handles, list(colours), loc="outside upper left", ncols=columns, title=title, alignment="left")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from analysis.figures import plots
-from analysis.figures.drawings import PANELS, PANELS_A_ROW, WIDTH, Drawing, levels, svg
+from analysis.figures.drawings import PANELS, PANELS_A_ROW, levels
+from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
 
 STYLES = ("-", "--", ":", "-.")  # of the roundings
 PANEL = ("model", "data", "optimizer", "noise")  # arms that agree in these share a panel
@@ -42,10 +42,12 @@ def frontier(arms: pd.DataFrame, runs: pd.DataFrame) -> Drawing:
     )
     if len(panels) > PANELS:
         caption += f" {len(panels) - PANELS} panels are left out; the table has all."
-    columns = min(len(panels), PANELS_A_ROW)
-    rows = -(-min(len(panels), PANELS) // columns)
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(WIDTH if columns > 1 else 0.7 * WIDTH, 3.4 * rows + 0.7), layout="constrained")
+
+    def build(width: float) -> Figure:
+        columns = 1 if width == NARROW else min(len(panels), PANELS_A_ROW)
+        rows = -(-min(len(panels), PANELS) // columns)
+        size = (width if columns > 1 else min(width, 0.7 * WIDTH), 3.4 * rows + 0.7)
+        figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, sharex=False, sharey=True, squeeze=False)
         for (key, mine), ax in zip(panels, grid.flat, strict=False):
             panel(mine, runs, ax, colours=colours, styles=styles)
@@ -59,7 +61,9 @@ def frontier(arms: pd.DataFrame, runs: pd.DataFrame) -> Drawing:
         for ax in grid.flat[len(panels) :]:
             ax.set_visible(False)
         _legend(figure, colours, {name: styles[name] for name in roundings if len(roundings) > 1})
-        return Drawing("Final loss over the learning rate, and the frontier", caption, svg(figure))
+        return figure
+
+    return drawn("frontier", "Final loss over the learning rate, and the frontier", caption, build)
 
 
 def panel(arms: pd.DataFrame, runs: pd.DataFrame, ax: Axes, *, colours: Mapping[str, Any], styles: Any) -> Axes:

@@ -19,15 +19,20 @@ from analysis.statistics.tables import BASELINE, higher_is_better, interval
 
 UNITS = {"validation_loss": "nats", "validation_accuracy": "share correct"}
 LABELS = {metric: f"{metric.replace('_', ' ')} ({unit})" for metric, unit in UNITS.items()}
+CHANGES = {metric: f"change in {metric.replace('_', ' ')}\nfrom {BASELINE} ({unit})" for metric, unit in UNITS.items()}
 DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
 FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
-MANY_RUNS = 6  # runs of one colour in one panel beyond which they are drawn as median and band
+MANY_RUNS = 2  # runs of one colour in one panel beyond which they are drawn as median and band
+POINTS = 200  # steps of a curve that are drawn at most
+FEW_RATES = 5  # learning rates up to which each is a tick
 RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
 
 STYLE: Any = {
     "svg.hashsalt": "analysis",  # the identifiers inside an SVG are the same in every run
+    "svg.fonttype": "none",  # text stays text
+    "pdf.fonttype": 42,  # TrueType, which journals take and editors can change
     "text.parse_math": False,  # a name with dollar signs is a name
     "font.size": 10,
     "axes.titlesize": 10,
@@ -59,42 +64,46 @@ def colours(levels: Sequence[str], ordered: bool = False) -> dict[str, Any]:
 
 
 def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str, smooth: int = 1) -> Axes:
-    """`value` against `step`, one line a `signature`, coloured by `hue`; × where a diverged run's last finite value is.
+    """`value` against `step`, coloured by `hue`; × where a diverged run's last finite value is.
 
-    With more than 6 runs of a colour, the median over the runs that did not diverge and a band from the smallest to the
-    largest of them; diverged runs keep their own lines, because a median that loses runs on its way jumps. The value
-    axis is logarithmic when the values are positive and span a ratio of 8 or more. Values that are not finite are not
-    drawn.
+    One line a `signature`. With more than 2 runs of a colour, the median over the runs that did not diverge and a band
+    from the smallest to the largest of them; diverged runs keep their own lines, because a median that loses runs on
+    its way jumps. `smooth`: each run is replaced by its running mean over so many values. The value axis is logarithmic
+    when the values are positive and span a ratio of 8 or more. Values that are not finite are not drawn, and of long
+    runs only every so many steps.
     """
     frame = frame[np.isfinite(frame["value"])]
-    palette = {level: colours[level] for level in colours if (frame[hue] == level).any()}
-    diverged = frame["status"] == "diverged"
-    many = len(frame) > 0 and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS
-    alone = frame[diverged] if many else frame
-
-    def draw(part: pd.DataFrame, **how: Any) -> None:
-        if len(part):  # seaborn warns of a palette without data
-            how |= {
-                "hue": hue,
-                "hue_order": list(palette),
-                "palette": palette,
-                "rasterized": len(frame) > RASTER_POINTS,
-            }
-            sns.lineplot(part, x="step", y="value", ax=ax, legend=False, **how)
-
-    if many:
-        draw(frame[~diverged], estimator="median", errorbar=("pi", 100), linewidth=1.2)
-    if smooth > 1:
-        draw(alone, estimator=None, units="signature", linewidth=0.6, alpha=0.35)
-    running = alone.groupby("signature")["value"].rolling(smooth, min_periods=1, center=True).mean().droplevel(0)
-    draw(alone.assign(value=running), estimator=None, units="signature", linewidth=1.2, alpha=0.9)
     ends = frame[frame["status"] == "diverged"].sort_values("step").groupby("signature", sort=False).tail(1)
-    for level, group in ends.groupby(hue, sort=False):
-        ax.plot(group["step"], group["value"], "x", color=colours[level], markersize=7, markeredgewidth=2)
+    if smooth > 1:
+        running = frame.groupby("signature")["value"].rolling(smooth, min_periods=1, center=True).mean().droplevel(0)
+        frame = frame.assign(value=running)
+    frame = _thinned(frame)
+    rasterized = len(frame) > RASTER_POINTS
+    many = len(frame) > 0 and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS
+    for level, colour in colours.items():
+        mine = frame[frame[hue] == level]
+        together = mine[mine["status"] != "diverged"] if many else mine.iloc[:0]
+        if len(together):
+            band = together.groupby("step")["value"].agg(["median", "min", "max"])
+            ax.plot(band.index, band["median"], color=colour, linewidth=1.4, rasterized=rasterized)
+            ax.fill_between(band.index, band["min"], band["max"], color=colour, alpha=0.2, linewidth=0)
+        for _, run in mine.drop(together.index).groupby("signature", sort=False):
+            ax.plot(run["step"], run["value"], color=colour, linewidth=1.2, alpha=0.9, rasterized=rasterized)
+        at = ends[ends[hue] == level]
+        if len(at):
+            ax.plot(at["step"], at["value"], "x", color=colour, markersize=7, markeredgewidth=2)
     value_axis(ax, frame["value"])
     ax.set(xlabel="step", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     return ax
+
+
+def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame at no more than 200 of its steps, spread evenly, the last included."""
+    steps = np.sort(frame["step"].unique())
+    if len(steps) <= POINTS:
+        return frame
+    return frame[frame["step"].isin(steps[np.linspace(0, len(steps) - 1, POINTS).round().astype(int)])]
 
 
 def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], intervals: bool) -> Axes:
@@ -119,7 +128,8 @@ def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[st
     ax.set_xticks(range(len(levels)), levels)
     if sum(map(len, levels)) > 40:
         ax.tick_params(axis="x", rotation=25)
-    ax.set(xlabel=hue, ylabel=LABELS[frame["metric"].iloc[0]], xlim=(-0.6, len(levels) - 0.4))
+    name = LABELS[frame["metric"].iloc[0]].replace(" (", "\n(")
+    ax.set(xlabel=hue, ylabel=name, xlim=(-0.6, len(levels) - 0.4))
     ax.grid(visible=False, axis="x")
     return ax
 
@@ -158,14 +168,28 @@ def costs(frame: pd.DataFrame, ax: Axes, *, formats: Sequence[str], colours: Map
         rows = frame[frame["name"] == name].drop_duplicates("format")
         shift = 0.06 * (number - (len(colours) - 1) / 2)
         x = np.array([0, *(places[each] for each in rows["format"])]) + shift
-        ax.plot(x, [0, *rows["difference"]], "o-", color=colour, linewidth=1.6, markersize=5, label=name)
+        ax.plot(x, [0, *rows["difference"]], "o-", color=colour, linewidth=1.6, markersize=5)
         for place, low, high in zip(x[1:], rows["low"], rows["high"], strict=True):
             ax.plot([place, place], [low, high], "-", color=colour, linewidth=1.6)
     ax.axhline(0, color=INK, linewidth=1)
     ax.set_xticks(range(len(places)), list(places))
+    if sum(map(len, places)) > 40:
+        ax.tick_params(axis="x", rotation=25)
     ax.set(ylabel=label, xlim=(-0.4, len(places) - 0.6))
     ax.grid(visible=False, axis="x")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def heat_map(table: pd.DataFrame, ax: Axes, *, texts: Sequence[Sequence[str]], better: str) -> Axes:
+    """A cell for every number of `table`, with its text; darker is better by the metric `better`."""
+    palette = "Blues" if higher_is_better(better) else "Blues_r"
+    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    margin = 0.25 * (high - low or 1)  # the ends of the palette are too pale and too dark to read on
+    sns.heatmap(
+        table, ax=ax, cmap=palette, vmin=low - margin, vmax=high + margin, annot=np.array(texts), fmt="", cbar=False,
+        linewidths=1.5, annot_kws={"fontsize": 9},
+    )  # fmt: skip
+    ax.tick_params(length=0, rotation=0)
     return ax
 
 
@@ -213,9 +237,13 @@ def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colour
             transform=ax.get_xaxis_transform(),
             markersize=7,
         )
-    ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric])
+    ax.set(xscale="log", xlabel=f"learning rate ({rate})", ylabel=LABELS[metric].replace(" (", "\n("))
     rates = sorted(frame[rate].dropna().unique())
-    ax.set_xticks(rates, [f"{value:g}" for value in rates])
+    if len(rates) <= FEW_RATES:
+        ax.set_xticks(rates, [f"{value:g}" for value in rates])
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if rates[-1] / rates[0] < 300 else (1,)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
@@ -228,3 +256,32 @@ def value_axis(ax: Axes, values: pd.Series) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def strip(frame: pd.DataFrame, ax: Axes, *, value: str, rows: Sequence[str], label: str) -> Axes:
+    """`value` of every run as a point in the row of its `arm`, a tick at their median, which is written beside."""
+    for place, name in enumerate(rows):
+        x = frame.loc[frame["arm"] == name, value].dropna()
+        ax.plot(x, [place] * len(x), "o", color=DISTINCT[0], alpha=0.6, markersize=5, markeredgewidth=0)
+        if len(x):
+            middle = x.median()
+            ax.plot([middle, middle], [place - 0.3, place + 0.3], "-", color=INK, linewidth=1.6)
+            ax.annotate(f"{middle:.3g}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    ax.set(xlabel=label, xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def ends(frame: pd.DataFrame, ax: Axes, *, rows: Sequence[str], last: float) -> Axes:
+    """× at the last `step` of every run in the row of its `arm`; `where` beside it."""
+    for place, name in enumerate(rows):
+        for row in frame[frame["arm"] == name].to_dict("records"):
+            ax.plot([row["step"]], [place], "x", color=DISTINCT[4], markersize=7, markeredgewidth=2)
+            on_the_left = row["step"] > last / 2
+            ax.annotate(
+                row["where"], (row["step"], place), xytext=(-8 if on_the_left else 8, 0), textcoords="offset points",
+                ha="right" if on_the_left else "left", va="center", fontsize=8,
+            )  # fmt: skip
+    ax.set(xlabel="step", xlim=(0, 1.02 * last), ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(visible=False, axis="y")
+    return ax

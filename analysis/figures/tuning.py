@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.figures import plots
-from analysis.figures.drawings import svg
+from analysis.figures.saving import svg
 from analysis.statistics.tables import higher_is_better, text
 
 FEW_DECADES = 300  # a range of at most this ratio gets ticks at 2 and 5 too

@@ -1,8 +1,7 @@
-"""The first screen of a report: what a grid without claims shows, in at most three sentences a task, decided things
-first.
+"""The first screen of a report: what came out, in at most three sentences, and how sure one can be.
 
-Sentences are computed from the tables of differences. Undecided comparisons are one line, with the number of seeds that
-would decide them.
+Sentences are computed from the tables of differences. What is decided comes first, the surest first; everything
+undecided is one line, with the number of further seeds that would decide it.
 """
 
 from __future__ import annotations
@@ -14,124 +13,265 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.page.summary import arm_name, count, effect_name, of_task, plain, task_title, varying, verdict
+from analysis.page import summary
+from analysis.page.summary import arm_name, count, of_task, varying, verdict
 from analysis.statistics.power import sd_of_interval, seeds_to_decide
 from analysis.statistics.tables import BASELINE, TASK, best_arm, higher_is_better
 
-BULLETS = 5  # decided comparisons that are spelled out
-NAMED = 3  # undecided ones that are named
+BULLETS = 6  # decided comparisons that are spelled out, shared among the tasks
+TABLES = ("differences", "contrasts", "optimizers", "effects", "against_first")
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a table of differences in words: the sentence where it is decided, a phrase where it is not."""
+    """A row of a table of differences in words."""
 
     decided: bool
-    sentence: str
-    phrase: str
-    strength: float  # |difference| over half its interval
-    seeds: float  # that would decide it
     measured: bool  # it has an interval
+    headline: str  # as the answer of the report: decided or not
+    sentence: str  # where it is decided
+    phrase: str  # what is asked, where it is not
+    strength: float  # |difference| over half its interval
+    more: float  # seeds beyond those there are that would decide it; infinity for too many, NaN where nobody can say
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one task shows."""
+    """What a grid shows. Texts hold `code` and **what matters** in the marks of page.prose."""
 
-    title: str
     sentences: list[str]  # at most three
     decided: list[str]
-    undecided: str  # empty where everything is decided
+    undecided: str  # one line; empty where everything is decided
+    open: list[str]  # what is undecided, one by one
 
 
-def answers(frames: Mapping[str, pd.DataFrame]) -> Iterator[Answer]:
-    """The answer of every task; `frames` holds the tables of the report."""
-    for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False):
-        title = task_title(task, table["metric"].iloc[0])
-        mine = {name: of_task(frames[name], task) for name in ("differences", "contrasts", "effects", "against_first")}
-        comparisons = [*_comparisons(mine, varying(table))]
-        sentences = [*_headline(mine, comparisons), *_best(table), *_lost(table)]
-        rest = [c for c in comparisons if c.decided and c.sentence not in sentences]
-        rest.sort(key=lambda c: -c.strength)
-        decided = [c.sentence for c in rest[:BULLETS]]
-        if len(rest) > BULLETS:
-            decided.append(f"{len(rest) - BULLETS} more are decided; the tables below have them.")
-        yield Answer(title, sentences[:3], decided, _undecided(comparisons))
+@dataclass(frozen=True)
+class _OfTask:
+    headline: Comparison | None
+    ends: Comparison | None  # the optimizers compared in the headline's format
+    best: str
+    comparisons: list[Comparison]
 
 
-def _comparisons(mine: Mapping[str, pd.DataFrame], names: Sequence[str]) -> Iterator[Comparison]:
-    """Every comparison that the tables make: of optimizers, with float32, of settings; with the first arm where there
-    is nothing else.
-    """
+def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
+    """The answer of a grid; `frames` holds the tables of the report."""
+    found = {
+        task: _of_task(table, {name: of_task(frames[name], task) for name in TABLES})
+        for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False)
+    }
+    models = [task[0] for task in found]
+    names = {task: task[0] if models.count(task[0]) == 1 else summary.task_name(task) for task in found}
+    several = len(found) > 1
+
+    def of(task: Any, text: str) -> str:
+        return f"{names[task]}: {text}" if several else text
+
+    lost = [*_lost(frames["arms"])]
+    sentences = [of(task, text) for task, text in _sentences(found)][: 3 - len(lost)] + lost
+    every = [(task, each) for task, mine in found.items() for each in mine.comparisons]
+    said = {each.headline for each in _said(found, 3 - len(lost))}
+    decided, left = [], 0
+    for task, mine in found.items():
+        rest = sorted((c for c in mine.comparisons if c.decided and c.headline not in said), key=lambda c: -c.strength)
+        shown = max(BULLETS // len(found), 1)
+        decided += [of(task, each.sentence) for each in rest[:shown]]
+        left += max(len(rest) - shown, 0)
+    if left:
+        decided.append(f"{left} more are decided; the tables below have them.")
+    undecided = [(task, each) for task, each in every if not each.decided]
+    undecided.sort(key=lambda pair: (math.isnan(pair[1].more), pair[1].more))
+    each_open = [of(task, f"{each.phrase}{_more(each.more)}") for task, each in undecided]
+    line = _undecided([each for _, each in undecided], len(every), of(undecided[0][0], "") if undecided else "")
+    return Answer(sentences, decided, line, each_open)
+
+
+def _sentences(found: Mapping[Any, _OfTask]) -> Iterator[tuple[Any, str]]:
+    """The answer of one or two tasks; of more, the surest."""
+    if len(found) > 2:
+        chosen = _surest(found)
+        yield from [(chosen, _first(found[chosen]))]
+        return
+    for task, mine in found.items():
+        yield task, _first(mine)
+    if len(found) == 1:
+        task, mine = next(iter(found.items()))
+        if mine.headline is not None:
+            yield task, mine.ends.headline if mine.ends is not None else mine.best
+
+
+def _said(found: Mapping[Any, _OfTask], most: int) -> list[Comparison]:
+    """The comparisons that the sentences hold."""
+    if len(found) > 2:
+        found = {"": found[_surest(found)]}
+        return [mine.headline for mine in found.values() if mine.headline is not None]
+    chosen = [mine.headline for mine in found.values()]
+    chosen += [mine.ends for mine in found.values() if len(found) == 1 and mine.headline is not None]
+    return [each for each in chosen[:most] if each is not None]
+
+
+def _surest(found: Mapping[Any, _OfTask]) -> Any:
+    def sureness(task: Any) -> tuple[bool, float]:
+        headline = found[task].headline
+        return (False, -1.0) if headline is None else (headline.decided, headline.strength)
+
+    return max(found, key=sureness)
+
+
+def _first(mine: _OfTask) -> str:
+    return mine.best if mine.headline is None else mine.headline.headline
+
+
+def _of_task(table: pd.DataFrame, mine: Mapping[str, pd.DataFrame]) -> _OfTask:
+    names = varying(table)
     others = [name for name in names if name != "format"]
-    for row in mine["contrasts"].to_dict("records"):
-        who, reference = arm_name(row, others), row["reference"]
-        low = row["format"]
-        word = "less" if verdict(row) == "better" else "more"
-        yield _comparison(
-            row,
-            f"{who} loses {amount(row)} {word} to {low} than {reference} does {span(row)}",
-            f"whether {who} loses less to {low} than {reference}",
+    contrasts = [_contrast(row, others, mine["differences"]) for row in mine["contrasts"].to_dict("records")]
+    ends = [_end(row, others) for row in mine["optimizers"].to_dict("records")]
+    costs = [_cost(row, others) for row in mine["differences"].to_dict("records")]
+    effects = [_effect(row) for row in mine["effects"].to_dict("records")]
+    comparisons = [*contrasts, *ends, *costs, *effects]
+    if not comparisons:
+        comparisons = [*_against_first(mine["against_first"], names)]
+    headline, end = None, None
+    if worst := _costliest(mine):
+        place = [row["format"] for row in mine["contrasts"].to_dict("records")].index(worst)
+        headline = contrasts[place]
+        end = next(
+            (
+                each
+                for each, low in zip(ends, mine["optimizers"]["format"], strict=True)
+                if low == worst and each.measured
+            ),
+            None,
         )
-    for row in mine["differences"].to_dict("records"):
-        who, low = arm_name(row, others), row["format"]
-        costs = f"{low} costs {who} {amount(row)} {span(row)}"
-        gains = f"{who} ends {amount(row)} better in {low} than in {BASELINE} {span(row)}"
-        yield _comparison(row, gains if verdict(row) == "better" else costs, f"what {low} costs {who}")
-    for row in mine["effects"].to_dict("records"):
-        change = f"{row['optimizer']}, {effect_name(row)}"
-        yield _comparison(row, f"{change}: {amount(row)} {verdict(row)} {span(row)}", f"what {change} does")
-    if not any(len(mine[name]) for name in ("contrasts", "differences", "effects")):
-        first = None
-        for row in mine["against_first"].to_dict("records"):
-            who = arm_name(row, names)
-            if first is not None:
-                text = f"{who} ends {amount(row)} {verdict(row)} than {first} {span(row)}"
-                yield _comparison(row, text, f"{who} against {first}")
-            first = first or who
+    elif measured := [c for c in comparisons if c.measured and not math.isnan(c.strength)]:
+        headline = max(measured, key=lambda c: (c.decided, c.strength))
+    if headline is not None and not headline.measured:
+        headline, end = None, None
+    return _OfTask(headline, end, _best(table), comparisons)
 
 
-def _comparison(row: Row, sentence: str, phrase: str) -> Comparison:
-    half = (row["high"] - row["low"]) / 2
-    seeds = seeds_to_decide(row["difference"], sd_of_interval(row["low"], row["high"], row["n"]))
-    return Comparison(
-        decided=verdict(row) in ("better", "worse"),
-        sentence=f"{sentence}.",
-        phrase=phrase,
-        strength=abs(row["difference"]) / half if half > 0 else math.nan,
-        seeds=seeds,
-        measured=row["n"] > 1,
+def _costliest(mine: Mapping[str, pd.DataFrame]) -> str | None:
+    """The format that costs most among those in which optimizers are compared."""
+    rows = mine["contrasts"]
+    formats = list(dict.fromkeys(rows.loc[rows["difference"].notna(), "format"]))
+    costs = mine["differences"].groupby("format", sort=False)["difference"].mean().abs()
+    return max(formats, key=lambda name: costs.get(name, 0.0), default=None)
+
+
+def _contrast(row: Row, others: Sequence[str], costs: pd.DataFrame) -> Comparison:
+    who, reference, low = arm_name(row, others), row["reference"], row["format"]
+    loses = f"{who} loses **{amount(row)} {'less' if _good(row) else 'more'}**"
+    start = f"Training in {low} instead of {BASELINE}"
+    both = _both_costs(row, costs)
+    if both is None:
+        headline = f"{start}, {loses} than {reference}"
+    elif min(both) >= 0:
+        own, theirs = (_size(value, row["metric"]) for value in both)
+        headline = f"{start} costs {reference} {theirs} of {noun(row)} and {who} {own}: {loses}"
+    else:
+        own, theirs = (_size(-value, row["metric"], signed=True) for value in both)
+        better = "" if higher_is_better(row["metric"]) else " (positive is better)"
+        headline = f"{start} changes {reference} by {theirs} and {who} by {own}{better}: {loses}"
+    sentence = (
+        f"{who} loses {amount(row)} {'less' if _good(row) else 'more'} to {low} than {reference} does ({span(row)})."
+    )
+    return _comparison(row, headline, sentence, f"whether {who} loses less to {low} than {reference}")
+
+
+def _both_costs(row: Row, costs: pd.DataFrame) -> tuple[float, float] | None:
+    """How much worse than in float32 the arm and its reference are in the format, where both rest on the same seeds."""
+    in_format = costs[(costs["format"] == row["format"]) & (costs["n"] == row["n"])]
+    theirs = in_format[in_format["optimizer"] == row["reference"]]
+    own = in_format[in_format["optimizer"] == row["optimizer"]]
+    if len(own) != 1 or len(theirs) != 1:
+        return None
+    sign = -1.0 if higher_is_better(row["metric"]) else 1.0
+    return sign * float(own["difference"].iloc[0]), sign * float(theirs["difference"].iloc[0])
+
+
+def _end(row: Row, others: Sequence[str]) -> Comparison:
+    who, reference, low = arm_name(row, others), row["reference"], row["format"]
+    word = "better" if _good(row) else "worse"
+    return _comparison(
+        row,
+        f"Trained in {low}, {who} ends **{amount(row)} {word}** than {reference}",
+        f"Trained in {low}, {who} ends {amount(row)} {word} than {reference} ({span(row)}).",
+        f"whether {who} ends better in {low} than {reference}",
     )
 
 
-def _headline(mine: Mapping[str, pd.DataFrame], comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """The comparison that matters: of optimizers in the format that costs most, else the surest one."""
-    rows = mine["contrasts"]
-    if len(rows) and rows["difference"].notna().any():
-        costs = mine["differences"].groupby("format", sort=False)["difference"].mean().abs()
-        formats = rows.loc[rows["difference"].notna(), "format"]
-        worst = max(formats.unique(), key=lambda name: costs.get(name, 0.0))
-        place = rows.index.get_loc(rows[(rows["format"] == worst) & rows["difference"].notna()].index[0])
-        chosen = comparisons[place]
+def _cost(row: Row, others: Sequence[str]) -> Comparison:
+    who, low = arm_name(row, others), row["format"]
+    if _good(row):
+        headline = f"Training in {low} instead of {BASELINE} makes {who} **{amount(row)} better**"
+        sentence = f"{who} ends {amount(row)} better in {low} than in {BASELINE} ({span(row)})."
     else:
-        measured = [c for c in comparisons if c.measured and not math.isnan(c.strength)]
-        if not measured:
-            return
-        chosen = max(measured, key=lambda c: (c.decided, c.strength))
-    if chosen.decided:
-        yield chosen.sentence
-    elif chosen.measured:
-        yield f"Undecided: {chosen.phrase}{_seeds(chosen)}."
+        headline = f"Training in {low} instead of {BASELINE} costs {who} **{amount(row)}** of {noun(row)}"
+        sentence = f"{low} costs {who} {amount(row)} ({span(row)})."
+    return _comparison(row, headline, sentence, f"what {low} costs {who}")
 
 
-def _best(table: pd.DataFrame) -> Iterator[str]:
+def _effect(row: Row) -> Comparison:
+    setting = summary.short(row["factor"]).replace("_", " ")
+    what = f"{setting} from {row['reference']} to {row['level']}"
+    word = "better" if _good(row) else "worse"
+    return _comparison(
+        row,
+        f"Changing {what} makes {row['optimizer']} **{amount(row)} {word}**",
+        f"Changing {what} makes {row['optimizer']} {amount(row)} {word} ({span(row)}).",
+        f"what {setting} {row['level']} instead of {row['reference']} does to {row['optimizer']}",
+    )
+
+
+def _against_first(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[Comparison]:
+    first = None
+    for row in rows.to_dict("records"):
+        who, word = arm_name(row, names), "better" if _good(row) else "worse"
+        if first is not None:
+            text = f"{who} ends {{}} than {first}"
+            yield _comparison(
+                row,
+                text.format(f"**{amount(row)} {word}**"),
+                f"{text.format(f'{amount(row)} {word}')} ({span(row)}).",
+                f"{who} against {first}",
+            )
+        first = first or who
+
+
+def _comparison(row: Row, headline: str, sentence: str, phrase: str) -> Comparison:
+    """headline: with the number that matters in ** **, without the interval."""
+    half = (row["high"] - row["low"]) / 2
+    needed = seeds_to_decide(row["difference"], sd_of_interval(row["low"], row["high"], row["n"]))
+    decided = verdict(row) in ("better", "worse")
+    more = max(needed - row["n"], 1.0) if not math.isnan(needed) else math.nan
+    if decided:
+        whole = f"{headline} ({span(row, whole=True)})."
+    else:
+        doubt = f"{span(row, whole=True)}{_more(more, '; ')}"
+        whole = f"{headline.replace('**', '')}, **which may be chance** ({doubt})."
+    return Comparison(
+        decided=decided,
+        measured=row["n"] > 1,
+        headline=whole,
+        sentence=sentence,
+        phrase=phrase,
+        strength=abs(row["difference"]) / half if half > 0 else math.nan,
+        more=more,
+    )
+
+
+def _best(table: pd.DataFrame) -> str:
     best = best_arm(table)
     if best is None:
-        yield "No run has finished with a finite value."
-    else:
-        among = f"Best of {len(table)} arms" if len(table) > 1 else "The one arm"
-        yield f"{among}: {arm_name(best, varying(table))}, {plain(best['mean'])} ({count(best['n'], 'seed')})."
+        return "No run has finished with a finite value."
+    metric = best["metric"]
+    value = f"**{100 * best['mean']:.1f}%**" if higher_is_better(metric) else f"**{best['mean']:.3f} nats**"
+    seeds = f"the mean of {best['n']} seeds" if best["n"] > 1 else "one seed, which says nothing about chance"
+    if len(table) == 1:
+        return f"The final {metric.replace('_', ' ')} is {value} ({seeds})."
+    name = arm_name(best, varying(table))
+    return f"The best of {len(table)} arms is {name}: {metric.replace('_', ' ')} {value} ({seeds})."
 
 
 def _lost(table: pd.DataFrame) -> Iterator[str]:
@@ -141,44 +281,59 @@ def _lost(table: pd.DataFrame) -> Iterator[str]:
         yield f"Of {count(int(table['runs'].sum()), 'run')} {' and '.join(parts)}; they are in no mean."
 
 
-def _undecided(comparisons: Sequence[Comparison]) -> str:
-    """One line: how many, and the nearest to be decided with the seeds that would do it."""
-    undecided = [c for c in comparisons if not c.decided]
-    if not undecided:
+def _undecided(comparisons: Sequence[Comparison], total: int, where: str) -> str:
+    """One line: how many, and how many more seeds would decide them. `comparisons` are sorted by that number; `where`
+    is the task of the first.
+    """
+    if not comparisons:
         return ""
-    nearest = sorted((c for c in undecided if not math.isnan(c.seeds)), key=lambda c: c.seeds)[:NAMED]
-    named = [f"{c.phrase}{_seeds(c)}" for c in nearest]
-    others = len(undecided) - len(nearest)
-    if others:
-        named.append(
-            f"{others} more" if nearest else f"{count(others, 'comparison')}, too few seeds to say how many more"
-        )
-    return f"Undecided: {'; '.join(named)}."
+    line = f"Undecided: {len(comparisons)} of {count(total, 'comparison')}"
+    finite = [c for c in comparisons if math.isfinite(c.more)]
+    if not finite:
+        single = not any(c.measured for c in comparisons)
+        return f"{line}; {'two or more seeds are needed to tell' if single else 'even 1000 seeds would hardly decide'}."
+    on = f" on {where.removesuffix(': ')}" if where else ""
+    line += f"; about {count(int(finite[0].more), 'more seed')} would decide {finite[0].phrase}{on}"
+    if len(finite) > 1:
+        which = "all of them" if len(finite) == len(comparisons) else f"{len(finite)} of them"
+        line += f", about {finite[-1].more:.0f} more would decide {which}"
+    return f"{line}."
 
 
-def _seeds(comparison: Comparison) -> str:
-    if math.isnan(comparison.seeds):
+def _more(more: float, before: str = " – ") -> str:
+    if math.isnan(more):
         return ""
-    number = "more than 1000" if math.isinf(comparison.seeds) else f"about {comparison.seeds:.0f}"
-    return f" ({number} seeds would decide)"
+    number = "more than 1000 seeds" if math.isinf(more) else f"about {count(int(more), 'more seed')}"
+    return f"{before}{number} would decide"
+
+
+def noun(row: Row) -> str:
+    return str(row["metric"]).replace("_", " ")
+
+
+def _good(row: Row) -> bool:
+    return bool((row["difference"] > 0) == higher_is_better(row["metric"]))
 
 
 def amount(row: Row) -> str:
-    """How large a difference is, without its sign: `0.110 nats`, `2.7 points of accuracy`."""
-    value = abs(row["difference"])
-    if higher_is_better(row["metric"]):
-        return f"{100 * value:.1f} points of accuracy"
-    return f"{value:.3f} nats"
+    """How large a difference is, without its sign: `0.110 nats`, `2.7 percentage points`."""
+    return _size(abs(row["difference"]), row["metric"])
 
 
-def span(row: Row) -> str:
-    """`[0.092 to 0.128, 3 seeds]`: the interval of the size that `amount` tells."""
+def _size(value: float, metric: str, signed: bool = False) -> str:
+    scale, digits, unit = (100, 1, "percentage points") if higher_is_better(metric) else (1, 3, "nats")
+    return f"{scale * value:{'+' if signed else ''}.{digits}f} {unit}".replace("-", "−")
+
+
+def span(row: Row, whole: bool = False) -> str:
+    """`0.092 to 0.128, 3 seeds`: the interval of the size that `amount` tells; `whole` says that it is one of 95%."""
     if row["n"] < 2:
-        return "[1 seed]"
+        return "1 seed"
     sign = -1.0 if row["difference"] < 0 else 1.0
     low, high = sorted((sign * row["low"], sign * row["high"]))
     scale, digits = (100, 1) if higher_is_better(row["metric"]) else (1, 3)
-    return f"[{_number(scale * low, digits)} to {_number(scale * high, digits)}, {row['n']} seeds]"
+    what = "95% interval " if whole else ""
+    return f"{what}{_number(scale * low, digits)} to {_number(scale * high, digits)}, {row['n']} seeds"
 
 
 def _number(value: float, digits: int) -> str:

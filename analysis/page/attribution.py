@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from analysis.figures import attribution as maps
+from analysis.figures.saving import Drawing
 from analysis.page import html as page
 from analysis.page.html import Column
 from analysis.page.summary import arm_name, count, signed
@@ -18,7 +19,7 @@ KINDS = ("class", "role")  # the kinds of parts whose rows stand in the table; t
 
 def section(
     runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str], names: Sequence[str], label: str
-) -> Iterator[str]:
+) -> Iterator[str | Drawing]:
     """The part of a task's section; nothing where there are neither attributions nor runs of parts of a recipe.
 
     rows: load.attribution's. names: the factors that tell the arms apart. label: of the primary metric.
@@ -57,7 +58,9 @@ def _in_training(table: pd.DataFrame, names: Sequence[str], label: str) -> Itera
     )
 
 
-def _afterwards(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+def _afterwards(
+    runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str], names: Sequence[str]
+) -> Iterator[str | Drawing]:
     table = attribution.by_part(runs, rows, factors)
     yield page.paragraph(
         f"After training, of {count(rows['signature'].nunique(), 'run')} (lpsim attribute): what rounding a part alone "
@@ -89,7 +92,7 @@ def _afterwards(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str], 
     }
     drawing = maps.drawing(panels)
     if drawing is not None:
-        yield page.figure(drawing)
+        yield drawing
     sums = attribution.additivity(table, factors)
     named = sums.to_dict("records")
     yield page.paragraph("Do the parts add up? The gap is what they make of each other.")

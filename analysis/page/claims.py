@@ -8,53 +8,117 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.figures import drawings
+from analysis.figures import comparisons
+from analysis.figures.saving import Drawing
 from analysis.page import html as page
 from analysis.page.html import Column
 from analysis.page.summary import bracket, plain, signed
-from analysis.statistics.claims import FALSE, STEADY, TRUE, UNDECIDED
+from analysis.statistics.claims import FALSE, STEADY, TRUE, UNDECIDED, VERDICTS
 
 SIGN = {TRUE: "came true", FALSE: "came out false", UNDECIDED: "undecided"}
 
 
-def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str]:
-    """The table of claims, a picture of the predictions, the table of predictions (folded)."""
-    yield page.heading(3, "Claims, made before the runs")
+def section(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str | Drawing]:
+    """The verdicts in words, a picture of the predictions, the decided claims with what decided them, the undecided
+    ones in one line, and everything as tables (folded).
+    """
+    yield page.answer(_sentences(verdicts, predictions))
+    if drawing := comparisons.predictions(predictions):
+        yield drawing
+    decided = verdicts[verdicts["verdict"] != VERDICTS[UNDECIDED]]
+    if len(decided):
+        yield page.heading(2, "How sure is it?", style="small")
+        yield page.paragraph("Decided, by claims that were made before the runs; in brackets the 95% interval:")
+        yield page.bullets(
+            f"{row['verdict'].capitalize()}: {row['statement']} {_grounds(predictions, row)}"
+            for row in decided.to_dict("records")
+        )
+    undecided = verdicts[verdicts["verdict"] == VERDICTS[UNDECIDED]]
+    if len(undecided):
+        rows = undecided.to_dict("records")
+        open_ones = [f"{row['statement']} {_grounds(predictions, row)}" for row in rows]
+        line = _undecided(undecided, predictions, len(verdicts))
+        yield page.folded(line, page.bullets(open_ones), style="open")
     columns = [
         Column("claim", list(verdicts["claim"])),
         Column("verdict", list(verdicts["verdict"])),
         Column("what it says", list(verdicts["statement"]), wrap=True),
-        Column("on what it rests", [_grounds(predictions, name) for name in verdicts["claim"]], wrap=True),
     ]
-    yield page.table(columns, best=list(verdicts["verdict"] != "undecided"))
-    if more := _more_seeds(predictions):
-        yield page.paragraph(more, "note")
-    if drawing := drawings.predictions(predictions):
-        yield page.figure(drawing)
-    yield page.folded("The predictions in numbers", _predictions(predictions))
+    tables = page.table(columns, best=list(verdicts["verdict"] != VERDICTS[UNDECIDED])) + _predictions(predictions)
+    yield page.folded("Claims and predictions in numbers", tables)
 
 
-def _grounds(predictions: pd.DataFrame, claim: str) -> str:
-    """`for_model − AdamW, float32: −0.0031 [−0.0102, +0.0040], n = 8: undecided; ...`."""
+def _sentences(verdicts: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[str]:
+    """How many claims came out how; and the prediction that is decided most surely, with its number."""
+    counts = verdicts["verdict"].value_counts()
+    if len(counts) == 1:
+        which = "The claim" if len(verdicts) == 1 else f"All {len(verdicts)} claims"
+        yield f"{which} made before the runs {'is' if len(verdicts) == 1 else 'are'} **{counts.index[0]}**."
+    else:
+        found = [(counts[name], name) for name in VERDICTS.values() if name in counts]
+        parts = [f"**{n} {'is' if n == 1 else 'are'} {name}**" for n, name in found]
+        yield f"Of {len(verdicts)} claims made before the runs, {', '.join(parts[:-1])} and {parts[-1]}."
+    tested = predictions[predictions["p"].notna()]
+    settled = tested[tested["verdict"] != UNDECIDED]
+    if len(tested):
+        shown = settled if len(settled) else tested
+        row = shown.loc[shown["p"].idxmin()].to_dict()
+        statement = verdicts.loc[verdicts["claim"] == row["claim"], "statement"].iloc[0].rstrip(".")
+        kind = {TRUE: "Surest is what came true", FALSE: "Surest is what came out false"}
+        start = kind.get(row["verdict"], "Nearest to a verdict is a prediction")
+        yield f"{start} of “{statement}”: {_measured(row, strong=True)}."
+    diverged = predictions[(predictions["metric"] == STEADY) & (predictions["mean"] > 0)]
+    if len(diverged):
+        lost = round((diverged["mean"] * diverged["n"]).sum())
+        yield f"Of the {diverged['n'].sum():.0f} runs that were to be steady {lost} diverged."
+
+
+def _measured(row: dict[str, Any], strong: bool = False) -> str:
+    """`for_model − AdamW, float32 is −0.049 nats (−0.058 to −0.040, 8 seeds), predicted below 0.01`."""
+    if row["metric"] == STEADY:
+        diverged = round(row["mean"] * row["n"]) if row["n"] else 0
+        return f"{diverged} of {row['n']} runs diverged, predicted none"
+    unit = {"validation_loss": " nats"}.get(row["metric"], "")
+    number = f"{row['mean']:+.3f}".replace("-", "−") + unit
+    inside = f"{'95% interval ' if strong else ''}{row['low']:+.3f} to {row['high']:+.3f}, ".replace("-", "−")
+    inside = inside if row["n"] > 1 else ""
+    value = f"**{number}**" if strong else number
+    seeds_word = "seed" if row["n"] == 1 else "seeds"
+    return f"{row['prediction']} is {value} ({inside}{row['n']} {seeds_word}), predicted below {row['below']:g}"
+
+
+def _grounds(predictions: pd.DataFrame, claim: dict[str, Any]) -> str:
+    """What the verdict rests on: all predictions of a supported or undecided claim, the false ones of a refuted one."""
+    mine = predictions[predictions["claim"] == claim["claim"]]
+    if claim["verdict"] == VERDICTS[FALSE]:
+        mine = mine[mine["verdict"] == FALSE]
     parts = []
-    for row in predictions[predictions["claim"] == claim].to_dict("records"):
-        if row["metric"] == STEADY:
-            diverged = round(row["mean"] * row["n"]) if row["n"] else 0
-            parts.append(f"{diverged} of {row['n']} runs diverged")
+    for row in mine.to_dict("records"):
+        if row["metric"] != STEADY and not row["n"]:
+            parts.append(f"{row['prediction']}: not measured")
         else:
-            span = f"{signed(row['mean'])} {bracket(row)}" if row["n"] > 1 else signed(row["mean"])
-            parts.append(f"{row['prediction']}: {span}, n = {row['n']}, {SIGN[row['verdict']]}")
-    return "; ".join(parts)
+            parts.append(f"{_measured(row)}{_needed(row)}")
+    return "; ".join(parts) + "."
 
 
-def _more_seeds(predictions: pd.DataFrame) -> str:
-    """How many seeds would decide what is undecided."""
-    open_ones = predictions[(predictions["verdict"] == UNDECIDED) & predictions["seeds_needed"].notna()]
-    if open_ones.empty:
+def _needed(row: dict[str, Any]) -> str:
+    if row["verdict"] != UNDECIDED or not row["seeds_needed"] > 0:
         return ""
-    parts = [f"{row['claim']}, {row['prediction']}: {seeds(row['seeds_needed'])}" for _, row in open_ones.iterrows()]
-    start = "Seeds that would decide, with a chance of 80%, if the means and spreads are the true ones"
-    return f"{start}: {'; '.join(parts)}."
+    return f" – {seeds(row['seeds_needed'])} seeds would decide"
+
+
+def _undecided(undecided: pd.DataFrame, predictions: pd.DataFrame, total: int) -> str:
+    """One line: how many claims, and with how many more seeds they would be decided."""
+    mine = predictions[predictions["claim"].isin(undecided["claim"]) & (predictions["verdict"] == UNDECIDED)]
+    more = (mine["seeds_needed"] - mine["n"]).where(mine["seeds_needed"] > 0).dropna().clip(lower=1)
+    line = f"Undecided: {len(undecided)} of {total} claims"
+    finite = more[more.map(math.isfinite)]
+    if finite.empty:
+        return f"{line}."
+    few, many = int(finite.min()), int(finite.max())
+    span = f"about {few}" if few == many else f"between {few} and {many}"
+    beyond = ", for others even 1000 would hardly do" if len(finite) < len(more) else ""
+    return f"{line}; {span} more seed{'s' if many > 1 else ''} would decide their predictions{beyond}."
 
 
 def _predictions(rows: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.figures.frontier import frontier as picture
+from analysis.figures.saving import Drawing
 from analysis.load import Results
 from analysis.page import html as page
 from analysis.page.html import Column
@@ -32,7 +33,7 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
     }
 
 
-def section(frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
+def section(frames: Mapping[str, pd.DataFrame]) -> Iterator[str | Drawing]:
     """The table, the picture and the signs of instability, from the report's tables; nothing without frontiers."""
     if "frontier" not in frames:
         return
@@ -60,7 +61,7 @@ def section(frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
                 "beyond, and would move the frontier.",
                 "warn",
             )
-    yield page.figure(picture(arms, frames["frontier_runs"]))
+    yield picture(arms, frames["frontier_runs"])
     yield page.heading(4, "Signs of instability, at the best rate, at the frontier and just above")
     yield _signs(places)
     yield page.paragraph(

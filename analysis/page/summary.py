@@ -7,7 +7,9 @@ The words for numbers stand here too, so that a sentence and a table write the s
 from __future__ import annotations
 
 import ast
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,11 @@ from analysis.figures.plots import LABELS
 from analysis.load import STATUSES, Results
 from analysis.statistics.tables import ALWAYS_FACTORS, BASELINE, TASK, best_arm, factors, higher_is_better, text
 
+METRICS = {
+    "validation_loss": "Validation loss is the mean cross-entropy on held-out data, in nats; lower is better.",
+    "validation_accuracy": "Validation accuracy is the share of held-out examples that are classified correctly.",
+}
+FORMATS = 4  # whose meaning the first screen tells at most
 SENTENCES = 4  # differences that are spelled out; of more, the number and the largest
 
 
@@ -26,9 +33,8 @@ def lead(results: Results) -> str:
     runs = results.runs
     counts = runs["status"].value_counts()
     parts = [f"{counts[status]} {status}" for status in STATUSES if status in counts]
-    sentence = (
-        f"{count(len(runs), 'run')} ({_shape(runs)}): {', '.join(parts)}." if parts else "No run can be read yet."
-    )
+    ended = f"all {parts[0].split()[1]}" if len(parts) == 1 and len(runs) > 1 else ", ".join(parts)
+    sentence = f"{count(len(runs), 'run')} ({_shape(runs)}): {ended}." if parts else "No run can be read yet."
     left_out = (
         [f"{count(len(results.problems), 'folder')} could not be used (listed below)"] if len(results.problems) else []
     )
@@ -36,16 +42,50 @@ def lead(results: Results) -> str:
     return sentence + (f" {'; '.join(left_out)}." if left_out else "")
 
 
-def question(results: Results) -> list[str]:
-    """What every grid asks: the first paragraph of its file's docstring; nothing where there is none."""
-    asked = []
+def question(results: Results) -> tuple[str, str]:
+    """What the grid asks, and the rest of that paragraph: the first sentence of its file's docstring where that ends in
+    a question mark, else nothing and the whole first paragraph. Of several grids, one after the other.
+    """
+    paragraphs = []
     for part in results.parts or (results,):
         try:
             text = ast.get_docstring(ast.parse(str(part.grid.get("source_text") or "")))
         except (SyntaxError, ValueError):  # of a file that is no Python, or holds null bytes
             continue
-        asked += [" ".join(text.split("\n\n")[0].split())] if text else []
-    return list(dict.fromkeys(asked))
+        paragraphs += [" ".join(text.split("\n\n")[0].split())] if text else []
+    paragraphs = list(dict.fromkeys(paragraphs))
+    asked = [re.match(r"[^.?!]*\?(?=\s|$)", text) for text in paragraphs]
+    if not paragraphs or not all(asked):
+        return "", " ".join(paragraphs)
+    questions = [found.group() for found in asked if found]
+    rest = [text[len(first) :].strip() for first, text in zip(questions, paragraphs, strict=True)]
+    return " ".join(dict.fromkeys(questions)), " ".join(text for text in dict.fromkeys(rest) if text)
+
+
+def words(results: Results) -> str:
+    """What the metric and the formats of the grid are, for who has never met them."""
+    runs = results.runs
+    told = [METRICS[name] for name in dict.fromkeys(runs["metric"])]
+    names = list(dict.fromkeys(runs["format"]))
+    definitions = runs.get("recipe.format_definition", pd.Series(index=runs.index, dtype="str"))
+    formats = []
+    for name in names[:FORMATS]:
+        known = definitions[runs["format"] == name].dropna()
+        meaning = _meaning(known.iloc[0]) if len(known) else ""
+        formats += [f"{name}: {meaning}"] if meaning else []
+    return " ".join([*told, *([f"{'; '.join(formats)}."] if formats else [])])
+
+
+def _meaning(definition: str) -> str:
+    """`4-bit numbers, 32 to a scale`; nothing for a definition that says neither."""
+    try:
+        found = json.loads(definition)
+        element = found.get("element", found)
+        bits = element["exponent_bits"] + element["mantissa_bits"] + bool(element.get("signed", True))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    size = found.get("block_size")
+    return f"{bits}-bit numbers{f', {size} to a scale' if isinstance(size, int) else ''}"
 
 
 def complete(results: Results) -> bool:
@@ -54,15 +94,20 @@ def complete(results: Results) -> bool:
 
 
 def _shape(runs: pd.DataFrame) -> str:
-    """`model × 2, optimizer × 2, format × 3, seed × 2`: the factors that vary and how many levels an optimizer sees of
+    """`2 models, 2 optimizers, 3 formats, 2 seeds`: the factors that vary and how many levels an optimizer sees of
     each.
     """
     names = [
         name for name in [*factors(runs), "seed"] if name != "data" or runs.groupby("model")["data"].nunique().max() > 1
     ]
     within = {name: runs if name == "optimizer" else runs.groupby("optimizer") for name in names}
-    levels = {name: np.max(group[name].nunique(dropna=False)) for name, group in within.items()}
-    return ", ".join(f"{name} × {n}" for name, n in levels.items() if n > 1) or "one arm"
+    levels = {name: int(np.max(group[name].nunique(dropna=False))) for name, group in within.items()}
+    return ", ".join(_levels(name, n) for name, n in levels.items() if n > 1) or "one arm"
+
+
+def _levels(name: str, n: int) -> str:
+    nouns = {"model": "models", "data": "data sets", "optimizer": "optimizers", "format": "formats", "seed": "seeds"}
+    return f"{n} {nouns[name]}" if name in nouns else f"{n} values of {name.split('.')[-1].replace('_', ' ')}"
 
 
 def task_name(task: Sequence[Any]) -> str:
@@ -159,7 +204,7 @@ def _settings(optimizer: str, rows: pd.DataFrame) -> Iterator[str]:
 
 def effect_name(row: Mapping[str, Any] | pd.Series) -> str:
     """`noise_scale 0 → 0.1`."""
-    return f"{row['factor'].removeprefix('optimizer.')} {row['reference']} → {row['level']}"
+    return f"{short(row['factor'])} {row['reference']} → {row['level']}"
 
 
 def _no_interval(rows: pd.DataFrame) -> str:
@@ -183,8 +228,13 @@ def arm_name(row: Mapping[str, Any] | pd.Series, names: Sequence[str]) -> str:
     for name in names:
         value = row[name]
         if not pd.isna(value):
-            parts.append(text(value) if name in ALWAYS_FACTORS else f"{name.removeprefix('optimizer.')} {text(value)}")
+            parts.append(text(value) if name in ALWAYS_FACTORS else f"{short(name)} {text(value)}")
     return ", ".join(parts)
+
+
+def short(factor: str) -> str:
+    """A factor without the part of the config that it stands in."""
+    return factor.removeprefix("optimizer.").removeprefix("recipe.")
 
 
 def verdict(row: Mapping[str, Any] | pd.Series) -> str:

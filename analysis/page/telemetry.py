@@ -1,4 +1,4 @@
-"""What rounding did, from the telemetry of the runs that have it: tables, a figure, and their part of the report.
+"""What rounding did, from the telemetry of the runs that have it: tables, maps, and their part of the report.
 
 Rows are those of `load.telemetry`: one a run, sampled step, site and role. The sums are the simulation's; here are only
 medians and extremes over rows, and nothing is averaged over sites of different size.
@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import matplotlib
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from analysis.figures import plots
-from analysis.figures.drawings import PANELS, PANELS_A_ROW, WIDTH, Drawing, svg
+from analysis.figures.rounding import maps
+from analysis.figures.saving import Drawing
 from analysis.page import html as page
 from analysis.page.html import Column
 from analysis.page.summary import arm_name, count
 from analysis.statistics.tables import text
 
-SITES = 40  # rows of a panel at most
 SHARES = ("clipped", "underflowed", "swallowed", "oscillated")
-PRODUCTS = ("fprop", "dgrad", "wgrad")
 
 
 def origins(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -77,59 +71,18 @@ def _with_factors(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str]
     return runs[["signature", *factors]].merge(rows.rename(columns={"format": "rounded_to"}), on="signature")
 
 
-def sqnr(runs: pd.DataFrame, rows: pd.DataFrame) -> Drawing | None:
-    """SQNR of the products' operands, by site over the sampled steps: a panel a format. None where nothing is rounded.
-
-    Grey, since colours are the levels of a factor.
-    """
-    frame = _with_factors(runs, rows, ["format"])
-    frame = frame[frame["role"].str.split(".").str[0].isin(PRODUCTS) & np.isfinite(frame["sqnr_db"])]
-    frame = frame.assign(operand=frame["site"] + " " + frame["role"])
-    if frame.empty:
-        return None
-    caption = "The median over runs of the ratio of a tensor's power to that of its rounding error; lighter is worse."
-    order = list(dict.fromkeys(frame["operand"]))
-    if len(order) > SITES:
-        medians = frame.groupby(["operand", "format"])["sqnr_db"].median()
-        places = medians.groupby("format").rank(method="first").groupby("operand").min()  # the best in any format
-        lowest = places.sort_values(kind="stable").index[:SITES]
-        caption += f" The {SITES} operands of the lowest medians in a format are drawn, of {len(order)}."
-        order = [operand for operand in order if operand in set(lowest)]
-    names = list(dict.fromkeys(frame["format"]))
-    if len(names) > PANELS:
-        caption += f" Panels for {', '.join(names[PANELS:])} are left out."
-    names, bounds = names[:PANELS], (frame["sqnr_db"].min(), frame["sqnr_db"].max())
-    columns = min(len(names), PANELS_A_ROW)
-    lines = -(-len(names) // columns)
-    with matplotlib.rc_context(plots.STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(WIDTH, lines * (1.1 + 0.17 * len(order))), layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for name, ax in zip(names, grid.flat, strict=False):
-            heatmap(frame[frame["format"] == name], ax, order=order, bounds=bounds)
-            ax.set_title(f"format = {name}", loc="left")
-            ax.label_outer()
-        for ax in grid.flat[len(names) :]:
-            ax.set_visible(False)
-        figure.colorbar(grid.flat[0].collections[0], ax=grid, label="SQNR (dB)", shrink=0.6)
-        return Drawing("Signal to rounding noise by site", caption, svg(figure))
-
-
-def heatmap(frame: pd.DataFrame, ax: Axes, *, order: Sequence[str], bounds: tuple[float, float]) -> Axes:
-    """The median `sqnr_db` of each `operand` (a row, in this order) in each sampled `step`."""
-    table = frame.pivot_table(index="operand", columns="step", values="sqnr_db", aggfunc="median").reindex(order)
-    low, high = bounds
-    ax.pcolormesh(table.to_numpy(), cmap="Greys", vmin=low, vmax=max(high, low + 1e-9), rasterized=table.size > 2_000)
-    ax.set_yticks(np.arange(len(order)) + 0.5, list(order), fontsize=7)
-    ax.set_ylim(len(order), 0)
-    shown = range(0, table.shape[1], -(-table.shape[1] // 6))
-    ax.set_xticks([i + 0.5 for i in shown], [str(table.columns[i]) for i in shown])
-    ax.set_xlabel("step")
-    return ax
+def with_site(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs with `where`: site and role of the first NaN or Inf that telemetry saw in a run, else empty."""
+    if rows.empty:
+        return runs.assign(where="")
+    first = rows[rows["origin"] != ""].drop_duplicates("signature").set_index("signature")
+    where = (first["origin"] + " at " + first["site"] + ", " + first["role"]).to_dict()
+    return runs.assign(where=[where.get(signature, "") for signature in runs["signature"]])
 
 
 def section(
     runs: pd.DataFrame, rows: pd.DataFrame, cosines: pd.DataFrame, factors: Sequence[str], names: Sequence[str]
-) -> Iterator[str]:
+) -> Iterator[str | Drawing]:
     """The part of a task's section of the report; nothing where none of its runs has telemetry.
 
     names: the factors that tell the arms apart.
@@ -177,9 +130,7 @@ def section(
             "shares at the worst site.",
             "note",
         )
-    drawing = sqnr(runs, rows)
-    if drawing is not None:
-        yield page.figure(drawing)
+    yield from maps(runs, rows.rename(columns={"format": "rounded_to"}))
     table = gradients(runs, cosines, factors)
     if len(table):
         yield page.paragraph("The simulated gradient against that of the same weights and batch in full precision:")

@@ -53,6 +53,16 @@ LEGEND = (
         "one that is best in float32.",
     ),
     (
+        "where they end",
+        "The metric of one optimizer minus that of the reference in the same format, paired by seed. An optimizer can "
+        "lose less to a format and still end behind, or the other way round.",
+    ),
+    (
+        "more seeds",
+        "So many beyond those there are would decide a comparison with a chance of 80%, were the mean and the spread "
+        "measured the true ones; few seeds tell both badly, so it is an order of magnitude.",
+    ),
+    (
         "diverged, failed, unfinished",
         "Diverged: the loss was no longer finite, or what else the run's cause says. Failed: an error stopped it. "
         "Unfinished: it has no result yet. The interval of a divergence rate is Wilson's, over finished and diverged "

@@ -173,13 +173,30 @@ def contrasts(runs: pd.DataFrame) -> pd.DataFrame:
     settings, the one that is best in float32 (chosen on these very runs, which flatters its float32 arm). Empty when
     the task has one optimizer.
     """
+    return _against_reference(runs, pairs(runs))
+
+
+def optimizers(runs: pd.DataFrame) -> pd.DataFrame:
+    """Does one optimizer end better than another in the same format, float32 included? One row an arm of the other
+    optimizers, columns as of `contrasts`, of tasks in which formats vary.
+
+    `difference` is the mean over seeds of (metric of this optimizer − metric of the reference), which is chosen as
+    `contrasts` does; where that chose among settings, its float32 arm is flattered.
+    """
+    columns, seeds = factors(runs), replicates(runs)
+    rows = runs[[*columns, *seeds, "metric"]].assign(difference=runs["primary_metric"].where(counted(runs)))
+    lowered = rows.groupby(list(TASK), dropna=False)["format"].transform("nunique") > 1
+    return _against_reference(runs, rows[lowered])
+
+
+def _against_reference(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of the column `difference` of `rows`, less that of the reference optimizer; see `contrasts`."""
     columns, seeds = factors(runs), replicates(runs)
     settings = [name for name in columns if name.startswith(SETTING)]
     shared = [name for name in columns if name != "optimizer" and name not in settings]
     table = arms(runs)
-    paired = pairs(runs)
     parts = []
-    for task, group in paired.groupby(list(TASK), dropna=False, sort=False):
+    for task, group in rows.groupby(list(TASK), dropna=False, sort=False):
         of_task = table[(table[list(TASK)] == list(task)).all(axis=1)]
         names = list(dict.fromkeys(of_task["optimizer"]))
         reference = REFERENCE_OPTIMIZER if REFERENCE_OPTIMIZER in names else names[0]
@@ -197,7 +214,7 @@ def contrasts(runs: pd.DataFrame) -> pd.DataFrame:
             f"{name.removeprefix(SETTING)} {text(best[name])}" for name in settings if pd.notna(best[name])
         )
         parts.append(part)
-    together = pd.concat(parts) if parts else paired.iloc[:0].assign(reference="", reference_settings="")
+    together = pd.concat(parts) if parts else rows.iloc[:0].assign(reference="", reference_settings="")
     return _means(together, [*columns, "reference", "reference_settings"], "difference")
 
 

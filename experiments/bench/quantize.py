@@ -28,7 +28,10 @@ from lpsim.formats import BlockFormat
 from lpsim.quantization.quantizer import ScaleClipsWarning
 
 SIZES = {"256x1024": (256, 1024, 20), "4096x4096": (4096, 4096, 1)}  # rows, columns, calls a sample
-FORMATS = ("mxfp8_e4m3", "mxfp6_e3m2", "mxfp4_e2m1", "mxint8", "nvfp4", "nf4_block64", "float8_e4m3fn", "bfloat16")
+FORMATS = (
+    *("mxfp8_e4m3", "mxfp6_e3m2", "mxfp4_e2m1", "mxint8", "mx9", "mx6", "nvfp4", "nf4_block64"),
+    *("float8_e4m3fn", "bfloat16"),
+)
 
 NEW = ", new output"  # at the end of the name of an arm that allocates its result
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from experiments.command.shared import UserError
 
+ONLY_BY_NAME = ("gpu",)  # it needs a GPU
+
 
 def add(commands: Any) -> None:
     names = ", ".join(benchmarks())
     parser = commands.add_parser(
         "bench",
-        help="a benchmark of experiments/bench; without a name, all of them",
+        help="a benchmark of experiments/bench; without a name, all of them but gpu",
         epilog=f"Benchmarks: {names}. `lpsim bench NAME --help` tells what one measures, and its options.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?")
@@ -34,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
     if options.name is not None and options.name not in names:
         raise UserError(f"no benchmark {options.name!r}; there are: {names_near(options.name, names)}")
     failed = 0
-    for name in names if options.name is None else [options.name]:
+    every = [name for name in names if name not in ONLY_BY_NAME]
+    for name in every if options.name is None else [options.name]:
         module = importlib.import_module(f"experiments.bench.{name}")
         parser = argparse.ArgumentParser(prog=f"lpsim bench {name}", description=module.__doc__)
         module.add_arguments(parser)

@@ -9,10 +9,23 @@ import os
 import sys
 from collections.abc import Sequence
 
-from experiments.command import attribute, bench, evaluate, export, formats, frontier, new, report, run, runs, tune
+from experiments.command import (
+    attribute,
+    bench,
+    data,
+    evaluate,
+    export,
+    formats,
+    frontier,
+    new,
+    report,
+    run,
+    runs,
+    tune,
+)
 from experiments.command.shared import UserError
 
-COMMANDS = (formats, evaluate, attribute, new, run, tune, frontier, runs, report, export, bench)
+COMMANDS = (formats, evaluate, attribute, new, data, run, tune, frontier, runs, report, export, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # they take seconds to import
     import pandas as pd
     from torch import Tensor
 
-DISTRIBUTIONS = ("normal", "laplace", "student-t", "log-normal")
+DISTRIBUTIONS = ("normal", "normal-variable-variance", "laplace", "student-t", "log-normal")
 SHAPE = (512, 512)
 DRAWN = {
     "bits": "bits an element",
@@ -63,8 +63,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sample(distribution: str, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """Independent float32 numbers: normal and Laplace of variance 1, Student's t with 5 degrees of freedom, or e^z with
-    a random sign for a standard normal z.
+    """Float32 numbers: normal and Laplace of variance 1, Student's t with 5 degrees of freedom, or e^z with a random
+    sign for a standard normal z. With variable variance every row is normal and has a standard deviation of its own,
+    |z| (Rouhani et al. 2023, arXiv:2302.08007, section IV).
     """
     import numpy as np
     import torch
@@ -72,6 +73,8 @@ def sample(distribution: str, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> 
     rng = np.random.default_rng(seed)
     if distribution == "normal":
         x = rng.standard_normal(shape)
+    elif distribution == "normal-variable-variance":
+        x = rng.standard_normal(shape) * np.abs(rng.standard_normal((*shape[:-1], 1)))
     elif distribution == "laplace":
         x = rng.laplace(scale=0.5**0.5, size=shape)
     elif distribution == "student-t":

@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
         "grid", metavar="GRID", help="a Python file with `def grid() -> Iterator[Config]`, or a shipped grid's name"
     )
     add_running(parser)
+    parser.add_argument("--twin", action="store_true", help="run the small twin of a grid of real size, as NAME_twin")
     parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE", help=where.HELP)
     parser.add_argument("--dry-run", action="store_true", help="say how many runs there are, done and left, and end")
     parser.set_defaults(function=lambda options: interruptible(_run_grid, options))
@@ -49,8 +50,12 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=getattr(os, "process_cpu_count", os.cpu_count)() or 1,
-        help="processes (default: the usable cores)",
+        help="processes (default: one for each of --gpus, otherwise the usable cores); slurm: jobs at a time",
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="LIST",
+        help='local: the GPUs, such as 0,1,2 or "all"; a process sees one of them and no other',
     )
     parser.add_argument("--executor", choices=("local", "slurm", "dask"), default="local")
     parser.add_argument(
@@ -60,6 +65,16 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="write the report when all runs have ended")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: an option of sbatch; repeatable"
+    )
+    parser.add_argument(
+        "--processes-per-run", type=int, default=1, metavar="N", help="that share each batch, a GPU each (default: 1)"
+    )
+    parser.add_argument(
+        "--runs-per-job",
+        type=int,
+        default=1,
+        metavar="N",
+        help="slurm: so many short runs in a job (default: 1)",
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="dask: the scheduler; without it, processes on this machine"
@@ -86,12 +101,19 @@ def _run_grid(options: argparse.Namespace) -> int:
 
     with user_errors():
         formats = chosen_formats(options)
-        source, configs = load_grid(options.grid, formats)
+        source, configs = load_grid(options.grid, formats, options.twin)
         chosen = _chosen(configs, source, options) if options.only or options.dry_run else None
         if options.dry_run:
-            print(plan(chosen or [], options.runs / source.stem, options.jobs, options.retry_failed))
+            print(plan(chosen or [], folder_of(source, options), processes(options), options.retry_failed))
             return 0
-        return 0 if run_all(configs, source, options, load_claims(options.grid, formats), chosen) else 1
+        claims = [] if options.twin else load_claims(options.grid, formats)
+        return 0 if run_all(configs, source, options, claims, chosen) else 1
+
+
+def folder_of(source: Path, options: argparse.Namespace) -> Path:
+    """Where the grid's runs lie."""
+    twin = "_twin" if getattr(options, "twin", False) else ""
+    return Path(options.runs) / f"{source.stem}{twin}"
 
 
 def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> list[Config]:
@@ -101,7 +123,7 @@ def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Na
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
-    runs = resolved(configs, options.runs / source.stem, options.telemetry_every)
+    runs = resolved(configs, folder_of(source, options), options.telemetry_every)
     if not options.only:
         return runs
     fields = [{SCHEDULE: USUAL_SCHEDULE, **flatten(run.to_dict())} for run in runs]
@@ -125,7 +147,7 @@ def run_all(
     from experiments.grids.adaptive import Adaptive
     from experiments.running.grid import DONE, run_grid
 
-    folder = options.runs / source.stem
+    folder = folder_of(source, options)
     with make_executor(options, folder) as executor:
         rows = run_grid(
             configs,
@@ -135,6 +157,7 @@ def run_all(
             options.argv,
             options.telemetry_every,
             claims=claims,
+            processes_per_run=options.processes_per_run,
             only=None if only is None else {config.signature() for config in only},
             retry_failed=options.retry_failed,
         )
@@ -150,16 +173,42 @@ def run_all(
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecutor:
-    from experiments.running.executors import DaskExecutor, LocalExecutor, SlurmExecutor
+    """Where the options say. Raises ValueError for an option that the executor has no use for."""
+    from experiments.running.executors import DaskExecutor, LocalExecutor
+    from experiments.running.slurm import SlurmExecutor, gpu_groups
 
+    for name, used_by in (("gpus", "local"), ("sbatch", "slurm"), ("scheduler", "dask")):
+        if getattr(options, name) and options.executor != used_by:
+            raise ValueError(f"--{name} goes with --executor {used_by}, not with {options.executor}")
+    if options.runs_per_job != 1 and options.executor != "slurm":
+        raise ValueError(f"--runs-per-job goes with --executor slurm, not with {options.executor}")
+    share = options.processes_per_run
+    if share < 1 or (share > 1 and options.executor == "dask"):
+        raise ValueError("--processes-per-run is at least 1, and goes with --executor local or slurm")
     if options.executor == "slurm":
-        return SlurmExecutor(folder / "slurm", options.sbatch)
+        return SlurmExecutor(folder / "slurm", options.sbatch, options.jobs, options.runs_per_job, share)
     if options.executor == "dask":
         try:
-            return DaskExecutor(options.scheduler, options.jobs)
+            return DaskExecutor(options.scheduler, processes(options))
         except (ImportError, OSError) as error:
             raise UserError(str(error)) from error
-    return LocalExecutor(options.jobs)
+    gpus = gpu_groups(all_gpus() if options.gpus == "all" else options.gpus or "", share)
+    if options.gpus and not gpus:
+        raise ValueError(f"--gpus {options.gpus}: there are not {share}, which a run needs")
+    return LocalExecutor(len(gpus) if gpus and options.jobs is None else processes(options), gpus)
+
+
+def processes(options: argparse.Namespace) -> int:
+    """How many runs are computed at once on this machine."""
+    cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    return int(max(1, cores // options.processes_per_run) if options.jobs is None else options.jobs)
+
+
+def all_gpus() -> str:
+    """The GPUs that this process may use, by the words CUDA_VISIBLE_DEVICES has for them."""
+    from torch import cuda
+
+    return os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cuda.device_count())))
 
 
 def summary(rows: Sequence[Row]) -> str:

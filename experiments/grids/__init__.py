@@ -3,11 +3,12 @@
 A grid that looks at finished runs yields lists of configs and receives how they ended (`adaptive`). A file with
 `def tune()` seeks the best settings of each arm (`tuning`), one with `def frontier()` how far the learning rate of each
 can be pushed (`frontier`); one with `def claims()` says what its grid is to decide (`claims`). A grid whose formats may
-be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`. In: a file that a user names.
-Out: configs, or one message that tells the file and line of a mistake. It imports training; running and command import
-it.
+be chosen on the command line takes them: `def grid(formats: Sequence[Format] = (...))`; one of real size has a small
+twin that takes the same path: `def grid(twin: bool = False)`. In: a file that a user names. Out: configs, or one
+message that tells the file and line of a mistake. It imports training; running and command import it.
 """
 
+import functools
 import inspect
 import itertools
 import re
@@ -31,15 +32,19 @@ COMMANDS = {  # what a file may define, and what runs it
 KINDS = rf"^def ({'|'.join(COMMANDS)})\("
 
 
-def load_grid(source: str, formats: Sequence[Format] | None = None) -> tuple[Path, list[Config] | Adaptive]:
+def load_grid(
+    source: str, formats: Sequence[Format] | None = None, twin: bool = False
+) -> tuple[Path, list[Config] | Adaptive]:
     """The file that `source` names (a path, or a shipped grid) and its configs, with `formats` if any are given.
+
+    twin: those of the grid's small twin.
 
     A grid whose first yield is a list of configs is adaptive; it has been played up to there.
     Raises: SourceError with file and line.
     """
     path = find(source)
     with blamed(path):
-        grid = function(path, "grid", "Iterator[Config]", formats)
+        grid = function(path, "grid", "Iterator[Config]", formats, twin)
         started = iter(grid())
         first = list(itertools.islice(started, 1))
         if first and isinstance(first[0], (list, tuple)):
@@ -76,15 +81,23 @@ def find(source: str) -> Path:
     return path
 
 
-def function(path: Path, name: str, returns: str, formats: Sequence[Format] | None) -> Callable[[], Any]:
-    """The function of that name in a file, with the chosen formats filled in. Call it inside `blamed`."""
+def function(
+    path: Path, name: str, returns: str, formats: Sequence[Format] | None, twin: bool = False
+) -> Callable[[], Any]:
+    """The function of that name in a file, with what was chosen filled in. Call it inside `blamed`."""
     module = execute(path, f"grid_{path.stem.replace('.', '_')}")
     found = getattr(module, name, None)
     if not callable(found):
         there = [f"; {command}" for other, command in COMMANDS.items() if callable(getattr(module, other, None))]
         raise GridError(f"{path}: defines no function {name}(); it must be: def {name}() -> {returns}{''.join(there)}")
-    if formats is None:
-        return found
-    if "formats" not in inspect.signature(found).parameters:
-        raise GridError(f"{path}: {name}() takes no formats to choose; it must be: def {name}(formats=(...))")
-    return lambda: found(formats=tuple(formats))
+    takes = inspect.signature(found).parameters
+    chosen: dict[str, Any] = {}
+    if formats is not None:
+        if "formats" not in takes:
+            raise GridError(f"{path}: {name}() takes no formats to choose; it must be: def {name}(formats=(...))")
+        chosen["formats"] = tuple(formats)
+    if twin:
+        if "twin" not in takes:
+            raise GridError(f"{path}: {name}() has no small twin; it must be: def {name}(twin=False)")
+        chosen["twin"] = True
+    return functools.partial(found, **chosen) if chosen else found

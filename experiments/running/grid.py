@@ -23,8 +23,9 @@ from tqdm import tqdm
 from experiments.grids.adaptive import Adaptive, Outcome
 from experiments.grids.claims import Claim, resolve
 from experiments.grids.source_files import GridError
-from experiments.running.executors import StoppableExecutor, stop_requested
-from experiments.training import own, record, train
+from experiments.running.executors import StoppableExecutor, WorkerDied, stop_requested
+from experiments.running.processes import train_together
+from experiments.training import own, parallel, record, train
 from experiments.training.config import Config
 from experiments.training.record import DamagedFolderError, RunFolderError, RunRecord
 
@@ -90,6 +91,7 @@ def run_grid(
     claims: Sequence[Claim] = (),
     only: Collection[str] | None = None,
     retry_failed: bool = False,
+    processes_per_run: int = 1,
 ) -> list[Row]:
     """Bring every run to its end and return one row a config, in order. The grid's name is the folder's.
 
@@ -98,7 +100,8 @@ def run_grid(
     when all its runs have finished or diverged; while one has failed or was interrupted, the grid stops there, so that
     what it asks for next never depends on an accident. telemetry_every: replaces the configs' own, where given. claims:
     what the grid is to decide, written to grid.json for the report. only: the signatures of the runs to bring to their
-    end; the others stand in grid.json, and have no row.
+    end; the others stand in grid.json, and have no row. processes_per_run: how many share each run's batches
+    (experiments.training.parallel).
 
     Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, and for
     `only` of an adaptive grid; RunFolderError, before anything of a round is run, when the folder is in use, of another
@@ -115,6 +118,8 @@ def run_grid(
             signature = config.signature()
             if signature in by_signature:
                 raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
+            if processes_per_run > 1:
+                parallel.check(config, processes_per_run)
             by_signature[signature] = mine[signature] = config
         return mine
 
@@ -152,7 +157,7 @@ def run_grid(
                 describe()
                 sources = own.keep((part for each in chosen.values() for part in each.own_parts()), folder, source)
                 wanted = {signature: by_signature[signature] for signature in rows}
-                _run_missing(wanted, names, rows, folder, executor, sources)
+                _run_missing(wanted, names, rows, folder, executor, sources, processes_per_run)
             ended = [row for row in (rows[signature] for signature in chosen) if row is not None and row.status in DONE]
             if len(ended) < len(mine):
                 break
@@ -232,15 +237,16 @@ def _run_missing(
     folder: Path,
     executor: StoppableExecutor,
     sources: Path | None,
+    processes: int,
 ) -> None:
     """Run every config that has no row yet and fill in its row."""
     futures: dict[Future[Any], str] = {}
     with Progress(configs, names, rows, folder) as progress:
         try:
-            for signature, config in configs.items():
-                if rows[signature] is None:
-                    told = [] if sources is None else [str(sources)]
-                    futures[executor.submit(run_one, config.to_dict(), str(folder / signature), *told)] = signature
+            missing = [signature for signature in configs if rows[signature] is None]
+            told = [] if sources is None and processes == 1 else [None if sources is None else str(sources), processes]
+            calls = [[configs[signature].to_dict(), str(folder / signature), *told] for signature in missing]
+            futures = dict(zip(executor.submit_many(run_one, calls), missing, strict=True))
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -280,7 +286,9 @@ def _outcome(config: Config, name: str, future: Future[Any]) -> Row:
     return Row(config.signature(), name, "interrupted") if result is None else _row(config, name, result)
 
 
-def run_one(config_json: dict[str, Any], folder: str, sources: str | None = None) -> dict[str, Any] | None:
+def run_one(
+    config_json: dict[str, Any], folder: str, sources: str | None = None, processes: int = 1
+) -> dict[str, Any] | None:
     """In a worker: train one run and write its result.json. Returns what that holds, None when asked to stop.
 
     An exception of the training is a result ("failed", with its traceback). sources: the grid's copy of the source of
@@ -296,17 +304,25 @@ def run_one(config_json: dict[str, Any], folder: str, sources: str | None = None
         return None
     try:
         with run.exclusive():
-            return _train(config, run, {} if sources is None else {"sources": Path(sources).name})
+            return _train(config, run, sources, processes)
     finally:
         run.close()
 
 
-def _train(config: Config, run: RunRecord, made_from: dict[str, str]) -> dict[str, Any] | None:
+def _train(config: Config, run: RunRecord, sources: str | None, processes: int) -> dict[str, Any] | None:
     try:
-        made_in = {**record.environment(), **made_from, "data_sha256": config.data.fingerprint()}
+        made_in = {**record.environment(), "data_sha256": config.data.fingerprint()}
+        if sources is not None:
+            made_in["sources"] = Path(sources).name
+        if processes > 1:
+            made_in["processes"] = processes
         run.begin(config.to_dict(), made_in)
-        result = train.train(config, run, stop_requested)
-    except RunFolderError:
+        record.forget_peak_memory()
+        if processes == 1:
+            result = train.train(config, run, stop_requested)
+        else:
+            result = train_together(config.to_dict(), run.folder, sources, processes, stop_requested)
+    except (RunFolderError, WorkerDied):
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
@@ -320,6 +336,7 @@ def _train(config: Config, run: RunRecord, made_from: dict[str, str]) -> dict[st
             "time_s": 0.0,
         }
     if result is not None:
+        result["peak_memory_mb"] = round(record.peak_memory_mb(), 1)
         run.finish(result)
     return record.strict_json(result)
 

@@ -34,16 +34,19 @@ MODEL_FAMILIES: dict[str, type[Settings]] = {
     )
 }
 MODELS: dict[str, ModelConfig] = {
-    model.name: model for model in (gpt2.MICRO, gpt2.SMALL, vit.MICRO, vit.MICRO_GLYPHS, vit.BASE)
+    model.name: model
+    for model in (gpt2.MICRO, gpt2.SMALL, gpt2.MEDIUM, vit.MICRO, vit.MICRO_GLYPHS, vit.SMALL, vit.BASE)
 }
 PASSES = ("forward", "all")
+AUTOCASTS = ("bfloat16",)
 SHIPPED_METRICS = ("step", "split", "loss", "accuracy", "train_loss", "validation_loss", "validation_accuracy")
 GIVEN = "given"  # written for passes where the recipe is given whole
 
 
 def model(name: str) -> ModelConfig:
-    """The shipped model of that name. Raises ValueError naming the close ones."""
-    return choose(MODELS, name, "model")
+    """The shipped model of that name. Raises ValueError naming the close ones; llamas need the package transformers."""
+    known: dict[str, ModelConfig | None] = {**MODELS, **dict.fromkeys(huggingface.LLAMAS)}
+    return choose(known, name, "model") or huggingface.llama(name)
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,14 @@ class Config(Settings):
     # the signature of a run of the same grid, of the same model, whose last weights this one begins with (fine-tuning);
     # an adaptive grid knows it from that run's Outcome. Written where it is given.
     begin_with: str | None = None
+    # how a step is computed, written where it differs from these. "bfloat16": under torch.autocast, which casts the
+    # operands of products; a simulated product then rounds the float32 numbers that these are
+    autocast: str | None = None
+    micro_batches: int = 1  # so many equal parts of the batch, one after another, whose gradients add up to the batch's
+    recompute: bool = False  # blocks keep no activations: the backward pass computes them again, with the same bits
+
+    later: ClassVar[dict[str, Any]] = {"begin_with": None, "autocast": None, "micro_batches": 1, "recompute": False}
+    """Settings that did not exist once, with what they were then: runs of that time keep their signatures."""
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
         "model": (MODEL_FAMILIES, "model"),
@@ -196,7 +207,7 @@ class Config(Settings):
     }
 
     def check(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every", "micro_batches"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         self.require(
             self.telemetry_every is None or self.telemetry_every >= 1, "telemetry_every must be at least 1, or None"
@@ -207,6 +218,14 @@ class Config(Settings):
         self.require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction must lie in [0, 1]")
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or None")
         self.require(self.divergence_factor > 1, "divergence_factor must be above 1")
+        self.require(
+            self.autocast in (None, *AUTOCASTS),
+            f"autocast must be one of {', '.join(AUTOCASTS)}, or None, is {self.autocast!r}",
+        )
+        self.require(
+            self.batch_size % self.micro_batches == 0,
+            f"micro_batches must divide batch_size; {self.micro_batches} does not divide {self.batch_size}",
+        )
         self.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), is {self.seed}")
         for section, part in self._own_sections().items():
             table, what = self.sections[section]
@@ -237,8 +256,8 @@ class Config(Settings):
         data["metrics"] = {metric.name: own.to_dict(metric) for metric in self.metrics}
         if not self.metrics:
             del data["metrics"]  # likewise
-        if self.begin_with is None:
-            del data["begin_with"]
+        unset = {name for name, value in self.later.items() if data[name] == value}
+        data = {name: value for name, value in data.items() if name not in unset}
         return data | {section: own.to_dict(part) for section, part in self._own_sections().items()}
 
     @classmethod
@@ -255,7 +274,7 @@ class Config(Settings):
         if not isinstance(metrics, Mapping) or not all(own.DEFINITION in metric for metric in metrics.values()):
             raise ValueError(f"metrics must be an object of metrics with a definition each, is {metrics!r}")
         parts["metrics"] = tuple(own.from_dict(metric, sources, "metric") for metric in metrics.values())
-        parts.setdefault("begin_with", None)
+        parts = {**cls.later, **parts}
         for name, (table, what) in cls.sections.items():
             if name in parts:
                 mine = isinstance(parts[name], Mapping) and own.DEFINITION in parts[name]

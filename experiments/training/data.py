@@ -9,13 +9,10 @@ between versions of matplotlib**: every data set has a fingerprint, which a run 
 """
 
 import hashlib
-import json
-import os
 import sysconfig
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -23,11 +20,13 @@ import numpy as np
 import torch
 
 from experiments.training import glyphs, own
+from experiments.training.image_files import ImageFolders, ImageShards
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.huggingface import TransformersCausalLM, TransformersImageClassifier
 from experiments.training.models.vit import ViTConfig
 from experiments.training.settings import Settings
 from experiments.training.text import HuggingFaceText, TextFile
+from experiments.training.token_files import TokenFiles
 from experiments.training.tokens import Batch, Tokens, generator
 
 ModelConfig = GPT2Config | ViTConfig | TransformersCausalLM | TransformersImageClassifier | own.Model
@@ -134,13 +133,18 @@ class StdlibText(Settings):
 @lru_cache
 def _stdlib_bytes(modules: str) -> bytes:
     """The named sources of the running Python, one after the other."""
-    folder = Path(sysconfig.get_path("stdlib"))
     try:
-        return b"".join((folder / module).read_bytes() for module in modules.split())
+        return b"".join(path.read_bytes() for path in stdlib_files(modules))
     except OSError as error:
         raise ValueError(
             f"stdlib-text reads the sources of the standard library, and this Python lacks one: {error}"
         ) from None
+
+
+def stdlib_files(modules: str) -> list[Path]:
+    """Where the named sources of the running Python lie."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [folder / module for module in modules.split()]
 
 
 @dataclass(frozen=True)
@@ -252,145 +256,10 @@ class DrawnGlyphs:
         return images, torch.from_numpy(labels)
 
 
-@dataclass(frozen=True)
-class TokenFiles(Settings):
-    """train.bin and val.bin of uint16 tokens in `folder`, memory-mapped: the usual layout of prepared OpenWebText."""
-
-    tag: ClassVar[str] = "name"
-    name: ClassVar[str] = "token-files"
-    inputs: ClassVar[str] = "tokens"
-
-    folder: str
-    validation_windows: int = 256
-
-    def check(self) -> None:
-        self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
-
-    def check_model(self, model: Any) -> None:
-        self.require(
-            model.vocab_size <= 2**16, f"uint16 tokens reach 65535, {model.name} has vocab_size {model.vocab_size}"
-        )
-
-    def load(self, model: Any) -> Tokens:
-        return Tokens(self._stream("train.bin"), self._stream("val.bin"), model, self.validation_windows)
-
-    def fingerprint(self) -> str:
-        """Of the sizes and of the first and last MiB of both files: they are too large to read before every run."""
-        content = hashlib.sha256()
-        for name in ("train.bin", "val.bin"):
-            stream = self._stream(name)
-            content.update(str(len(stream)).encode() + stream[: 2**19].tobytes() + stream[-(2**19) :].tobytes())
-        return content.hexdigest()
-
-    def _stream(self, name: str) -> np.ndarray:
-        path = Path(self.folder) / name
-        try:
-            return np.memmap(path, dtype="<u2", mode="r")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"token-files: cannot map {path} ({error}); the folder must hold train.bin and val.bin"
-            ) from None
-
-
-@dataclass(frozen=True)
-class ImageFolders(Settings):
-    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet.
-
-    Files are decoded when a batch needs them (Pillow). Training images: a random crop of 8-100% of the area and of
-    aspect 3/4 to 4/3, a mirror image half of the time. Validation: the shorter side scaled to image_size / 0.875, the
-    centre cut out.
-    """
-
-    tag: ClassVar[str] = "name"
-    name: ClassVar[str] = "image-folders"
-    inputs: ClassVar[str] = "images"
-
-    folder: str
-
-    def check_model(self, model: Any) -> None:
-        self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
-
-    def load(self, model: Any) -> "ImageFiles":
-        return ImageFiles(Path(self.folder), model)
-
-    def fingerprint(self) -> str:
-        """Of the names and sizes of all files, not of their contents."""
-        listing = [[str(path.relative_to(self.folder)), path.stat().st_size] for path in _images(Path(self.folder))]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def _images(folder: Path) -> list[Path]:
-    paths = sorted(p for split in ("train", "val") for p in (folder / split).glob("*/*") if p.is_file())
-    if not paths:
-        raise ValueError(f"image-folders: {folder} has no train/CLASS/* and val/CLASS/* files")
-    return paths
-
-
-class ImageFiles:
-    """The images of ImageFolders: float32 (B, 3, H, W), standardized by channel; labels in order of class name."""
-
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def __init__(self, folder: Path, model: ViTConfig) -> None:
-        self.size, self.classes = model.image_size, model.classes
-        paths = _images(folder)
-        names = sorted({path.parent.name for path in paths if path.parent.parent.name == "train"})
-        if len(names) != self.classes:
-            raise ValueError(f"image-folders: {folder}/train has {len(names)} classes, {model.name} has {self.classes}")
-        label = {name: i for i, name in enumerate(names)}
-        if unknown := {path.parent.name for path in paths} - label.keys():
-            raise ValueError(
-                f"image-folders: {folder}/val has classes that train has not: {', '.join(sorted(unknown))}"
-            )
-        split = {"train": [], "val": []}  # type: dict[str, list[tuple[Path, int]]]
-        for path in paths:
-            split[path.parent.parent.name].append((path, label[path.parent.name]))
-        self.train, self.held_out = split["train"], split["val"]
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(os.cpu_count())
-
-    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        rng = generator(seed, step)
-        chosen = [self.train[i] for i in rng.integers(0, len(self.train), size=batch_size)]
-        crops = rng.random((batch_size, 5))
-        return self._batch([(path, label, crop) for (path, label), crop in zip(chosen, crops, strict=True)])
-
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        for i in range(0, len(self.held_out), batch_size):
-            yield self._batch([(path, label, None) for path, label in self.held_out[i : i + batch_size]])
-
-    def _batch(self, items: list[tuple[Path, int, np.ndarray | None]]) -> Batch:
-        images = list(self._threads.map(lambda item: self._decode(item[0], item[2]), items))
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.MEAN, self.STD))
-        return (pixels - mean) / std, torch.tensor([item[1] for item in items])
-
-    def _decode(self, path: Path, crop: np.ndarray | None) -> np.ndarray:
-        """(H, W, 3) uint8. `crop`: five uniform numbers for area, aspect, left, top and mirror; None for the centre."""
-        from PIL import Image  # only for runs that read image files
-
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-        width, height = image.size
-        if crop is None:
-            side = 0.875 * min(width, height)
-            box_width, box_height, left, top, mirror = side, side, 0.5, 0.5, False
-        else:
-            area = width * height * (0.08 + 0.92 * crop[0])
-            aspect = (3 / 4) * (16 / 9) ** crop[1]  # log-uniform from 3/4 to 4/3
-            box_width, box_height = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
-            left, top, mirror = crop[2], crop[3], crop[4] < 0.5
-        x, y = left * (width - box_width), top * (height - box_height)
-        box = (x, y, x + box_width, y + box_height)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        if mirror:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
-
-
 DATA: dict[str, type[Settings]] = {
-    data.name: data for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders, TextFile, HuggingFaceText)
+    data.name: data
+    for data in (StdlibText, Digits, Glyphs, TokenFiles, ImageFolders, ImageShards, TextFile, HuggingFaceText)
 }
-DataConfig = StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | TextFile | HuggingFaceText | own.DataSet
+DataConfig = (
+    StdlibText | Digits | Glyphs | TokenFiles | ImageFolders | ImageShards | TextFile | HuggingFaceText | own.DataSet
+)

@@ -1,10 +1,11 @@
 """What a run leaves on disk: the folder runs/<grid>/<signature>/.
 
-`config.json`, `env.json`, `metrics.jsonl` (append-only, one object a line), `checkpoint.pt` and, last, `result.json`;
-where telemetry is on, `telemetry.parquet` and `telemetry_cosines.parquet`, replaced with every checkpoint. Whole files
-are written beside their place, synced and renamed; so kill -9 leaves a folder that is read as it was, less the steps
-since the last checkpoint. Nothing found in a folder is executed: JSON, Parquet, and checkpoints with
-`weights_only=True`. What a worker imports from a grid's `sources` is what the running command has put there (`own`).
+`config.json`, `env.json`, `metrics.jsonl` (append-only, one object a line), `weights.json` (histograms of the weights),
+`checkpoint.pt` and, last, `result.json`; where telemetry is on, `telemetry.parquet` and `telemetry_cosines.parquet`,
+replaced with every checkpoint. Whole files are written beside their place, synced and renamed; so kill -9 leaves a
+folder that is read as it was, less the steps since the last checkpoint. Nothing found in a folder is executed: JSON,
+Parquet, and checkpoints with `weights_only=True`. What a worker imports from a grid's `sources` is what the running
+command has put there (`own`).
 """
 
 import fcntl
@@ -13,11 +14,13 @@ import json
 import math
 import os
 import platform
+import resource
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -172,6 +175,18 @@ class RunRecord:
         for name, content in tables.items():
             write_atomically(self.folder / f"{name}.parquet", content.cpu().numpy().data)
 
+    def write_weights(
+        self, step: int, histograms: Sequence[Mapping[str, Any]], values: Sequence[float], width: float
+    ) -> None:
+        """Add the histograms of `step` to weights.json; what it holds of this step or later, from before a kill, goes.
+
+        values: the positive values of the weights' format, empty where they are not rounded. width: of a bin, octaves.
+        """
+        path = self.folder / "weights.json"
+        known = [each for each in (read_json(path) or {}).get("histograms", []) if each["step"] < step]
+        rows = [*known, *({"step": step, **each} for each in histograms)]
+        write_json(path, {"version": VERSION, "width": width, "values": list(values), "histograms": rows})
+
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`; the metrics up to here are on disk before it is."""
         import torch
@@ -229,6 +244,18 @@ def _step(line: bytes) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_mb` count from here on, where the system can (Linux): a worker trains one run after another."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process, its libraries included, in units of 10^6 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Streams of tokens as batches, and the random numbers that a batch is drawn with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,34 @@ def generator(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, step])
 
 
+class Shards:
+    """Arrays, one after the other, read as one sequence; a slice of it is an array."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        pieces = []
+        for part, end in zip(self.parts[first:], self.ends[first:].tolist(), strict=True):
+            begin = end - len(part)
+            pieces.append(part[max(start - begin, 0) : stop - begin])
+            if end >= stop:
+                break
+        return np.concatenate(pieces) if pieces else self.parts[0][:0]
+
+
 class Tokens:
     """Windows of two token streams (of unsigned integers): inputs (B, T) and targets, one token on, both int64."""
 
-    def __init__(self, train: np.ndarray, held_out: np.ndarray, model: Any, validation_windows: int) -> None:
+    def __init__(
+        self, train: np.ndarray | Shards, held_out: np.ndarray | Shards, model: Any, validation_windows: int
+    ) -> None:
         self.train, self.held_out = train, held_out
         self.context, self.classes = model.context, model.vocab_size
         for name, stream in (("training", train), ("validation", held_out)):
@@ -34,6 +58,6 @@ class Tokens:
         for i in range(0, len(self.starts), batch_size):
             yield self._windows(self.held_out, self.starts[i : i + batch_size])
 
-    def _windows(self, stream: np.ndarray, starts: np.ndarray) -> Batch:
+    def _windows(self, stream: np.ndarray | Shards, starts: np.ndarray) -> Batch:
         windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each

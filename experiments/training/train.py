@@ -9,7 +9,8 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from experiments.training.config import Config
 from experiments.training.data import Batch, Data
+from experiments.training.histograms import BINS_PER_OCTAVE, WeightHistograms, recorded_steps
+from experiments.training.parallel import Alone, Peers
 from experiments.training.record import RunRecord
 from experiments.training.weights import weight_statistics
 from lpsim import simulate
+from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
 
 Result = dict[str, Any]
+ALONE = Alone()
 
 
-def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False) -> Result | None:
+def train(
+    config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: False, peers: Peers = ALONE
+) -> Result | None:
     """Train to the end, from the record's checkpoint where it has one. Returns what result.json is to hold.
 
-    None when stopped: `stop` is asked after every step; a stopped run has written its checkpoint.
+    None when stopped: `stop` is asked after every step; a stopped run has written its checkpoint. peers: the processes
+    that share the run; each calls this function.
     Raises: ValueError for data that do not fit the config; RunFolderError when the folder cannot be read or written.
     """
     with deterministic():
@@ -45,6 +54,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step, time_before, final = saved["step"], saved["time_s"], saved["final"]
+        network = peers.network(model)
         record.keep_metrics_until(step if saved is not None else -1)
         started = time.perf_counter()
 
@@ -64,7 +74,7 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
         with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
             simulation.step = step
             if saved is None:
-                measure(config, model, data, record, step)
+                measure(config, model, data, record, simulation, step)
             telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
             if telemetry is not None and saved is not None:
                 telemetry.load_state_dict(saved["telemetry"])
@@ -74,8 +84,10 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                 begun = time.perf_counter()
                 simulation.step = step
                 rate = set_learning_rate(config, optimizer, step)
-                batch = data.train_batch(config.seed, step, config.batch_size)
-                loss, grad_norm = gradients(config, model, optimizer, batch, telemetry)
+                batch = peers.part(data.train_batch(config.seed, step, config.batch_size), config.micro_batches)
+                simulation.part = peers.rank
+                loss, grad_norm = gradients(config, network, optimizer, batch, telemetry)
+                loss, simulation.part = peers.mean(loss), 0
                 cause = divergence(config, loss, grad_norm, data.classes)
                 if cause is None:
                     optimizer.step()
@@ -91,8 +103,8 @@ def train(config: Config, record: RunRecord, stop: Callable[[], bool] = lambda: 
                     break
                 final["train_loss"] = loss
                 if step % config.validate_every == 0 or last:
-                    final |= measure(config, model, data, record, step)
-                stopped = stop()
+                    final |= measure(config, model, data, record, simulation, step)
+                stopped = peers.any(stop())
                 if step % config.checkpoint_every == 0 or last or stopped:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     if telemetry is not None:
@@ -119,10 +131,34 @@ def build(config: Config) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(config.seed)
         model = config.model.build()
     model.to(config.device)
+    if config.recompute:
+        recompute_blocks(model)
     optimizer = config.optimizer.build(model, config.seed)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return model, optimizer
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Make every block, a module in an nn.ModuleList, keep its inputs alone; the backward pass computes the rest again.
+
+    Under `simulate` the second pass draws the random bits of the first. Raises ValueError for a model without blocks.
+    """
+    blocks: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and not any(module in set(block.modules()) for block in blocks):
+            blocks += module
+    if not blocks:
+        raise ValueError("recompute needs a model with blocks, modules in an nn.ModuleList; this one has none")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def computing(config: Config) -> AbstractContextManager[Any]:
+    """The context of a forward pass: autocast where the config has it."""
+    if config.autocast is None:
+        return nullcontext()
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.autocast))
 
 
 def set_learning_rate(config: Config, optimizer: Optimizer, step: int) -> float:
@@ -146,14 +182,22 @@ def gradients(
     clipping.
     """
     inputs, targets = (tensor.to(config.device) for tensor in batch)
+    parts = list(zip(inputs.chunk(config.micro_batches), targets.chunk(config.micro_batches), strict=True))
+
+    def loss_of(part: Batch) -> Tensor:
+        with computing(config):
+            return cross_entropy(model(part[0]), part[1])
+
     samples, total = getattr(optimizer, "mc_samples", 1), 0.0
     for sample in range(samples):
         with getattr(optimizer, "sampled_params", nullcontext)():
-            loss = cross_entropy(model(inputs), targets)
-            loss.backward()
+            for part in parts:
+                loss = loss_of(part)
+                # the mean's gradient; by backward's argument, for a division would be one more op of the machine
+                loss.backward(None if len(parts) == 1 else torch.full_like(loss, 1 / len(parts)))
+                total += loss.item() / len(parts)
             if sample == 0 and telemetry is not None and telemetry.sampling:
-                telemetry.compare_gradients(lambda: cross_entropy(model(inputs), targets))
-        total += loss.item()
+                telemetry.compare_gradients(lambda: torch.stack([loss_of(part) for part in parts]).mean())
     limit = math.inf if config.clip_norm is None else config.clip_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return total / samples, norm.item()
@@ -192,9 +236,18 @@ def divergence(config: Config, loss: float, grad_norm: float, classes: int) -> s
     return None
 
 
-def measure(config: Config, model: nn.Module, data: Data, record: RunRecord, step: int) -> dict[str, float]:
+def measure(
+    config: Config, model: nn.Module, data: Data, record: RunRecord, simulation: Simulation, step: int
+) -> dict[str, float]:
     """Log validation metrics and weight statistics after `step` updates. Returns the former, named for result.json."""
-    measured, of_own = validate(config, model, data), own_metrics(config, model, data)
+    if step in recorded_steps(config):
+        histograms = WeightHistograms(model)
+        with histograms.watching(simulation):
+            measured = validate(config, model, data)
+        record.write_weights(step, histograms.rows(), histograms.values, 1 / BINS_PER_OCTAVE)
+    else:
+        measured = validate(config, model, data)
+    of_own = own_metrics(config, model, data)
     record.log(step, "validation", **measured, **of_own)
     record.log(step, "weights", **weight_statistics(model))
     return {f"validation_{name}": value for name, value in measured.items()} | of_own
@@ -206,8 +259,9 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
     loss, correct, count = 0.0, 0, 0
     model.eval()
     for inputs, targets in held_out(config, data):
-        logits = model(inputs)
-        loss += cross_entropy(logits, targets).item() * targets.numel()
+        with computing(config):
+            logits = model(inputs)
+            loss += cross_entropy(logits, targets).item() * targets.numel()
         correct += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
     model.train()
@@ -217,7 +271,7 @@ def validate(config: Config, model: nn.Module, data: Data) -> dict[str, float]:
 
 def held_out(config: Config, data: Data) -> Iterator[Batch]:
     """The batches of the held-out split, on the run's device."""
-    for inputs, targets in data.validation_batches(config.batch_size):
+    for inputs, targets in data.validation_batches(config.batch_size // config.micro_batches):
         yield inputs.to(config.device), targets.to(config.device)
 
 

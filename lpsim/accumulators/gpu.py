@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lpsim.accumulators.gpu_kernels import dot_products
 from lpsim.accumulators.unit import Unit
-from lpsim.quantization.gpu_kernels import triton
+from lpsim.quantization.gpu_bits import triton
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ float32 and float64 and on no contraction of a product and a sum (launch with en
 
 from __future__ import annotations
 
-from lpsim.quantization.gpu_kernels import bits_of, copysign, float_of, tl, triton
+from lpsim.quantization.gpu_bits import bits_of, copysign, float_of, tl, triton
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def settings(quantizer: Quantizer) -> dict[str, Any] | None:
     fmt, rounding = quantizer.format, ROUNDINGS.get(quantizer.rounding)
     element, block_size, bfloat, fp = None, 0, 0, 0
     if isinstance(fmt, BlockFormat):
-        if not isinstance(fmt.block_size, int):
+        if not isinstance(fmt.block_size, int) or fmt.sub_block_size:
             return None
         if fmt.scale == formats.float8_e8m0fnu and fmt.scale_rule is ScaleRule.FLOOR:
             element, block_size = ELEMENTS.get(fmt.element), fmt.block_size

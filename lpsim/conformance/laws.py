@@ -18,7 +18,7 @@ from lpsim.conformance.inputs import Array, any_bits, block_inputs, block_shape,
 from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization.quantizer import Quantizer, available_backends, backend
-from lpsim.quantization.storage import decode, encode
+from lpsim.quantization.storage import decode, encode, parts
 
 DETERMINISTIC: list[Rounding] = [r for r in Rounding if r is not Rounding.STOCHASTIC]
 KEY = Key(seed=0x0123456789ABCDEF, stream=3, step=5, offset=1000)
@@ -334,6 +334,8 @@ def blocks(fmt: BlockFormat) -> int:
         for number, block in enumerate(reference.block_indices(x.shape, fmt, 1)):
             broken[block] = not np.isfinite(x.reshape(-1)[block]).all()
             same[block] = number
+        for number, block in enumerate(reference.block_indices(x.shape, parts(fmt), 1) if fmt.sub_block_size else ()):
+            same[block] = number  # order is kept under one scale
         if fmt.tensor_scale is not None:
             broken[:] = broken.any()
         broken, same = broken.reshape(x.shape), same.reshape(x.shape)
@@ -346,7 +348,7 @@ def blocks(fmt: BlockFormat) -> int:
             sorting = sorting[~broken.reshape(-1)[sorting]]
             rising, group, source = y.reshape(-1)[sorting], same.reshape(-1)[sorting], x.reshape(-1)[sorting]
             kept = np.append(True, (rising[1:] >= rising[:-1]) | (group[1:] != group[:-1]))
-            cases += demand(kept, "monotone within a block", fmt, q, source, rising)
+            cases += demand(kept, "monotone under one scale", fmt, q, source, rising)
             if _mirrored(element) and rounding not in (Rounding.TOWARD_POSITIVE, Rounding.TOWARD_NEGATIVE):
                 mirrored = -run(-x)
                 cases += demand((mirrored == y) | broken, "odd", fmt, q, x, y, mirrored)

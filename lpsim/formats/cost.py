@@ -34,7 +34,7 @@ def precision(element: Element) -> int:
     if isinstance(element, FixedFormat):
         return element.bits
     if isinstance(element, FloatFormat):
-        return element.mantissa_bits + 1
+        return element.mantissa_bits + 1  # of sign and magnitude, all bits of the magnitude
     return max(_significand_bits(value) for value in element.values)
 
 
@@ -42,11 +42,12 @@ def mac_energy_pj(lhs: Format, rhs: Format | None = None, accumulator: Element =
     """pJ of one multiplication, one addition to the accumulator, and the share of the block scales.
 
     Fixed-point operands take the energies of integers; of other pairs, those of floats. Two powers of two as scales
-    take one integer addition a block, other scales one float multiplication. rhs: None for lhs's format.
+    take one integer addition a block, other scales one float multiplication; microexponents one integer addition a
+    sub-block. rhs: None for lhs's format.
     """
     rhs = lhs if rhs is None else rhs
     left, right = _element(lhs), _element(rhs)
-    integers = isinstance(left, FixedFormat) and isinstance(right, FixedFormat)
+    integers = not (_exponent_bits(left) or _exponent_bits(right))
     width = math.sqrt(precision(left) * precision(right))
     multiply = _power_law(INT_MULTIPLY_PJ if integers else FLOAT_MULTIPLY_PJ, width)
     add = _power_law(INT_ADD_PJ if isinstance(accumulator, FixedFormat) else FLOAT_ADD_PJ, precision(accumulator))
@@ -58,6 +59,8 @@ def mac_energy_pj(lhs: Format, rhs: Format | None = None, accumulator: Element =
                 (INT_ADD_PJ, fmt.scale.bits) if power_of_two else (FLOAT_MULTIPLY_PJ, fmt.scale.mantissa_bits + 1)
             )
             scales += _power_law(table, bits) / _along(fmt)
+            if fmt.sub_block_size:
+                scales += _power_law(INT_ADD_PJ, fmt.microexponent_bits) / fmt.sub_block_size
     return multiply + add + scales
 
 
@@ -73,7 +76,9 @@ def mac_cells(lhs: Format, rhs: Format | None = None, accumulator: Element = flo
     multiplier; e + e' of exponent adders; an aligner to w bits, w·⌈log2 w⌉, where an operand has exponents; and
     w + 6 of the adder tree, 6 = log2 64. w = p + p' without exponents, else min(P, p + p' + (2^e − 1) + (2^e' − 1)).
     Each dot product has P·⌈log2 P⌉ + P cells for the accumulator (P if it is fixed-point). Each block has a scale unit
-    as wide as its scale for a power of two, else the scale's significand times w. rhs: None for lhs's format.
+    as wide as its scale for a power of two, else the scale's significand times w. Microexponents of d bits make w wider
+    by the largest of each operand, 2^d − 1, and each sub-block has a shifter of d·w cells and an adder of d. rhs: None
+    for lhs's format.
     """
     rhs = lhs if rhs is None else rhs
     left, right = precision(_element(lhs)), precision(_element(rhs))
@@ -84,6 +89,7 @@ def mac_cells(lhs: Format, rhs: Format | None = None, accumulator: Element = flo
     if any(exponents):
         width = min(total, width + sum(2**e - 1 for e in exponents))
         cells += width * _log2_up(width)
+    width += sum(fmt.most_lowered for fmt in (lhs, rhs) if isinstance(fmt, BlockFormat))
     cells += width + _log2_up(DOT_LENGTH)
     aligned = 0 if isinstance(accumulator, FixedFormat) else total * _log2_up(total)
     cells += (aligned + total) / DOT_LENGTH
@@ -91,6 +97,7 @@ def mac_cells(lhs: Format, rhs: Format | None = None, accumulator: Element = flo
         if isinstance(fmt, BlockFormat):
             m = fmt.scale.mantissa_bits
             cells += (fmt.scale.bits if m == 0 else (m + 1) * width) / _along(fmt)
+            cells += fmt.microexponent_bits * (width + 1) / (fmt.sub_block_size or 1)
     return cells
 
 
@@ -149,8 +156,11 @@ def _element(fmt: Format) -> Element:
 
 
 def _exponent_bits(element: Element) -> int:
-    """0 without exponents; of a codebook, what counts the octaves of its values, which are decoded to floats."""
-    if isinstance(element, FixedFormat):
+    """0 without exponents; of a codebook, what counts the octaves of its values, which are decoded to floats.
+
+    A float format whose values lie in one binade and its subnormals is a sign and an integer: it has none.
+    """
+    if isinstance(element, FixedFormat) or (isinstance(element, FloatFormat) and element.emin == element.emax):
         return 0
     if isinstance(element, Codebook):
         octaves = math.frexp(element.max)[1] - math.frexp(element.min_subnormal)[1]

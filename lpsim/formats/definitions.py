@@ -351,6 +351,12 @@ class BlockFormat:
     whose result is rounded to the scale's format. tensor_scale: format of a second scale for the whole tensor, which
     then is amax / (element.max · scale.max) in that format (NVFP4).
 
+    sub_block_size: entries that share a microexponent of `microexponent_bits` bits, an exponent below the block's
+    (MX9): their scale is the block's over 2^τ, with τ = min(E − e, 2^microexponent_bits − 1), where the rule gives the
+    exponents E for the block and e for these entries alone. So a 1-bit microexponent is 1 where all entries have
+    exponents below the block's. No scale is below the smallest number of `scale`. Source: Rouhani et al. 2023,
+    arXiv:2302.08007, with a power of two for the second scale, too.
+
     Raises ValueError where the scale cannot hold what the rule produces.
     """
 
@@ -360,6 +366,8 @@ class BlockFormat:
     block_size: int | tuple[int, int] | None = 32
     scale_rule: ScaleRule | CustomScaleRule = ScaleRule.FLOOR
     tensor_scale: FloatFormat | None = None
+    sub_block_size: int = 0
+    microexponent_bits: int = 0
 
     kind: ClassVar[str] = "block"
 
@@ -400,12 +408,35 @@ class BlockFormat:
             raise ValueError(f"{self.name}: scales beyond float32 cannot be simulated")
         if self.tensor_scale is not None and not isinstance(self.tensor_scale, FloatFormat):
             raise TypeError(f"{self.name}: tensor_scale must be a FloatFormat, got {self.tensor_scale!r}")
+        self._check_sub_blocks(powers_of_two)
+
+    def _check_sub_blocks(self, powers_of_two: bool) -> None:
+        size = self.sub_block_size
+        _check_int(self.name, "sub_block_size", size, 0, 2**31 - 1)
+        _check_int(self.name, "microexponent_bits", self.microexponent_bits, 0, 4)
+        if (size == 0) != (self.microexponent_bits == 0):
+            raise ValueError(f"{self.name}: sub_block_size and microexponent_bits go together: set both, or neither")
+        if size and not powers_of_two:
+            raise ValueError(f"{self.name}: microexponents go with the scale rules FLOOR, CEIL, RCEIL and EVEN")
+        blocks = self.block_size
+        whole = isinstance(blocks, int) and size < blocks and blocks % max(size, 1) == 0
+        if size and not (whole and size <= 128 and size & (size - 1) == 0):
+            raise ValueError(
+                f"{self.name}: sub_block_size must be a power of two up to 128 that divides block_size, and less than "
+                f"it, got {size} and {blocks}"
+            )
+
+    @property
+    def most_lowered(self) -> int:
+        """The largest microexponent; 0 without sub-blocks."""
+        return 2**self.microexponent_bits - 1
 
     @property
     def bits(self) -> float:
-        """Bits an element, its share of the block's scale included (whole blocks; the tensor scale is not counted)."""
+        """Bits an element, its share of what its block shares included (whole blocks; without the tensor scale)."""
         size = math.prod(self.block_size) if isinstance(self.block_size, tuple) else self.block_size
-        return self.element.bits + (self.scale.bits / size if size else 0)
+        shared = self.scale.bits / size if size else 0
+        return self.element.bits + shared + (self.microexponent_bits / (self.sub_block_size or 1))
 
     @property
     def max(self) -> float:
@@ -423,7 +454,8 @@ Format = FloatFormat | FixedFormat | Codebook | BlockFormat
 def to_dict(fmt: Format) -> dict[str, Any]:
     """The complete definition as JSON-able data; `from_dict` gives an equal format back.
 
-    A scale rule that is a function is named as module.qualname: enough to tell runs apart, not to rebuild it.
+    A scale rule that is a function is named as module.qualname: enough to tell runs apart, not to rebuild it. Fields of
+    sub-blocks are left out where there are none, since run folders are named by this data.
     """
 
     def plain(value: Any) -> Any:
@@ -436,6 +468,8 @@ def to_dict(fmt: Format) -> dict[str, Any]:
         return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
     fields = {field.name: plain(getattr(fmt, field.name)) for field in dataclasses.fields(fmt)}
+    if isinstance(fmt, BlockFormat) and not fmt.sub_block_size:
+        del fields["sub_block_size"], fields["microexponent_bits"]
     return {"kind": fmt.kind, **fields}
 
 

@@ -1,6 +1,7 @@
 """Every named format as a constant, and the table in which a name is looked up.
 
 Sources: OCP 8-bit Floating Point (OFP8) v1.0; OCP Microscaling Formats (MX) v1.0; IEEE 754-2019; names as in ml_dtypes.
+Rouhani et al. 2020 (Microsoft Floating Point, NeurIPS) for MSFP; Rouhani et al. 2023 (arXiv:2302.08007) for MX9 to MX4.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ mxint4 = BlockFormat("mxint4", int4_q2, float8_e8m0fnu)
 nvfp4 = BlockFormat(
     "nvfp4", float4_e2m1fn, float8_e4m3fn, block_size=16, scale_rule=ScaleRule.ROUND, tensor_scale=float32
 )
+
+# sign and magnitude: with one exponent bit, normal numbers and subnormals are the integers of 7, 4, 3 and 2 bits
+float8_e1m6fn = FloatFormat("float8_e1m6fn", 1, 6, bias=1, specials=Specials.NONE)
+float5_e1m3fn = FloatFormat("float5_e1m3fn", 1, 3, bias=1, specials=Specials.NONE)
+float4_e1m2fn = FloatFormat("float4_e1m2fn", 1, 2, bias=1, specials=Specials.NONE)
+float3_e1m1fn = FloatFormat("float3_e1m1fn", 1, 1, bias=1, specials=Specials.NONE)
+
+# block floating point: MSFP shares an exponent among 16 (2020); MX9, MX6 and MX4 also a bit among 2 (2023, table II)
+msfp16 = BlockFormat("msfp16", float8_e1m6fn, float8_e8m0fnu, block_size=16)
+msfp12 = BlockFormat("msfp12", float4_e1m2fn, float8_e8m0fnu, block_size=16)
+mx9 = BlockFormat("mx9", float8_e1m6fn, float8_e8m0fnu, block_size=16, sub_block_size=2, microexponent_bits=1)
+mx6 = BlockFormat("mx6", float5_e1m3fn, float8_e8m0fnu, block_size=16, sub_block_size=2, microexponent_bits=1)
+mx4 = BlockFormat("mx4", float3_e1m1fn, float8_e8m0fnu, block_size=16, sub_block_size=2, microexponent_bits=1)
 
 ALL_FORMATS: dict[str, Format] = {f.name: f for f in list(globals().values()) if isinstance(f, Format)}
 

@@ -281,6 +281,15 @@ def block_scale(amax: float, fmt: BlockFormat, tensor_scale: float = 1.0, dtype:
     return _clamp_exponent(exponent - element.emax, scale)
 
 
+def sub_block_scale(amax: float, block: float, fmt: BlockFormat) -> float:
+    """The scale of a sub-block whose largest magnitude is the finite amax, in a block of the scale `block`.
+
+    Between `block` and `block` over 2^most_lowered what the rule gives for amax: see BlockFormat.sub_block_size.
+    """
+    lowest = max(math.ldexp(block, -fmt.most_lowered), math.ldexp(1.0, fmt.scale.emin))
+    return min(max(block_scale(amax, fmt), lowest), block)
+
+
 def tensor_scale(amax: float, fmt: BlockFormat, dtype: Any = np.float32) -> float:
     """The second scale: amax of the tensor over (element.max · scale.max), in the format `fmt.tensor_scale`.
 
@@ -357,8 +366,12 @@ def quantize(
                 result[block] = np.nan
                 continue
             outer = dtype(1.0) if second is None else second
-            scale = dtype(block_scale(float(np.max(np.abs(part), initial=0.0)), fmt, float(outer), dtype))
-            for i, value in zip(block.tolist(), part, strict=True):
+            whole = block_scale(float(np.max(np.abs(part), initial=0.0)), fmt, float(outer), dtype)
+            scales: Any = np.full(len(part), whole, dtype)
+            for start in range(0, len(part), fmt.sub_block_size) if fmt.sub_block_size else ():
+                sub = slice(start, start + fmt.sub_block_size)
+                scales[sub] = sub_block_scale(float(np.max(np.abs(part[sub]))), whole, fmt)
+            for i, value, scale in zip(block.tolist(), part, scales, strict=True):
                 if fmt.scale_rule is ScaleRule.ROUND or not isinstance(fmt.scale_rule, ScaleRule):
                     scaled = float(value * ((dtype(1.0) / outer) / scale))
                 else:

@@ -49,12 +49,14 @@ class AuditRow:
 @dataclass(frozen=True)
 class Audit:
     """rows: the functions called. products: {(aten op, "forward" or "backward", owner): count}, the owner being for
-    example "the recipe" or "the optimizer". escaped: the products that have no owner.
+    example "the recipe" or "the optimizer". escaped: the products that have no owner. pinned: torch's settings that
+    were not at full precision, and what the simulation put in their place.
     """
 
     rows: tuple[AuditRow, ...]
     products: dict[tuple[str, str, str], int]
     escaped: tuple[str, ...]
+    pinned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = _aligned(
@@ -64,6 +66,7 @@ class Audit:
         lines += ["", "matrix products underneath:"]
         lines += _aligned([(op, where, str(n), whose) for (op, where, whose), n in sorted(self.products.items())])
         lines.append(f"escaped products: {', '.join(self.escaped) or 'none'}")
+        lines += ["", "settings pinned to full precision:", *(f"  {setting}" for setting in self.pinned or ("none",))]
         return "\n".join(lines)
 
 
@@ -92,6 +95,7 @@ class Auditor(TorchDispatchMode):
         self.products: Counter[tuple[str, str, str]] = Counter()
         self.escaped: list[str] = []
         self.finished = False
+        self.pinned: tuple[str, ...] = ()
         self._result: Audit | None = None
         self._owner: str | None = None
         self._starts: list[int] = []  # sequence numbers of the autograd nodes made inside each `owned`, and its owner
@@ -174,6 +178,7 @@ class Auditor(TorchDispatchMode):
             tuple(AuditRow(op, kind, n, formats, reason) for (kind, op, formats, reason), n in rows),
             dict(self.products),
             tuple(self.escaped),
+            self.pinned,
         )
 
 

@@ -86,9 +86,12 @@ def _true_bits(fmt: Format, x: Tensor, axis: int) -> float:
     """Bits an element in this tensor: short blocks and the tensor's scale count."""
     if not isinstance(fmt, BlockFormat):
         return float(fmt.bits)
-    blocks = storage.block_scales(x, fmt, axis % max(x.dim(), 1))[0].numel()
-    tensor_scale = 0 if fmt.tensor_scale is None else fmt.tensor_scale.bits
-    return fmt.element.bits + (blocks * fmt.scale.bits + tensor_scale) / x.numel()
+    axis = axis % max(x.dim(), 1)
+    scale = storage.block_scales(x, fmt, axis)[0]
+    shared = scale.numel() * fmt.scale.bits + (0 if fmt.tensor_scale is None else fmt.tensor_scale.bits)
+    if fmt.sub_block_size:
+        shared += storage.blocks_of_parts(scale, tuple(x.shape), fmt, axis).numel() * fmt.microexponent_bits
+    return fmt.element.bits + shared / x.numel()
 
 
 def pareto_front(frame: pandas.DataFrame, price: str, gain: str = "qsnr_db") -> pandas.DataFrame:

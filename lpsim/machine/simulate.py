@@ -14,6 +14,10 @@ Some calls are exempt by rule, because they are not the model's arithmetic:
 
 In evaluation, nn.TransformerEncoder and nn.MultiheadAttention use fused kernels, but not while a mode sees their calls.
 So where the recipe and all its overrides round nothing, these modules run unseen, and give exactly torch's result.
+
+torch's settings that let products run in a lower precision (TF32, reductions in float16) are pinned inside, for the
+whole process and in `suspended` too; the audit says which were set otherwise. To set one inside is an error, at the
+next step or at the end. See `precision`.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lpsim.machine import precision
 from lpsim.machine.audit import Audit, Auditor
 from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
 from lpsim.machine.module_paths import ModulePaths
@@ -131,6 +136,11 @@ class Simulation:
     While the step follows the optimizers, evaluations (calls that begin with gradients disabled) are numbered apart, so
     they do not change the bits of training. When you set the step yourself, they are numbered together with training:
     then evaluate after the update and before you set the next step.
+
+    part: which of several equal parts of the batch the model gets, from 0, where processes share a batch (data
+    parallel). Element i of a part's tensor then draws the random bits that it draws in the tensor of the whole batch,
+    of which the part is a contiguous piece (the batch is its first axis); parameters draw the same in every part. That
+    holds for operands and results of products, not for vector operations: round those to nearest.
     """
 
     def __init__(
@@ -153,6 +163,7 @@ class Simulation:
         self.seed = seed
         self._observer: Observer | None = None
         self._sampler: Sampler | None = None
+        self.part = 0
         self._step = 0
         self._steps: OptimizerSteps | None = OptimizerSteps(model)  # None: the loop sets the step
         self._resumed = False  # whether the step was looked up in the optimizers' states
@@ -179,9 +190,11 @@ class Simulation:
         with ExitStack() as stack:
             stack.callback(self._handlers.clear)
             run_uncompiled(stack)
+            stack.enter_context(precision.pinned())
             self._paths.follow(stack)
             self._stepping.follow(stack)
             if self._auditor is not None and not self._auditor.finished:
+                self._auditor.pinned = precision.changes()
                 stack.callback(self._stop_audit)
                 self._auditor.__enter__()
                 self._counting = self._auditor
@@ -193,7 +206,11 @@ class Simulation:
         stack, self._stack = self._stack, None
         assert stack is not None
         self._stepping.resume()
-        stack.__exit__(exc_type, exc, traceback)
+        if exc_type is None:
+            with stack:
+                precision.check()
+        else:
+            stack.__exit__(exc_type, exc, traceback)
         if exc_type is None and self._sites and self._unmatched:
             warnings.warn(
                 f"overrides matched no site that ran: {', '.join(sorted(self._unmatched))}; "
@@ -232,6 +249,7 @@ class Simulation:
 
     def _begin(self, value: int) -> None:
         """Begin the step `value`."""
+        precision.check()
         if value != self._step and self._counting is not None and self._counting.rows:
             self._counting.finish()
             self._stop_audit()
@@ -510,9 +528,9 @@ class Simulation:
             if not (self._resumed or evaluation) and (site.stochastic or self._sampler is not None):
                 self._catch_up(self._steps)
         if not site.stochastic:
-            return Call(site, self.seed, self._step, 0, self._observer)
+            return Call(site, self.seed, self._step, 0, self._observer, self.part)
         step, occurrence = self._paths.regions.draw(site, self._step, calls, evaluation)
-        return Call(site, self.seed, step, occurrence, self._observer)
+        return Call(site, self.seed, step, occurrence, self._observer, self.part)
 
     def _catch_up(self, steps: OptimizerSteps) -> None:
         """Before the step is first used in training, take it from the optimizers' states, as in a resumed run."""

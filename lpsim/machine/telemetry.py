@@ -317,7 +317,7 @@ def clipping(x: Tensor, fmt: Format, axis: int) -> tuple[int, Tensor | None]:
     wide = x if x.dtype is torch.float64 else x.float()
     axis %= max(x.dim(), 1)
     scale, outer = storage.block_scales(wide, fmt, axis)
-    limit = storage.expanded(scale * outer * fmt.element.max, tuple(x.shape), fmt, axis)
+    limit = storage.element_scales(wide, scale, fmt, axis) * outer * fmt.element.max
     used = torch.isfinite(scale) & (scale > fmt.scale.min_normal)
     return _kernels().above(array, _array(limit)), (scale * outer)[used].flatten()
 

@@ -20,6 +20,8 @@ import torch
 from lpsim.formats import BlockFormat, FloatFormat, Format, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization.cpu_kernels import (
+    ACROSS,
+    DOWN,
     FEW,
     GRID,
     MANY,
@@ -34,10 +36,10 @@ from lpsim.quantization.cpu_kernels import (
     row_at,
     tile_maxima,
 )
-from lpsim.quantization.plan import SPAN, Plan, geometry, plan
+from lpsim.quantization.plan import SPAN, Plan, geometry, plan, sub_tile
 
 _SERIAL = 1 << 18  # below this many elements a second thread costs more than it gains
-_NONE = np.zeros(9, np.int64)  # where a record has no use for an array
+_NONE = np.zeros(10, np.int64)  # where a record has no use for an array
 _LARGE = 1 << 25  # from so many bytes on a tensor is taken to be larger than the cache
 _KEPT = 1024  # calls of a plan that are kept
 
@@ -63,8 +65,10 @@ class _Call:
         scales: Scales,
         given: tuple[np.ndarray, np.ndarray] | None = None,
         rounded: tuple[np.ndarray, Plan] | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
-        """given: the scales and their inverses. rounded: see kernels.scales.rounded_scales."""
+        """given: the scales and their inverses. rounded: see kernels.scales.rounded_scales. part: plan.sub_tile."""
+        part = part or tile
         outer, rows, columns = shape
         self.tensor_scaled = False  # whether numbers depend on the tensor
         self.tile_rows = outer * -(-rows // tile[0])
@@ -72,7 +76,7 @@ class _Call:
         self.serial = elements < _SERIAL  # the kernel itself may be called for all rows
         fields: dict[Field, int | np.ndarray] = {
             Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
-            Field.AHEAD: tile[0] * columns,
+            Field.AHEAD: tile[0] * columns, Field.SUB_ROWS: part[0], Field.SUB_COLUMNS: part[1],
             Field.ELEMENTS: elements, Field.BITS: p.bits, Field.SCALES: scales,
             Field.FLOATS_AT: p.floats, Field.INTEGERS_AT: p.integers,
             Field.THRESHOLDS_AT: p.thresholds, Field.THRESHOLDS: len(p.thresholds),
@@ -90,11 +94,19 @@ class _Call:
             fields |= {Field.NUMBERS_AT: numbers, Field.SCALE_FLOATS_AT: q.floats, Field.SCALE_INTEGERS_AT: q.integers}
             rule_wide = q.floats.itemsize == 8
         mode, _, double, gap, bare = p.variant
-        way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, tile[1] == 1, scales is Scales.SAME)
-        fields |= {Field.LANES: 8 if wide else 16, Field.ROW_AT: row_at(way, False)}
+        lanes = 8 if wide else 16
+        split = part[1].bit_length() - 1 if part[1] in (2, 4, 8) and part[1] < lanes else 0
+        way = Way(mode, _kind(p), gap, bare, double, wide, scale_wide, part[1] == 1, scales is Scales.SAME, split)
+        fields |= {Field.LANES: 1 << split if split else lanes, Field.ROW_AT: row_at(way, False)}
+        plain = way.plain
+        if part != tile:
+            upright, power = tile[1] == 1, tile[1].bit_length() - 1
+            plain = plain and (upright or (tile[1] == 1 << power and 16 <= tile[1] <= 256))
+            way = way._replace(divided=DOWN if upright else ACROSS)
+            fields[Field.BLOCK_SHIFT] = power
         if mode == STOCHASTIC:
             fields[Field.EXACT_ROW_AT] = row_at(way, True)
-        if way.plain:
+        if plain:
             fields[Field.PLAIN_ROW_AT] = plain_row_at(way, False)
             if self.bytes >= _LARGE:
                 fields[Field.LARGE_ROW_AT] = plain_row_at(way, True)
@@ -184,10 +196,11 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
     if not isinstance(fmt, BlockFormat):
         return _same(elements, p, np.ones(1, p.floats.dtype), np.ones(1, p.floats.dtype))
     rows, tile = geometry(shape, fmt, axis)
-    if tile == (1, elements) and elements > SPAN:
+    part = sub_tile(tile, fmt)
+    if tile == (1, elements) and elements > SPAN and part == tile:
         return None
     if len(p.rule) > 0:
-        return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO)
+        return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO, part=part)
     if fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals:
         scale_plan = _scale_plan(fmt.scale, p)
         call = _Call(p, rows, tile, elements, Scales.ROUNDED, rounded=(_numbers(fmt, p, 1.0), scale_plan))

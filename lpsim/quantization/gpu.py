@@ -16,6 +16,7 @@ import torch
 
 from lpsim.formats import BlockFormat, FloatFormat, Format
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization.gpu_bits import triton
 from lpsim.quantization.gpu_kernels import (
     NO_SCALE,
     OWN_RULE,
@@ -25,9 +26,8 @@ from lpsim.quantization.gpu_kernels import (
     quantize_tiles,
     tensor_scale,
     tile_maxima,
-    triton,
 )
-from lpsim.quantization.plan import Plan, exact, geometry, memory_order, plan
+from lpsim.quantization.plan import Plan, exact, geometry, memory_order, plan, sub_tile
 
 if TYPE_CHECKING:
     from lpsim.quantization.quantizer import Quantizer
@@ -224,10 +224,11 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
         shape, tile = (1, 1, x.numel()), (1, x.numel())
     cut = _cut(shape, tile, isinstance(fmt, BlockFormat))
     key = key or Key(0)
-    rule, scale_gap, scale_bare = NO_SCALE, False, False
+    rule, scale_gap, scale_bare, divided, part = NO_SCALE, False, False, False, (1, 1)
     maxima = wanted = outer = scale_f = scale_i = limits = None
     if isinstance(fmt, BlockFormat):
-        rule = POWER_OF_TWO
+        rule, divided = POWER_OF_TWO, fmt.sub_block_size > 0
+        part = sub_tile(tile, fmt) if divided else part
         if numbers.rule is None:
             rule = QUOTIENT if fmt.scale_rule is ScaleRule.ROUND else OWN_RULE
             scale = _scale_numbers(fmt.scale, x)
@@ -263,6 +264,9 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
         key.step,
         key.offset,
         RULE=rule,
+        DIVIDED=divided,
+        DOWN=triton.next_power_of_2(part[0]),  # a tile that is smaller is filled up to a power of two
+        ACROSS=triton.next_power_of_2(part[1]),
         SCALE_GAP=scale_gap,
         SCALE_BARE=scale_bare,
         ALIGNED=cut.aligned and key.offset % 128 == 0,

@@ -17,135 +17,22 @@ on no contraction of a product and a sum (launch with enable_fp_fusion=False). T
 
 from __future__ import annotations
 
-from lpsim.formats.reference import PHILOX_ROUNDS
+from lpsim.quantization.gpu_bits import (
+    bits_of,
+    copysign,
+    divide,
+    float_of,
+    half_words,
+    half_words_of_rows,
+    load,
+    store,
+    tl,
+    triton,
+)
 from lpsim.quantization.plan import MODES
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as absent:
-    raise ImportError("the backend triton needs Triton, which is not installed: pip install triton") from absent
-
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-    raise ImportError(
-        f"the backend triton needs Triton 3.6 or later, {triton.__version__} is installed: pip install --upgrade triton"
-    )
-
 _EVEN, _AWAY, _ZERO, _POSITIVE, _NEGATIVE, _ODD, STOCHASTIC = (tl.constexpr(m) for m in range(len(MODES)))
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 NO_SCALE, POWER_OF_TWO, QUOTIENT, OWN_RULE = (tl.constexpr(r) for r in range(4))
-
-
-# ---------------------------------------------------------------------------------------------- bits
-
-
-@triton.jit
-def bits_of(x):
-    """The bit pattern of a float32 or float64 as an int32 or int64."""
-    if x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True)
-    else:
-        return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def float_of(i):
-    """The float32 or float64 with the bit pattern i, an int32 or int64."""
-    if i.dtype == tl.int64:
-        return i.to(tl.float64, bitcast=True)
-    else:
-        return i.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def copysign(magnitude, sign):
-    """A magnitude that is not negative, with the sign of `sign`."""
-    if magnitude.dtype == tl.float64:
-        return float_of(bits_of(magnitude) | (bits_of(sign) & -0x8000000000000000))
-    else:
-        return float_of(bits_of(magnitude) | (bits_of(sign) & -0x80000000))
-
-
-@triton.jit
-def _divide(a, b):
-    """a / b rounded to nearest even; `/` is that for float64 only."""
-    if a.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
-
-
-@triton.jit
-def _load(x, mask, BFLOAT16: tl.constexpr):
-    """A tensor's elements as float64 if they are, else as float32. bfloat16 comes as int16."""
-    value = tl.load(x, mask=mask, other=0)
-    if BFLOAT16:
-        return float_of(value.to(tl.int32) << 16)
-    elif value.dtype == tl.float16:
-        return value.to(tl.float32)
-    else:
-        return value
-
-
-@triton.jit
-def _store(out, y, mask, BFLOAT16: tl.constexpr):
-    """The inverse of _load; rounds to nearest even where the tensor's type is narrower."""
-    if BFLOAT16:
-        b = bits_of(y.to(tl.float32))
-        even = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
-        tl.store(out, tl.where(y == y, even, (b >> 16) | 0x40).to(tl.int16), mask=mask)
-    elif out.dtype.element_ty == tl.float16:
-        tl.store(out, y.to(tl.float32).to(tl.float16), mask=mask)
-    else:
-        tl.store(out, y.to(out.dtype.element_ty), mask=mask)
-
-
-# ---------------------------------------------------------------------------------------------- random bits
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
-    """reference.philox4x32 with PHILOX_ROUNDS rounds, on uint32."""
-    for _ in tl.static_range(_ROUNDS):
-        high0, high1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
-        low0, low1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = high1 ^ c1 ^ k0
-        c1 = low1
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
-        k0 = k0 + 0x9E3779B9
-        k1 = k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _four_words(group, selector, k0, k1, stream, step):
-    """The Philox call of an int64 group of eight elements; selector 0: upper halves, 1: lower halves."""
-    c0 = group.to(tl.uint32)
-    c1 = (group >> 32).to(tl.uint32) | (selector << 31)
-    zero = c0 ^ c0  # all counters in the shape of the group
-    return _philox(c0, c1, zero + stream, zero + step, zero + k0, zero + k1)
-
-
-@triton.jit
-def _half_words(position, selector, k0, k1, stream, step):
-    """The 16-bit halves of the words at any int64 positions: a Philox call an element."""
-    group = (position >> 7) * 16 + (position & 15)
-    slot = ((position >> 4) & 7).to(tl.int32)
-    w0, w1, w2, w3 = _four_words(group, selector, k0, k1, stream, step)
-    word = tl.where(slot < 4, tl.where(slot < 2, w0, w1), tl.where(slot < 6, w2, w3))
-    return ((word >> ((slot & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _half_words_of_rows(first, selector, k0, k1, stream, step, R: tl.constexpr, G: tl.constexpr):
-    """The halves [R, 128·G] for R rows of consecutive elements that start at multiples of 128: a call for eight."""
-    group = (first >> 7) * 16 + tl.arange(0, 16 * G)[None, :]  # [R, 16·G]
-    w0, w1, w2, w3 = _four_words(group, selector, k0, k1, stream, step)
-    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, 16·G, 2, 2], word 2·i + j at [..., i, j]
-    half = tl.join(word & 0xFFFF, word >> 16).to(tl.uint16)  # [R, 16·G, 2, 2, 2]: slot = 4·i + 2·j + h
-    by_lane = tl.reshape(half, (R, G, 16, 8))
-    return tl.reshape(tl.permute(by_lane, (0, 1, 3, 2)), (R, 128 * G)).to(tl.int32)
 
 
 # ---------------------------------------------------------------------------------------------- one element
@@ -267,8 +154,8 @@ def _power_of_two(e, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):
-    """The scales and their inverses from the maxima m, bit patterns; see plan._rule. DOUBLE: in float64."""
+def _scale_exponents(m, rule):
+    """log2 of the scales for the maxima m, bit patterns; see plan._rule."""
     P: tl.constexpr = 52 if m.dtype == tl.int64 else 23
     UNIT: tl.constexpr = 1023 if m.dtype == tl.int64 else 127
     subnormal = m < (1 << P)  # bring its leading one to the hidden bit
@@ -276,7 +163,20 @@ def _power_of_two_scales(m, rule, DOUBLE: tl.constexpr):
     add, emax = tl.load(rule).to(m.dtype), tl.load(rule + 3).to(m.dtype)
     lowest, highest = tl.load(rule + 4).to(m.dtype), tl.load(rule + 5).to(m.dtype)
     e = ((amax + add) >> P) - tl.where(subnormal, UNIT + P, UNIT) - emax
-    e = tl.where(m > 0, tl.minimum(tl.maximum(e, lowest), highest), lowest)
+    return tl.where(m > 0, tl.minimum(tl.maximum(e, lowest), highest), lowest)
+
+
+@triton.jit
+def _power_of_two_scales(m, parts, rule, DIVIDED: tl.constexpr, DOUBLE: tl.constexpr):
+    """The scales and their inverses from the maxima m of the blocks, bit patterns. DOUBLE: in float64.
+
+    DIVIDED: those of the sub-blocks, from their own maxima `parts`, a shape that m broadcasts to.
+    """
+    P: tl.constexpr = 52 if m.dtype == tl.int64 else 23
+    UNIT: tl.constexpr = 1023 if m.dtype == tl.int64 else 127
+    e = _scale_exponents(m, rule)
+    if DIVIDED:
+        e = tl.maximum(_scale_exponents(parts, rule), e - tl.load(rule + 9).to(m.dtype))
     finite = m < ((2 * UNIT + 1) << P)
     s, n = _power_of_two(e, DOUBLE), _power_of_two(-e, DOUBLE)
     return tl.where(finite, s, float("nan")), tl.where(finite, n, float("nan"))
@@ -300,14 +200,14 @@ def _quotient_scales(m, wanted, outer, f, i, limits, OWN: tl.constexpr, GAP: tl.
     """
     amax = float_of(m)
     one = tl.full(m.shape, 1, amax.dtype)
-    wanted = wanted if OWN else _divide(amax, one * tl.load(limits))
+    wanted = wanted if OWN else divide(amax, one * tl.load(limits))
     inverse = one
     if outer is not None:
         second = one * tl.load(outer)
-        wanted = _divide(wanted, second)
-        inverse = _divide(inverse, second)
+        wanted = divide(wanted, second)
+        inverse = divide(inverse, second)
     s = _into_format(wanted, f, i, limits, GAP, BARE)
-    inverse = _divide(inverse, s)
+    inverse = divide(inverse, s)
     if outer is not None:
         s = s * tl.load(outer)
     finite = amax < float("inf")
@@ -318,17 +218,18 @@ def _quotient_scales(m, wanted, outer, f, i, limits, OWN: tl.constexpr, GAP: tl.
 
 
 @triton.jit
-def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """Where a program's block lies: (first index of its rows, indices, mask, numbers of its tiles, mask of these).
+def cells(pid, where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Where program pid's block lies: (first index of its rows, indices, mask, numbers of its tiles, mask of these).
 
-    Their shapes: [T, R, 1, 1], twice [T, R, K, C], twice [T, K]. where: see _Cut.
+    Their shapes: [T, R, 1, 1], twice [T, R, K, C], twice [T, K]. where: see _Cut. What may exceed 2^31 is
+    int64: a tensor's indices, its rows and its tiles.
     """
     strips, rows, columns, tile_rows, tile_columns, down, across, parts_down, parts_across = where
-    pid = tl.program_id(0)
     groups = ((across + K - 1) // K) * parts_across
     unit, strip = pid % groups, pid // groups
     first, left_part = (unit // parts_across) * K, (unit % parts_across).to(tl.int64) * C
-    tile_row, top_part = (strip // parts_down) * T + tl.arange(0, T), (strip % parts_down) * R
+    tile_row = (strip // parts_down).to(tl.int64) * T + tl.arange(0, T)
+    top_part = (strip % parts_down).to(tl.int64) * R
     r = top_part + tl.arange(0, R)[None, :, None, None]  # within the tile
     k = tl.arange(0, K)[None, None, :, None]
     c = tl.arange(0, C)[None, None, None, :]
@@ -337,21 +238,51 @@ def _cells(where, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.const
     column = k * tile_columns + c  # from there
     mask = (row < rows) & (r < tile_rows) & (tile_row < strips)[:, None, None, None]
     mask = mask & (column < columns - left) & (c < tile_columns - left_part)
-    matrix = (tile_row // down).to(tl.int64)[:, None, None, None]
+    matrix = (tile_row // down)[:, None, None, None]
     starts = (matrix * rows + row) * columns + left
-    tiles = tile_row.to(tl.int64)[:, None] * across + (first + tl.arange(0, K))[None, :]
+    tiles = tile_row[:, None] * across + (first + tl.arange(0, K))[None, :]
     there = (tile_row < strips)[:, None] & (first + tl.arange(0, K) < across)[None, :]
     return starts, starts + column, mask, tiles, there
 
 
 @triton.jit
-def _largest(x):
-    """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern; NaN is the largest."""
+def _magnitude_bits(x):
+    """The magnitudes as bit patterns; NaN is the largest."""
     if x.dtype == tl.float64:
-        m = bits_of(x) & 0x7FFFFFFFFFFFFFFF
+        return bits_of(x) & 0x7FFFFFFFFFFFFFFF
     else:
-        m = bits_of(x) & 0x7FFFFFFF
-    return tl.max(tl.max(m, 3), 1)
+        return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def _largest(x):
+    """The largest magnitude of every cell of a block [T, R, K, C] as a bit pattern."""
+    return tl.max(tl.max(_magnitude_bits(x), 3), 1)
+
+
+@triton.jit
+def _largest_of_parts(
+    x, DOWN: tl.constexpr, ACROSS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
+    """The largest magnitude of every sub-block, DOWN rows or ACROSS columns: [T, R // DOWN, K, C // ACROSS]."""
+    m = _magnitude_bits(x)
+    if DOWN > 1:
+        m = tl.max(tl.reshape(m, (T, R // DOWN, DOWN, K, C)), 2)
+    if ACROSS > 1:
+        m = tl.max(tl.reshape(m, (T, R, K, C // ACROSS, ACROSS)), 4)
+    return m
+
+
+@triton.jit
+def _over_parts(
+    s, DOWN: tl.constexpr, ACROSS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
+    """What is known of the sub-blocks, for each of their elements: [T, R, K, C]."""
+    if DOWN > 1:
+        s = tl.reshape(tl.broadcast_to(s[:, :, None, :, :], (T, R // DOWN, DOWN, K, C)), (T, R, K, C))
+    if ACROSS > 1:
+        s = tl.reshape(tl.broadcast_to(s[:, :, :, :, None], (T, R, K, C // ACROSS, ACROSS)), (T, R, K, C))
+    return s
 
 
 @triton.jit
@@ -371,10 +302,10 @@ def _words(
 ):
     """The 16-bit halves of the random words of a block, whose rows start at `starts`; ALIGNED: see _Cut."""
     if ALIGNED:
-        words = _half_words_of_rows(tl.reshape(starts, (T * R, 1)), selector, k0, k1, stream, step, T * R, K * C // 128)
+        words = half_words_of_rows(tl.reshape(starts, (T * R, 1)), selector, k0, k1, stream, step, T * R, K * C // 128)
         return tl.reshape(words, (T, R, K, C))
     else:
-        return _half_words(positions, selector, k0, k1, stream, step)
+        return half_words(positions, selector, k0, k1, stream, step)
 
 
 @triton.jit
@@ -382,8 +313,8 @@ def tile_maxima(
     x, maxima, where, BFLOAT16: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):
     """The largest magnitude of every tile as a bit pattern, into `maxima`, which holds zeros."""
-    _, indices, mask, tiles, there = _cells(where, T, R, K, C)
-    tl.atomic_max(maxima + tiles, _largest(_load(x + indices, mask, BFLOAT16)), mask=there)
+    _, indices, mask, tiles, there = cells(tl.program_id(0), where, T, R, K, C)
+    tl.atomic_max(maxima + tiles, _largest(load(x + indices, mask, BFLOAT16)), mask=there)
 
 
 @triton.jit
@@ -393,7 +324,7 @@ def tensor_scale(maxima, result, f, i, limits, GAP: tl.constexpr, BARE: tl.const
     limits: element.max · scale.max, and the range of the result.
     """
     amax = float_of(tl.load(maxima + tl.arange(0, 1)))
-    s = _into_format(_divide(amax, tl.load(limits + tl.arange(0, 1))), f, i, limits, GAP, BARE)
+    s = _into_format(divide(amax, tl.load(limits + tl.arange(0, 1))), f, i, limits, GAP, BARE)
     tl.store(result + tl.arange(0, 1), tl.where(amax < float("inf"), s, float("nan")))
 
 
@@ -425,6 +356,9 @@ def quantize_tiles(
     BARE: tl.constexpr,
     SPECIAL: tl.constexpr,  # Overflow.SPECIAL
     RULE: tl.constexpr,
+    DIVIDED: tl.constexpr,  # into sub-blocks of so many rows or columns
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
     SCALE_GAP: tl.constexpr,
     SCALE_BARE: tl.constexpr,
     BITS: tl.constexpr,
@@ -441,17 +375,21 @@ def quantize_tiles(
     then each cell is a tile. wanted: the scales of the user's own rule. outer, scale_f, scale_i, limits: see
     _quotient_scales.
     """
-    starts, indices, mask, tiles, there = _cells(where, T, R, K, C)
-    xs = _load(x + indices, mask, BFLOAT16)
+    starts, indices, mask, tiles, there = cells(tl.program_id(0), where, T, R, K, C)
+    xs = load(x + indices, mask, BFLOAT16)
     if RULE != NO_SCALE:
         m = _largest(xs) if maxima is None else tl.load(maxima + tiles, mask=there, other=0)
         if RULE == POWER_OF_TWO:
-            s, n = _power_of_two_scales(m, rule, f.dtype.element_ty == tl.float64)
-            v = xs.to(f.dtype.element_ty) * n[:, None, :, None]
+            parts = _largest_of_parts(xs, DOWN, ACROSS, T, R, K, C) if DIVIDED else None
+            s, n = _power_of_two_scales(m[:, None, :, None], parts, rule, DIVIDED, f.dtype.element_ty == tl.float64)
+            if DIVIDED:
+                s, n = _over_parts(s, DOWN, ACROSS, T, R, K, C), _over_parts(n, DOWN, ACROSS, T, R, K, C)
+            v = xs.to(f.dtype.element_ty) * n
         else:
             own = tl.load(wanted + tiles, mask=there, other=1) if RULE == OWN_RULE else None
             s, n = _quotient_scales(m, own, outer, scale_f, scale_i, limits, RULE == OWN_RULE, SCALE_GAP, SCALE_BARE)
-            v = (xs * n[:, None, :, None]).to(f.dtype.element_ty)
+            s, n = s[:, None, :, None], n[:, None, :, None]
+            v = (xs * n).to(f.dtype.element_ty)
         if STEPS > 0 or MODE == _POSITIVE or MODE == _NEGATIVE or MODE == _ODD:  # noqa: SIM109
             # an underflow stays on its side of zero
             v = tl.where((v == 0) & (xs != 0), copysign(float_of(bits_of(v) * 0 + 1), v), v)
@@ -494,5 +432,5 @@ def quantize_tiles(
         bound = tl.where(passes, tl.load(f + 6), largest)
         y = tl.where(tl.abs(y) > largest, tl.where(y < 0, -bound, bound), y)
     if RULE != NO_SCALE:
-        y = y * s[:, None, :, None]
-    _store(out + indices, y, mask, BFLOAT16)
+        y = y * s
+    store(out + indices, y, mask, BFLOAT16)

@@ -143,9 +143,10 @@ def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int |
 def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     """A power-of-two scale rule as numbers; empty for other rules.
 
-    (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle). The exponent of
-    the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales with exponents in the middle
-    are normal in float32 and bring no number of the element's format near its ends, with 16 bits to spare.
+    (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle, the largest
+    microexponent). The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales
+    with exponents in the middle are normal in float32 and bring no number of the element's format near its ends, with
+    16 bits to spare; a block's of sub-blocks is, in the middle, not at the scale's ends, and its sub-blocks' are there.
     """
     p, unit = (52, 1023) if double else (23, 127)
     element, ones = fmt.element, (1 << p) - 1
@@ -163,7 +164,10 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     if not isinstance(element, Codebook) and element.min <= 0 <= element.max:
         emin = _smallest_binade(element)
         middle = (max(-90 - emin, -126), 90 - max(emin, element.emax))
-    return np.array([add, p, unit, element.emax, fmt.scale.emin, fmt.scale.emax, emin, *middle], np.int64)
+        if fmt.sub_block_size:
+            middle = (max(middle[0], fmt.scale.emin) + fmt.most_lowered, min(middle[1], fmt.scale.emax - 1))
+    ends = fmt.scale.emin, fmt.scale.emax
+    return np.array([add, p, unit, element.emax, *ends, emin, *middle, fmt.most_lowered], np.int64)
 
 
 def _smallest_binade(element: FloatFormat | FixedFormat) -> int:
@@ -173,12 +177,19 @@ def _smallest_binade(element: FloatFormat | FixedFormat) -> int:
 
 def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """A row-major tensor as (outer, rows, columns) and its tiles."""
-    return _geometry(shape, fmt.block_size, axis)
+    return _geometry(shape, fmt.block_size, axis, fmt.sub_block_size or 1)
+
+
+def sub_tile(tile: tuple[int, int], fmt: BlockFormat) -> tuple[int, int]:
+    """The part of a tile that shares a microexponent; the tile itself without sub-blocks."""
+    if not fmt.sub_block_size:
+        return tile
+    return (min(fmt.sub_block_size, tile[0]), 1) if tile[1] == 1 else (1, min(fmt.sub_block_size, tile[1]))
 
 
 @functools.lru_cache(maxsize=4096)
 def _geometry(
-    shape: tuple[int, ...], size: int | tuple[int, int] | None, axis: int
+    shape: tuple[int, ...], size: int | tuple[int, int] | None, axis: int, unit: int
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
     numel = math.prod(shape)
     if size is None or not shape:
@@ -190,7 +201,7 @@ def _geometry(
     size = min(size or length, length)
     if inner > 1:
         return (numel // (length * inner), length, inner), (size, 1)
-    if length % size == 0 and size < SPAN:  # rows end with a block: cut them as suits the cache
+    if length % size == 0 and size < SPAN and size % unit == 0:  # rows end with a block: cut them as suits the cache
         span = size * math.gcd(numel // size, max(SPAN // size, 1))
         return (1, numel // span, span), (1, size)
     return (1, numel // length, length), (1, size)

@@ -29,6 +29,7 @@ class Encoded:
 
     codes: uint8, the packed codes of all elements in row-major order. scales: uint8, the packed codes of all block
     scales, row-major over `grid`; empty without blocks. tensor_scale: uint8, the code of the second scale, or empty.
+    microexponents: uint8, those of all sub-blocks, packed, row-major over `sub_grid`; empty without sub-blocks.
     shape and dtype: of the tensor that `decode` gives. axis: the axis blocks lie along, from the front.
     """
 
@@ -39,6 +40,7 @@ class Encoded:
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor
+    microexponents: Tensor
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -46,9 +48,16 @@ class Encoded:
         return _grid(self.shape, self.format, self.axis) if isinstance(self.format, BlockFormat) else (0,)
 
     @property
+    def sub_grid(self) -> tuple[int, ...]:
+        """The shape of the microexponents; (0,) without sub-blocks."""
+        if not isinstance(self.format, BlockFormat) or not self.format.sub_block_size:
+            return (0,)
+        return _grid(self.shape, parts(self.format), self.axis)
+
+    @property
     def bits_per_element(self) -> float:
         """All bytes in storage, scales and the last byte's padding included, over the elements; NaN for no elements."""
-        stored = self.codes.numel() + self.scales.numel() + self.tensor_scale.numel()
+        stored = sum(t.numel() for t in (self.codes, self.scales, self.tensor_scale, self.microexponents))
         elements = math.prod(self.shape)
         return 8 * stored / elements if elements else math.nan
 
@@ -71,13 +80,17 @@ def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | 
     axis = q._check(x, axis, key)
     x, shape = x.detach(), tuple(x.shape)
     wide = x.to(_working(x.dtype))
-    scales = tensor_scale = torch.empty(0, dtype=torch.uint8, device=x.device)
+    scales = tensor_scale = microexponents = torch.empty(0, dtype=torch.uint8, device=x.device)
     if isinstance(fmt, BlockFormat):
         scale, outer = block_scales(wide, fmt, axis)
         scales = pack(_codes(scale.double(), fmt.scale), fmt.scale.bits)
         if fmt.tensor_scale is not None:
             tensor_scale = pack(_codes(outer.double(), fmt.tensor_scale), fmt.tensor_scale.bits)
-        spread = expanded(scale, shape, fmt, axis).reshape(-1)
+        if fmt.sub_block_size:
+            own = sub_block_scales(wide, scale, fmt, axis)
+            below = _exponents(blocks_of_parts(scale, shape, fmt, axis)) - _exponents(own)
+            microexponents = pack(below, fmt.microexponent_bits)
+        spread = element_scales(wide, scale, fmt, axis).reshape(-1)
         q = dataclasses.replace(q, format=element, overflow=Overflow.SATURATE)
     flat = wide.reshape(-1)
     packed = []
@@ -89,7 +102,7 @@ def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | 
         here = None if key is None else dataclasses.replace(key, offset=key.offset + start)
         packed.append(pack(_codes(q.quantize(part, key=here), element), element.bits))
     codes = torch.cat(packed) if packed else scales[:0]
-    return Encoded(fmt, shape, x.dtype, axis, codes, scales, tensor_scale)
+    return Encoded(fmt, shape, x.dtype, axis, codes, scales, tensor_scale, microexponents)
 
 
 def decode(encoded: Encoded) -> Tensor:
@@ -101,7 +114,12 @@ def decode(encoded: Encoded) -> Tensor:
         scale = _values(unpack(e.scales, fmt.scale.bits, math.prod(e.grid)), fmt.scale).reshape(e.grid).to(working)
         if fmt.tensor_scale is not None:
             scale = scale * _values(unpack(e.tensor_scale, fmt.tensor_scale.bits, 1), fmt.tensor_scale).to(working)
-        spread = expanded(scale, e.shape, fmt, e.axis).reshape(-1)
+        if fmt.sub_block_size:
+            below = unpack(e.microexponents, fmt.microexponent_bits, math.prod(e.sub_grid)).reshape(e.sub_grid)
+            own = _ldexp(blocks_of_parts(scale, e.shape, fmt, e.axis).double(), -below).to(working)
+            spread = expanded(own, e.shape, parts(fmt), e.axis).reshape(-1)
+        else:
+            spread = expanded(scale, e.shape, fmt, e.axis).reshape(-1)
     x = torch.empty(e.shape, dtype=e.dtype, device=e.codes.device)
     flat = x.view(-1)
     for start in range(0, len(flat), CHUNK):
@@ -164,19 +182,55 @@ def block_scales(x: Tensor, fmt: BlockFormat, axis: int) -> tuple[Tensor, Tensor
             wanted = torch.tensor(chosen, dtype=x.dtype, device=x.device)[where]
         scale = Quantizer(fmt.scale).quantize(wanted / outer).clamp(fmt.scale.min_normal, fmt.scale.max)
     else:
-        significand, exponent = torch.frexp(amax.double())  # significand in [1/2, 1)
-        exponent = exponent - 1
-        if fmt.scale_rule is ScaleRule.CEIL:
-            exponent = exponent + (significand > 0.5).int()
-        elif fmt.scale_rule is ScaleRule.RCEIL:
-            exponent = exponent + (significand > math.frexp(fmt.element.max)[0]).int()
-        elif fmt.scale_rule is ScaleRule.EVEN:
-            top = 2.0 ** (fmt.element.mantissa_bits + 1)
-            exponent = exponent + (torch.floor(significand * top + 0.5) == top).int()
-        exponent = torch.where(amax == 0, fmt.scale.emin, exponent - fmt.element.emax)
-        exponent = exponent.clamp(fmt.scale.emin, fmt.scale.emax)
-        scale = _ldexp(torch.ones_like(significand), exponent).to(x.dtype)
+        scale = _powers_of_two(amax, fmt)
     return scale.masked_fill(~finite, math.nan), outer
+
+
+def _powers_of_two(amax: Tensor, fmt: BlockFormat) -> Tensor:
+    """The scales that a power-of-two rule gives for finite maxima, in their dtype."""
+    significand, exponent = torch.frexp(amax.double())  # significand in [1/2, 1)
+    exponent = exponent - 1
+    if fmt.scale_rule is ScaleRule.CEIL:
+        exponent = exponent + (significand > 0.5).int()
+    elif fmt.scale_rule is ScaleRule.RCEIL:
+        exponent = exponent + (significand > math.frexp(fmt.element.max)[0]).int()
+    elif fmt.scale_rule is ScaleRule.EVEN:
+        top = 2.0 ** (fmt.element.mantissa_bits + 1)
+        exponent = exponent + (torch.floor(significand * top + 0.5) == top).int()
+    exponent = torch.where(amax == 0, fmt.scale.emin, exponent - fmt.element.emax)
+    exponent = exponent.clamp(fmt.scale.emin, fmt.scale.emax)
+    return _ldexp(torch.ones_like(significand), exponent).to(amax.dtype)
+
+
+def parts(fmt: BlockFormat) -> BlockFormat:
+    """The blocks that the sub-blocks of a format are."""
+    return dataclasses.replace(fmt, block_size=fmt.sub_block_size, sub_block_size=0, microexponent_bits=0)
+
+
+def blocks_of_parts(scale: Tensor, shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> Tensor:
+    """The block's scale for every sub-block. scale: of `grid`; the result: of the sub-blocks' grid."""
+    assert isinstance(fmt.block_size, int)
+    grid, d = _grid(shape, parts(fmt), axis), axis if shape else 0
+    return scale.repeat_interleave(fmt.block_size // fmt.sub_block_size, d).narrow(d, 0, grid[d])
+
+
+def sub_block_scales(x: Tensor, scale: Tensor, fmt: BlockFormat, axis: int) -> Tensor:
+    """The scale of every sub-block: `reference.sub_block_scale` on whole tensors; NaN in blocks whose scale is NaN.
+
+    x, axis: as for block_scales, which gave `scale`.
+    """
+    whole = blocks_of_parts(scale, tuple(x.shape), fmt, axis)
+    amax = _block_maxima(x, parts(fmt), axis)
+    own = _powers_of_two(amax.masked_fill(~torch.isfinite(amax), 0.0), fmt)
+    lowest = (whole * 2.0**-fmt.most_lowered).clamp(min=2.0**fmt.scale.emin)
+    return torch.minimum(torch.maximum(own, lowest), whole)  # NaN where `whole` is
+
+
+def element_scales(x: Tensor, scale: Tensor, fmt: BlockFormat, axis: int) -> Tensor:
+    """Every element's scale, of x's shape, the tensor scale left out. x, scale, axis: as for sub_block_scales."""
+    if not fmt.sub_block_size:
+        return expanded(scale, tuple(x.shape), fmt, axis)
+    return expanded(sub_block_scales(x, scale, fmt, axis), tuple(x.shape), parts(fmt), axis)
 
 
 def _block_size(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[int, ...]:
@@ -224,6 +278,11 @@ def _ldexp(values: Tensor, exponent: Tensor) -> Tensor:
     for part in (half, exponent.long() - half):
         values = values * ((part + 1023) << 52).view(torch.float64)
     return values
+
+
+def _exponents(powers: Tensor) -> Tensor:
+    """log2 of powers of two, as int64; 0 of NaN."""
+    return (torch.frexp(powers.double().nan_to_num(1.0))[1] - 1).long()
 
 
 def _codes(values: Tensor, fmt: Element) -> Tensor:

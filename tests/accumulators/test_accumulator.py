@@ -293,6 +293,7 @@ def test_narrow_tensors_are_read_exactly_and_rounded_once_more(dtype: torch.dtyp
 # ---------------------------------------------------------------------------------------------- the GPU's kernel
 
 
+@pytest.mark.gpu
 def test_triton_equals_numba() -> None:
     """Every kind of unit and every kind of number, in turn."""
     gpu = pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
@@ -307,6 +308,7 @@ def test_triton_equals_numba() -> None:
             assert_same_bits(out.cpu().numpy(), expected.numpy(), f"{name} {unit}")
 
 
+@pytest.mark.gpu
 def test_triton_on_batches_blocks_and_layouts() -> None:
     gpu = pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -423,6 +425,15 @@ def test_presets_equal_mma_sim(name: str) -> None:
     for i in range(0, 48, 5):
         dot = oracle.dot(a[i].reshape(-1).tolist(), b[i].reshape(-1).tolist(), PRESETS[name])
         assert_same_bits(np.float32([dot]), arrays[f"{name}.out"][i : i + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_equal_mma_sim_on_a_gpu(name: str) -> None:
+    arrays = np.load(GOLDEN)
+    a, b = golden_operands(name, arrays)
+    assert_same_bits(PRESETS[name].matmul(a.cuda(), b.cuda()).cpu().reshape(-1).numpy(), arrays[f"{name}.out"])
 
 
 # ---------------------------------------------------------------------------------------------- in a recipe

@@ -9,72 +9,115 @@ import pytest
 from scipy import stats
 
 from analysis import load
-from analysis.page import answer, report
+from analysis.page import answer, report, summary
 from analysis.statistics import power, tables
 from tests.analysis import run_folders as made
 
 
-def answers(folder: Path) -> list[answer.Answer]:
-    return list(answer.answers(report.all_tables(load.read(folder))))
+def answered(folder: Path) -> answer.Answer:
+    return answer.answer(report.all_tables(load.read(folder)))
+
+
+def gpt2(seeds: int) -> list[made.Config]:
+    return [config for config in made.quickstart(seeds) if config["model"]["name"] == "gpt2-micro"]
 
 
 def ablation(noise: float, seed: int) -> made.Config:
     return made.config("gpt2-micro", "lmd", "float32", seed, noise_scale=noise)
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 5])
-def test_a_task_is_answered_in_at_most_three_sentences(tmp_path: Path, seeds: int) -> None:
-    for found in answers(made.write_runs(tmp_path / "grid", made.quickstart(seeds))):
-        assert 1 <= len(found.sentences) <= 3
-        assert all(sentence.endswith(".") for sentence in [*found.sentences, *found.decided])
+@pytest.mark.parametrize(
+    "configs", [made.quickstart(1), made.quickstart(3), gpt2(2)], ids=["one", "two tasks", "one task"]
+)
+def test_a_grid_is_answered_in_at_most_three_sentences(tmp_path: Path, configs: list[made.Config]) -> None:
+    found = answered(made.write_runs(tmp_path / "grid", configs))
+    assert 1 <= len(found.sentences) <= 3
+    assert all(sentence.endswith(".") for sentence in [*found.sentences, *found.decided])
 
 
 def test_what_is_said_as_decided_has_an_interval_without_0_and_the_rest_is_counted(tmp_path: Path) -> None:
     folder = made.write_runs(tmp_path / "grid", made.quickstart(3))
     runs = load.runs(folder)
-    for found, (_, mine) in zip(answers(folder), runs.groupby("model", sort=False), strict=True):
-        rows = pd.concat([tables.differences(mine), tables.contrasts(mine)])
-        decided = ((rows["low"] > 0) | (rows["high"] < 0)).sum()
-        said = [sentence for sentence in found.sentences if " seeds]" in sentence]
-        assert len(said) + len(found.decided) == decided
-        assert (found.undecided == "") == (decided == len(rows))
+    found = answered(folder)
+    rows = pd.concat([tables.differences(runs), tables.contrasts(runs), tables.optimizers(runs)])
+    decided = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
+    said = [sentence for sentence in found.sentences if "chance" not in sentence]
+    more = int(found.decided[-1].split()[0]) - 1 if "more are decided" in found.decided[-1] else 0
+    assert len(said) + len(found.decided) + more == decided
+    assert len(found.open) == len(rows) - decided
+    assert found.undecided.startswith(f"Undecided: {len(found.open)} of {len(rows)} comparisons; about ")
 
 
 def test_the_headline_compares_the_optimizers_in_the_format_that_costs_most(tmp_path: Path) -> None:
-    folder = made.write_runs(tmp_path / "grid", made.quickstart(5))
-    first = answers(folder)[0]
-    row = tables.contrasts(load.runs(folder)).set_index(["model", "format"]).loc[("gpt2-micro", "mxfp4_e2m1")]
-    assert row["high"] < 0
-    expected = f"[{-row['high']:.3f} to {-row['low']:.3f}, 5 seeds]"
-    assert first.sentences[0] == (
-        f"lmd loses {-row['difference']:.3f} nats less to mxfp4_e2m1 than adamw does {expected}."
+    folder = made.write_runs(tmp_path / "grid", gpt2(5))
+    first, second = answered(folder).sentences
+    runs = load.runs(folder)
+    row = tables.contrasts(runs).set_index("format").loc["mxfp4_e2m1"]
+    cost = tables.differences(runs).set_index(["optimizer", "format"])["difference"]
+    end = tables.optimizers(runs).set_index("format").loc["mxfp4_e2m1"]
+    assert row["high"] < 0 and end["high"] < 0
+    assert first == (
+        f"Training in mxfp4_e2m1 instead of float32 costs adamw {cost['adamw', 'mxfp4_e2m1']:.3f} nats of validation "
+        f"loss and lmd {cost['lmd', 'mxfp4_e2m1']:.3f} nats: lmd loses **{-row['difference']:.3f} nats less** "
+        f"(95% interval {-row['high']:.3f} to {-row['low']:.3f}, 5 seeds)."
+    )
+    assert second == (
+        f"Trained in mxfp4_e2m1, lmd ends **{-end['difference']:.3f} nats better** than adamw "
+        f"(95% interval {-end['high']:.3f} to {-end['low']:.3f}, 5 seeds)."
     )
 
 
+def test_optimizers_are_compared_seed_by_seed_in_every_format(tmp_path: Path) -> None:
+    runs = load.runs(made.write_runs(tmp_path / "grid", gpt2(3)))
+    values = runs.set_index(["optimizer", "format", "seed"])["primary_metric"].sort_index()
+    table = tables.optimizers(runs)
+    assert list(table["format"]) == list(made.FORMATS) and set(table["reference"]) == {"adamw"}
+    for row in table.to_dict("records"):
+        differences = values["lmd", row["format"]] - values["adamw", row["format"]]
+        assert (row["difference"], row["low"], row["high"]) == pytest.approx(tables.interval(differences))
+    assert tables.optimizers(runs[runs["format"] == "float32"]).empty
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
-    for found in answers(made.write_runs(tmp_path / "grid", made.quickstart(1))):
-        assert found.decided == []
-        assert found.undecided == "Undecided: 6 comparisons, too few seeds to say how many more."
+    found = answered(made.write_runs(tmp_path / "grid", gpt2(1)))
+    assert found.decided == [] and "one seed, which says nothing about chance" in found.sentences[0]
+    assert found.undecided == "Undecided: 9 of 9 comparisons; two or more seeds are needed to tell."
+
+
+def test_what_is_undecided_is_called_chance_with_the_seeds_that_would_decide() -> None:
+    row = {"n": 3, "difference": 0.1, "low": -0.1, "high": 0.3, "metric": "validation_loss"}
+    found = answer._comparison(row, "a loses **0.100 nats more**", "", "whether")
+    more = power.seeds_to_decide(0.1, power.sd_of_interval(-0.1, 0.3, 3)) - 3
+    assert found.headline == (
+        f"a loses 0.100 nats more, **which may be chance** (95% interval −0.100 to 0.300, 3 seeds; about {more:.0f} "
+        "more seeds would decide)."
+    )
 
 
 def test_a_grid_of_settings_is_answered_by_its_settings(tmp_path: Path) -> None:
     configs = [ablation(noise, seed) for noise in (0.05, 0.0) for seed in range(4)]
-    (found,) = answers(made.write_runs(tmp_path / "grid", configs))
-    assert "noise_scale 0.05 → 0" in " ".join([*found.sentences, *found.decided, found.undecided])
+    found = answered(made.write_runs(tmp_path / "grid", configs))
+    assert found.sentences[0].startswith("Changing noise scale from 0.05 to 0 makes lmd ")
 
 
 def test_lost_runs_are_said_on_the_first_screen(tmp_path: Path) -> None:
-    configs = made.quickstart(3)[:18]
+    configs = gpt2(3)
     lost = {made.signature(configs[0]): "diverged", made.signature(configs[1]): "failed"}
     outcome = lambda config: (lost.get(made.signature(config), "finished"), 100)  # noqa: E731
-    (found,) = answers(made.write_runs(tmp_path / "grid", configs, outcome))
+    found = answered(made.write_runs(tmp_path / "grid", configs, outcome))
     assert found.sentences[-1] == "Of 18 runs 1 diverged and 1 did not finish; they are in no mean."
 
 
 def test_a_grid_where_nothing_finished_says_so(tmp_path: Path) -> None:
-    configs = made.quickstart(2)[:4]
-    (found,) = answers(made.write_runs(tmp_path / "grid", configs, lambda config: ("diverged", 100)))
+    found = answered(made.write_runs(tmp_path / "grid", gpt2(2)[:4], lambda config: ("diverged", 100)))
     assert "No run has finished with a finite value." in found.sentences
+
+
+def test_the_question_is_the_first_sentence_of_the_docstring(tmp_path: Path) -> None:
+    results = load.read(made.write_grid(tmp_path, [], source='"""Is `a` better? In\n3.5 runs.\n\nMore."""\n'))
+    assert summary.question(results) == ("Is `a` better?", "In 3.5 runs.")
+    told = load.read(made.write_grid(tmp_path, [], source='"""What 3.5 runs say.\n\nMore?"""\n'))
+    assert summary.question(told) == ("", "What 3.5 runs say.")
 
 
 def test_the_seeds_that_would_decide_have_the_power_that_is_promised() -> None:

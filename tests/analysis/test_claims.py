@@ -137,6 +137,7 @@ def test_chance_decides_a_claim_in_at_most_one_of_twenty_grids(monkeypatch: pyte
         assert decided <= stats.binom.ppf(0.999, 100, 0.05), n
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_begins_with_the_question_and_the_verdicts(tmp_path: Path) -> None:
     configs = made.quickstart(3)
     folder = made.write_runs(tmp_path / "made", configs)
@@ -161,9 +162,10 @@ def test_a_report_begins_with_the_question_and_the_verdicts(tmp_path: Path) -> N
     ]
     document = {"version": 1, **grid, "claims": made_claims, "source_text": '"""Is it free?\n\nMore."""\n'}
     made.write_json(folder / "grid.json", document)
-    text = report.write_report(folder).read_text()
+    text = report.write_report(folder, figures=False).read_text()
     assert text.index("Is it free?") < text.index("refuted") < text.index("MXFP4 &lt;costs&gt; nothing.")
-    assert "0 of 3 runs diverged" in text
+    assert "The claim made before the runs is <strong>refuted</strong>." in text
+    assert "0% diverged" in text
     assert list(pd.read_csv(folder / "tables" / "claims.csv")["verdict"]) == ["refuted"]
     assert "stability" in {path.stem for path in (folder / "tables").iterdir()}
     assert stability.by_run(load.metrics(folder))["weight_growth"].notna().all()

@@ -17,13 +17,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from analysis import load
+from analysis.figures import comparisons, plots
 from analysis.figures import drawings as figures
-from analysis.figures import plots
 from analysis.page import report, summary
 from analysis.statistics import tables
 from tests.analysis import run_folders as made
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source"}
+WITHOUT_TEXT = ("style", "script")
 WHEN = datetime(2025, 1, 2, tzinfo=UTC)
 HOSTILE = "<script>alert('&\"')</script> $\\frac$"  # HTML, and what matplotlib takes for a formula
 
@@ -36,6 +37,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.pictures: list[str] = []
         self.texts: list[str] = []
         self.feed(text)
         assert self.open == []
@@ -43,6 +45,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        self.pictures += [value or "" for name, value in attributes if tag == "img" and name == "src"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -50,17 +53,17 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in WITHOUT_TEXT:
             self.texts.append(data)
 
     @property
     def images(self) -> list[bytes]:
         prefix = "data:image/svg+xml;base64,"
-        return [base64.b64decode(link.removeprefix(prefix)) for link in self.links if link.startswith(prefix)]
+        return [base64.b64decode(link.removeprefix(prefix)) for link in self.pictures]
 
 
 def written(folder: Path) -> Page:
-    return Page(report.write_report(folder).read_text())
+    return Page(report.write_report(folder, figures=False).read_text())
 
 
 def messy(folder: Path) -> list[made.Config]:
@@ -94,19 +97,32 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_needs_nothing_else(quick: Path) -> None:
     text = (quick / "report.html").read_text()
     page = Page(text)
-    assert "script" not in page.tags
     assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in page.links)
-    assert not re.search(r"@import|url\(", text)
-    anchors = re.findall(r'id="([^"]+)"', text)
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, flags=re.DOTALL)
+    assert [kind.split(" id=")[0].strip() for kind, _ in scripts] == ['type="text/plain"'] * 3 + ['type="module"']
+    assert all(re.fullmatch(r"[\w+/=]+", packed) for _, packed in scripts[:3])  # nothing that could end an element
+    assert not re.search(r"https?:|fetch|XMLHttpRequest", scripts[3][1])
+    rest = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"@import|url\(", rest)
+    anchors = re.findall(r'id="([^"]+)"', rest)
     assert len(anchors) == len(set(anchors))
     assert {link[1:] for link in page.links if link.startswith("#")} == set(anchors)
 
 
 def test_no_figure_is_missing(quick: Path) -> None:
     page = Page((quick / "report.html").read_text())
-    assert len(page.images) == 2 * 7  # what formats cost, final metric, two forests, two losses, weight growth, a model
+    # what formats cost; of each model: final metric, a map, three forests, two losses, weight growth, time
+    assert len(page.images) == 1 + 2 * 9
     assert all(image.startswith(b"<?xml") and b"<path" in image for image in page.images)
     assert all(b"<dc:date>" not in image for image in page.images)
+
+
+def test_every_figure_lies_beside_the_report_for_a_paper(quick: Path) -> None:
+    page = Page((quick / "report.html").read_text())
+    files = {path.name: path.read_bytes() for path in (quick / "figures").iterdir()}
+    assert sorted(page.images) == sorted(content for name, content in files.items() if name.endswith(".svg"))
+    assert {name.replace(".svg", ".pdf") for name in files if name.endswith(".svg")} <= files.keys()
+    assert all(content.startswith(b"%PDF") for name, content in files.items() if name.endswith(".pdf"))
 
 
 def test_same_folders_same_bytes_and_nothing_global_is_left_behind(quick: Path) -> None:
@@ -125,11 +141,12 @@ def test_every_signature_and_version_is_on_the_page(quick: Path) -> None:
     assert {"2.13.0", "Made-up CPU @ 2.0 GHz", "0123abcd", made.SOURCE} <= texts
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     configs = messy(tmp_path)
     page = written(tmp_path)
     whole = " ".join(page.texts)
-    assert "34 runs (model × 2, optimizer × 2, format × 3, seed × 3): 31 finished, 1 diverged, 1 failed, 1 unf" in whole
+    assert "34 runs (2 models, 2 optimizers, 3 formats, 3 seeds): 31 finished, 1 diverged, 1 failed, 1 unf" in whole
     assert "1 folder could not be used (listed below); 1 run not started." in whole
     for config in configs:
         assert made.signature(config) in whole
@@ -138,6 +155,7 @@ def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     assert any(text.startswith("Traceback (most recent call last)") for text in page.texts)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_all_text_of_a_run_folder_is_escaped(tmp_path: Path) -> None:
     pairs = [(format, prior) for format in ("float32", HOSTILE) for prior in (HOSTILE, "b")]
     configs = [made.config("gpt2-micro", "lmd", format, 0, prior=prior) for format, prior in pairs]
@@ -149,7 +167,7 @@ def test_all_text_of_a_run_folder_is_escaped(tmp_path: Path) -> None:
         path = made.write_run(tmp_path, config, "failed", 20, commit=HOSTILE) / "result.json"
         made.write_json(path, json.loads(path.read_text()) | {"cause": HOSTILE, "traceback": HOSTILE})
     page = written(tmp_path)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 4  # the page's own
     assert page.texts.count(HOSTILE) > 10
 
 
@@ -158,17 +176,18 @@ def without_times(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "tables").iterdir() if path.stem not in skipped}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_of_a_resumed_grid_equal_those_of_an_uninterrupted_one(quick: Path, tmp_path: Path) -> None:
     again = tmp_path / "quickstart"
-    shutil.copytree(quick, again, ignore=shutil.ignore_patterns("tables", "report.html"))
+    shutil.copytree(quick, again, ignore=shutil.ignore_patterns("tables", "figures", "report.html"))
     for config in made.quickstart():
         run = again / made.signature(config)
         environment = json.loads((run / "env.json").read_text())
         made.write_json(run / "env.json", environment | {"started_at": "2025-02-02", "resumed": [environment]})
         made.write_json(run / "result.json", json.loads((run / "result.json").read_text()) | {"time_s": 77.0})
-    report.write_report(again)
+    report.write_report(again, figures=False)
     assert without_times(again) == without_times(quick)
-    assert len(without_times(again)) == 2 * 12
+    assert len(without_times(again)) == 2 * 13
 
 
 def test_the_files_hold_the_frames(quick: Path) -> None:
@@ -179,17 +198,19 @@ def test_the_files_hold_the_frames(quick: Path) -> None:
     pd.testing.assert_frame_equal(back, frames["arms"], check_exact=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_place_for_the_report(quick: Path, tmp_path: Path) -> None:
     target = tmp_path / "elsewhere" / "page.html"
-    assert report.write_report(quick, target) == target
+    assert report.write_report(quick, target, figures=False) == target
     assert target.is_file()
     assert (tmp_path / "elsewhere" / "tables" / "arms.csv").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("full", ["report.html", "arms.csv", "runs.parquet"])
 def test_a_full_disk_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
     made.write_runs(tmp_path, made.quickstart(1)[:2])
-    report.write_report(tmp_path)
+    report.write_report(tmp_path, figures=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     (tmp_path / made.signature(made.quickstart(1)[0]) / "result.json").unlink()
     write = Path.write_bytes
@@ -202,13 +223,14 @@ def test_a_full_disk_leaves_the_previous_report(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "write_bytes", limited)
     with pytest.raises(OSError, match=r"^cannot write the report to .*report\.html: No space left on device$"):
-        report.write_report(tmp_path)
+        report.write_report(tmp_path, figures=False)
     after = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert after | {tmp_path / made.signature(made.quickstart(1)[0]) / "result.json"} == set(before)
     kept = [path for path in after if path.name in (full, "report.html")]
     assert [path.read_bytes() for path in kept] == [before[path] for path in kept]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_bad_places_are_one_clear_error(quick: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no grid folder"):
         report.write_report(tmp_path)
@@ -220,21 +242,23 @@ def test_bad_places_are_one_clear_error(quick: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_without_a_result_has_a_report(tmp_path: Path) -> None:
     made.write_grid(tmp_path / "none", made.quickstart())
     assert "No run can be read yet. 24 runs not started." in written(tmp_path / "none").texts
     for status in ("diverged", "failed", "unfinished"):
         made.write_runs(tmp_path / status, made.quickstart(1), lambda _, status=status: (status, 30))
         page = written(tmp_path / status)
-        assert any(f"12 {status}." in text for text in page.texts)
+        assert any(f"all {status}." in text for text in page.texts)
         assert "No run has finished with a finite value." in page.texts
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_prints_no_interval(tmp_path: Path) -> None:
     made.write_runs(tmp_path, [config for config in made.quickstart(1) if config["model"]["name"] == "gpt2-micro"])
     page = written(tmp_path)
     assert not any(re.search(r"\[[+−]", text) for text in page.texts)
-    assert page.texts.count("n = 1") == 4 + 2  # differences and contrasts
+    assert page.texts.count("n = 1") == 4 + 2 + 3  # differences, contrasts, optimizers
 
 
 def test_a_large_grid_keeps_the_size_of_the_page(tmp_path: Path) -> None:
@@ -249,11 +273,12 @@ def test_a_large_grid_keeps_the_size_of_the_page(tmp_path: Path) -> None:
     ]
     made.write_runs(tmp_path, configs)
     page = written(tmp_path)
-    assert len(page.images) == 6  # as for the quickstart, the settings' forest in place of the optimizers'
+    assert len(page.images) == 1 + 8  # as for the quickstart, the settings' forest in place of the optimizers'
     heights = [float(re.search(rb'<svg [^>]*height="([\d.]+)pt"', image).group(1)) for image in page.images]  # type: ignore[union-attr]
     assert max(heights) < 72 * 10
-    assert any(f"The {figures.ROWS} largest of 90 differences are drawn" in text for text in page.texts)
-    assert 'class="box long"' in (tmp_path / "report.html").read_text()
+    assert any(f"The {comparisons.ROWS} largest of 90 differences are drawn" in text for text in page.texts)
+    text = (tmp_path / "report.html").read_text()
+    assert 'class="box long"' in text and len(text) <= 5_000_000
 
 
 def test_a_level_has_one_colour_in_every_task(tmp_path: Path) -> None:
@@ -285,6 +310,7 @@ def test_a_missing_setting_is_a_level_and_stays_on_the_figures(tmp_path: Path) -
     assert set(roles.label(runs)["optimizer.noise_scale"]) == {"0", "0.1", "–"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_of_variations_is_compared_with_its_first_arm(tmp_path: Path) -> None:
     """Names say what differs from it; a difference far from the others makes the axis logarithmic."""
     configs = [
@@ -294,7 +320,7 @@ def test_a_grid_of_variations_is_compared_with_its_first_arm(tmp_path: Path) -> 
         for settings in ({}, {"weight_decay": 0.0}, {"weight_decay": 0.3})
     ]
     folder = made.write_runs(tmp_path / "runs", configs)
-    report.write_report(folder)
+    report.write_report(folder, figures=False)
     page = (folder / "report.html").read_text()
     assert "Against the first arm" in page and "is logarithmic" not in page
     assert "of lmd, weight_decay 0.1" in page and ">float32<" not in page.split("What ran where")[0]
@@ -302,7 +328,7 @@ def test_a_grid_of_variations_is_compared_with_its_first_arm(tmp_path: Path) -> 
     result = json.loads(far.read_text())
     result["final"]["validation_loss"] = 900.0
     made.write_json(far, result)
-    report.write_report(folder)
+    report.write_report(folder, figures=False)
     assert "is logarithmic" in (folder / "report.html").read_text()
 
 
@@ -313,8 +339,15 @@ def test_plots_draw_every_run_on_the_axes_they_are_given(quick: Path) -> None:
     losses = results.metrics.query("split == 'validation' and metric == 'loss'")
     losses = losses.merge(runs, on="signature", suffixes=("", "_of_run"))
     ax = Figure().subplots()
-    assert plots.curves(losses, ax, hue="format", colours=colours, label="loss") is ax
-    assert len(ax.get_lines()) == len(runs)
+    alone = losses[losses["optimizer"] == "lmd"]
+    assert plots.curves(alone, ax, hue="format", colours=colours, label="loss") is ax
+    assert len(ax.get_lines()) == alone["signature"].nunique() == 6
+    ax = Figure().subplots()
+    plots.curves(losses, ax, hue="format", colours=colours, label="loss")
+    for level, band in zip(made.FORMATS, ax.collections, strict=True):  # four runs of a colour: a band over all of them
+        (box,) = band.get_paths()
+        values = losses.loc[losses["format"] == level, "value"]
+        assert (box.vertices[:, 1].min(), box.vertices[:, 1].max()) == (values.min(), values.max())
     ax = Figure().subplots()
     assert plots.final_metric(runs, ax, hue="format", colours=colours, intervals=False) is ax
     assert sum(len(points.get_offsets()) for points in ax.collections) == len(runs)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis import load
+from analysis.figures.rounding import maps
 from analysis.page import telemetry
 from analysis.page.report import write_report
 from tests.analysis import run_folders as made
@@ -87,8 +88,9 @@ def test_gradients_by_arm(folder: Path) -> None:
     assert lines["cosine"].tolist() == pytest.approx([0.845, 0.845])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_shows_it(folder: Path) -> None:
-    page = write_report(folder).read_text()
+    page = write_report(folder, figures=False).read_text()
     for part in ("What rounding did", "Signal to rounding noise by site", "head/linear", "blocks.0/softmax"):
         assert part in page
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables" / "telemetry.parquet"), load.telemetry(folder))
@@ -103,12 +105,13 @@ def test_many_sites_and_formats_fit(folder: Path) -> None:
         for i in range(8)
         for k in range(60)
     ]
-    drawing = telemetry.sqnr(runs, pd.DataFrame(rows))
-    assert drawing is not None and drawing.svg.startswith(b"<?xml")
+    (drawing,) = maps(runs, pd.DataFrame(rows).rename(columns={"format": "rounded_to"}))  # nothing is clipped
+    assert drawing.svg.startswith(b"<?xml")
     assert "The 40 operands of the lowest medians in a format are drawn, of 60." in drawing.caption
     assert "Panels for f6, f7 are left out." in drawing.caption
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_torn_file_is_a_problem_and_the_run_is_kept(folder: Path) -> None:
     torn = made.signature(made.config("gpt2-micro", "adamw", "float32", 0))
     (folder / torn / "telemetry.parquet").write_bytes(b"PAR1")
@@ -116,9 +119,10 @@ def test_a_torn_file_is_a_problem_and_the_run_is_kept(folder: Path) -> None:
     (problem,) = results.problems.to_dict("records")
     assert problem["folder"] == torn and problem["reason"].startswith("telemetry.parquet cannot be read")
     assert torn in set(results.runs["signature"]) and torn not in set(results.telemetry["signature"])
-    assert "telemetry.parquet cannot be read" in write_report(folder).read_text()
+    assert "telemetry.parquet cannot be read" in write_report(folder, figures=False).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("name", "missing"), [("telemetry", "origin"), ("telemetry_cosines", "cosine")])
 def test_a_table_without_a_column_that_is_read_is_a_problem(name: str, missing: str, folder: Path) -> None:
     strange = made.signature(made.config("gpt2-micro", "adamw", "float32", 0))
@@ -126,21 +130,23 @@ def test_a_table_without_a_column_that_is_read_is_a_problem(name: str, missing: 
     pd.read_parquet(path).drop(columns=missing).to_parquet(path)
     (problem,) = load.read(folder).problems.to_dict("records")
     assert problem["folder"] == strange and problem["reason"].startswith(f"{name}.parquet has no column {missing}; ")
-    assert f"{name}.parquet has no column {missing}" in write_report(folder).read_text()
+    assert f"{name}.parquet has no column {missing}" in write_report(folder, figures=False).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_telemetry_there_is_nothing_of_it(tmp_path: Path) -> None:
     made.write_runs(tmp_path, made.quickstart(seeds=1))
     assert load.telemetry(tmp_path).empty
-    assert "What rounding did" not in write_report(tmp_path).read_text()
+    assert "What rounding did" not in write_report(tmp_path, figures=False).read_text()
     assert not (tmp_path / "tables" / "telemetry.parquet").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_another_call_are_counted_and_no_problem(tmp_path: Path) -> None:
     configs = [made.config("gpt2-micro", "adamw", name, 0) for name in made.FORMATS]
     made.write_runs(tmp_path, configs)
     made.write_grid(tmp_path, configs[:2])
     results = load.read(tmp_path)
     assert results.problems.empty and results.not_listed == [made.signature(configs[2])]
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path, figures=False).read_text()
     assert "1 run in this folder that grid.json does not list" in page and "mxfp4_e2m1" not in page

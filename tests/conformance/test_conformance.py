@@ -63,6 +63,7 @@ def test_these_conform(fmt: formats.Format) -> None:
     assert str(certificate).startswith(f"{fmt.name} conforms")
 
 
+@pytest.mark.gpu
 @pytest.mark.full
 @pytest.mark.parametrize("fmt", [*formats.ALL_FORMATS.values(), *ODD_ONES], ids=lambda fmt: fmt.name)
 def test_every_named_format_conforms(fmt: formats.Format) -> None:

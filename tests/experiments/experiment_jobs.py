@@ -74,6 +74,24 @@ def announce_and_wait(file: str) -> str:
     return "stopped"
 
 
+def signal_job_once(file: str, number: int) -> str:
+    """The first time, send the process above this worker a signal and work until asked to stop."""
+    if Path(file).exists():
+        return "again"
+    Path(file).touch()
+    os.kill(os.getppid(), number)
+    while not stop_requested():
+        time.sleep(0.01)
+    return "stopped"
+
+
+def visible_gpus(file: str, others: list[str]) -> str | None:
+    """What this worker sees, once the other calls run too."""
+    Path(file).touch()
+    wait_until(lambda: all(Path(other).exists() for other in others))
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def wait_until(condition: Any, timeout_s: float = 60) -> None:
     """Poll for something another process does. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s

@@ -13,12 +13,12 @@ from experiments.command import cli
 from experiments.grids import load_grid
 from experiments.grids.adaptive import Adaptive, Outcome, Rounds
 from experiments.grids.source_files import GridError, SourceError
-from experiments.running.executors import SlurmExecutor, StoppableExecutor
+from experiments.running.executors import StoppableExecutor
 from experiments.running.grid import Row, run_grid
 from experiments.training.config import Config
 from experiments.training.optimizers import SGD
 from tests.experiments.experiment_jobs import Here, one_thread, tiny_config
-from tests.experiments.test_executors import fake_slurm
+from tests.experiments.test_executors import submitit_executor
 from tests.experiments.test_grid import contents
 
 
@@ -132,15 +132,13 @@ def test_the_order_in_which_runs_end_is_not_seen(
 
 
 def test_a_scheduler_runs_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_slurm(tmp_path / "slurm", monkeypatch)
-
     def play() -> Rounds:
         (outcome,) = yield [config(0.01)]
         yield [config(outcome.final["validation_loss"] / 100)]
 
     here = run_grid(adaptive(play), tmp_path / "here" / "g", Here())
-    with SlurmExecutor(tmp_path / "jobs", poll_s=0.05) as slurm:
-        assert run_grid(adaptive(play), tmp_path / "g", slurm) == here
+    with submitit_executor(tmp_path / "jobs", monkeypatch) as scheduler:
+        assert run_grid(adaptive(play), tmp_path / "g", scheduler) == here
     assert [row.status for row in here] == ["finished", "finished"]
 
 

@@ -69,6 +69,16 @@ def test_run_then_report_then_nothing_to_do(tmp_path: Path, capsys: pytest.Captu
         (["run", "no_such_grid"], "no grid file 'no_such_grid'; shipped grids: "),
         (["run", "quickstart", "--jobs", "0"], "jobs must be at least 1, is 0"),
         (["run", "quickstart", "--executor", "slurm"], "not on PATH: the slurm executor must run where jobs can be"),
+        (
+            ["run", "quickstart", "--executor", "dask", "--gpus", "0"],
+            "--gpus goes with --executor local",
+        ),
+        (["run", "quickstart", "--runs-per-job", "9"], "--runs-per-job goes with --executor slurm, not with local"),
+        (
+            ["run", "quickstart", "--gpus", "0", "--processes-per-run", "2"],
+            "--gpus 0: there are not 2",
+        ),
+        (["run", "quickstart", "--twin"], "quickstart.py: grid() has no small twin"),
         (["report", "nowhere/grid"], "nowhere/grid holds no grid (no grid.json); there are: none beside it"),
         (["bench", "quantise"], "no benchmark 'quantise'; there are: "),
     ],

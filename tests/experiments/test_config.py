@@ -48,6 +48,7 @@ EVERY_PART = [
     *(text_config(recipe=named_recipe(name)) for name in ALL_RECIPES),
     *(text_config(recipe=GivenRecipe("ours", Recipe(Gemm(accumulate=a)))) for a in ACCUMULATORS),
     text_config(clip_norm=None, grid="a", telemetry_every=10),
+    text_config(autocast="bfloat16", micro_batches=4, recompute=True),
     text_config(data=StdlibText(half=2), begin_with="0123456789abcdef"),
 ]
 
@@ -98,7 +99,8 @@ def test_every_field_enters_the_signature() -> None:
         if name == "metrics":  # classes of one's own: test_own_metric.py
             continue
         value = {"divergence_factor": 8.0, "telemetry_every": 3, "begin_with": "0123456789abcdef"}.get(name, value)
-        add(dataclasses.replace(base, **{name: changed(value)} if name != "checkpoint_every" else {name: 7}))
+        other = {"checkpoint_every": 7, "autocast": "bfloat16"}.get(name) or changed(value)
+        add(dataclasses.replace(base, **{name: other}))
     for name, value in leaves(base.optimizer):
         other = "flat" if name == "prior" else changed(value)
         add(dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, **{name: other})))
@@ -190,6 +192,15 @@ def test_numbers_of_equal_value_are_equal_settings() -> None:
     assert text_config(optimizer=AdamW(lr=1)).signature() == text_config(optimizer=AdamW(lr=1.0)).signature()
 
 
+def test_settings_that_came_later_are_written_only_where_they_are_used() -> None:
+    """So a run from before has the signature it had, and its config is read."""
+    base = text_config()
+    assert not set(Config.later) & set(base.to_dict())
+    assert through_json(base) == base
+    used = text_config(autocast="bfloat16", micro_batches=2)
+    assert {"autocast", "micro_batches"} == set(Config.later) & set(used.to_dict())
+
+
 def without(data: dict[str, Any], *path: str) -> dict[str, Any]:
     name, *rest = path
     return {k: without(v, *rest) if k == name else v for k, v in data.items() if rest or k != name}
@@ -220,6 +231,8 @@ def with_value(data: dict[str, Any], value: Any, *path: str) -> dict[str, Any]:
         (("optimizer", "betas"), [0.9], r"AdamW.betas must be .*, is \(0.9,\)"),
         (("optimizer", "betas"), [0.9, 1.0], r"betas and momentum must lie in \[0, 1\), got 1.0"),
         (("seed",), -1, r"seed must lie in"),
+        (("autocast",), "float16", r"autocast must be one of bfloat16, or None, is 'float16'"),
+        (("micro_batches",), 3, r"micro_batches must divide batch_size; 3 does not divide 16"),
         (("data",), None, r"data set must be an object, is None"),
         (("recipe",), None, r"recipe must be an object, is None"),
     ],

@@ -1,5 +1,10 @@
 """Data sets: batches are functions of (seed, step), held-out data are held out, loaders read the real layouts."""
 
+import base64
+import io
+import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.training import data
-from experiments.training.data import Digits, ImageFolders, StdlibText, TokenFiles
+from experiments.command.cli import main
+from experiments.training import data, image_files
+from experiments.training import token_files as files
+from experiments.training.data import Digits, ImageFolders, ImageShards, StdlibText, TokenFiles
 from experiments.training.models import gpt2, vit
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.vit import ViTConfig
@@ -130,7 +137,7 @@ def test_image_folders(tmp_path: Path) -> None:
     held_out = list(loaded.validation_batches(4))
     assert [len(labels) for _, labels in held_out] == [4, 2]
     assert torch.cat([labels for _, labels in held_out]).tolist() == [0, 0, 0, 1, 1, 1]
-    red = (torch.tensor([250, 10, 10]) / 255 - torch.tensor(loaded.MEAN)) / torch.tensor(loaded.STD)
+    red = (torch.tensor([250, 10, 10]) / 255 - torch.tensor(image_files.MEAN)) / torch.tensor(image_files.STD)
     assert torch.allclose(held_out[0][0][0], red.view(3, 1, 1).expand(3, 24, 24), atol=0.03)  # JPEG's error
     before = config.fingerprint()
     (tmp_path / "train" / "n01" / "0.jpeg").unlink()
@@ -157,3 +164,106 @@ def test_image_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         config.load(vit.BASE)
     with pytest.raises(ValueError, match="has no train/CLASS/"):
         ImageFolders(folder=str(tmp_path / "nowhere")).fingerprint()
+
+
+# --- shards, and the commands that make them ---
+
+
+def shards(folder: Path, images: dict[str, list[tuple[bytes, int]]]) -> ImageShards:
+    """The images and labels of each split in shards of two, as WebDataset has them."""
+    for split, members in images.items():
+        for first in range(0, len(members), 2):
+            with tarfile.open(folder / f"{split}-{first:02d}.tar", "w") as tar:
+                for i, (content, label) in enumerate(members[first : first + 2]):
+                    for name, data in ((f"./{first + i}.cls", str(label).encode()), (f"./{first + i}.png", content)):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    return ImageShards(folder=str(folder))
+
+
+def test_shards_give_the_images_that_folders_give(tmp_path: Path) -> None:
+    """Also where the batches of later steps were decoded ahead."""
+    folders = image_folders(tmp_path / "folders")
+    model = ViTConfig(name="v", layers=1, heads=1, d_model=8, image_size=24, patch_size=8, channels=3, classes=2)
+    of_folders = folders.load(model)
+    content = {
+        split: [(image.path.read_bytes(), image.label) for image in images]
+        for split, images in (("train", of_folders.train), ("val", of_folders.held_out))
+    }
+    (tmp_path / "shards").mkdir()
+    config = shards(tmp_path / "shards", content)
+    of_shards = config.load(model)
+    for step in (0, 1, 2, 9, 1):
+        pairs = zip(of_folders.train_batch(3, step, 5), of_shards.train_batch(3, step, 5), strict=True)
+        fresh = config.load(model).train_batch(3, step, 5)[0]
+        (images, same), labels = pairs
+        assert torch.equal(images, same) and torch.equal(same, fresh) and torch.equal(*labels)
+    held_out = zip(of_folders.validation_batches(4), of_shards.validation_batches(4), strict=True)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in held_out)
+    with pytest.raises(ValueError, match="has a label 1, v has 1 classes"):
+        config.load(replace(model, classes=1))
+    with tarfile.open(tmp_path / "shards" / "train-99.tar", "w") as tar:
+        tar.add(of_folders.train[0].path, "lonely.png")
+    with pytest.raises(ValueError, match=r"train-99\.tar has image lonely without a \.cls"):
+        config.load(model)
+
+
+def test_how_a_stream_of_tokens_is_cut_changes_no_batch(tmp_path: Path) -> None:
+    texts = {"train": ["grüße " * 20, "", "x" * 50], "val": ["held out " * 9]}
+    words = files.tokenizer("bytes")
+    streams = []
+    for shard_tokens in (7, 10_000):
+        folder = tmp_path / str(shard_tokens)
+        assert files.write_tokens(folder, texts, words, shard_tokens) == {"train": 213, "val": 82}
+        streams.append(TokenFiles(folder=str(folder), validation_windows=5).load(replace(TEXT_MODEL, vocab_size=257)))
+    (cut, whole), step = streams, 4
+    assert whole.train[:].tolist() == cut.train[:].tolist()
+    assert bytes(whole.train[:160].tolist()).decode() == "grüße " * 20 and whole.train[160] == 256
+    assert torch.equal(cut.train_batch(1, step, 64)[0], whole.train_batch(1, step, 64)[0])
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(*(s.validation_batches(2) for s in streams), strict=True))
+    with pytest.raises(ValueError, match="are of 257 kinds, g has vocab_size 256"):
+        TokenFiles(folder=str(tmp_path / "7")).load(TEXT_MODEL)
+    with pytest.raises(ValueError, match="7 exists; give another --output"):
+        files.write_tokens(tmp_path / "7", texts, words)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "two.tiktoken"])
+def test_prepare_writes_what_the_tokenizer_says(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {f"{name}.txt": f"{name} the theme\n" * 3 for name in "abcd"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    file = tmp_path / kind
+    if kind == "tokenizer.json":
+        tokenizers = pytest.importorskip("tokenizers")
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        )
+        made.train_from_iterator(texts.values(), trainer)
+        made.save(str(file))
+        decode = made.decode
+    else:
+        tiktoken = pytest.importorskip("tiktoken")
+        ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+        file.write_text("".join(f"{base64.b64encode(word).decode()} {rank}\n" for word, rank in ranks.items()))
+        decode = tiktoken.Encoding("", pat_str=files.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}).decode
+    command = ["data", "prepare", str(tmp_path), "--tokenizer", str(file), "--output", str(tmp_path / "out")]
+    assert main([*command, "--validation", "0.25"]) == 0
+    described = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    streams = {split: np.fromfile(tmp_path / "out" / f"{split}-00000.bin", "<u2") for split in ("train", "val")}
+    found = []
+    for split, stream in streams.items():
+        assert stream[-1] == described["end"] and len(stream) == described["tokens"][split]
+        ends = np.flatnonzero(stream == described["end"])
+        found += [decode(part[part != described["end"]].tolist()) for part in np.split(stream, ends + 1)[:-1]]
+        assert (
+            len(ends) == (3 if split == "train" else 1) and len(stream) < sum(map(len, texts.values())) * len(ends) / 4
+        )
+    assert sorted(found) == sorted(texts.values())
+    assert main(command) == 2 and "exists" in capsys.readouterr().err
+    assert main([*command[:4], str(tmp_path / "none"), *command[5:]]) == 2
+    assert "cannot read the tokenizer" in capsys.readouterr().err

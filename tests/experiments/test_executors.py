@@ -1,67 +1,95 @@
-"""One contract for every executor: local processes, Slurm (stand-ins for its commands), Dask where installed."""
+"""One contract for every executor: local processes, submitit (its processes stand in for Slurm's jobs), Dask.
+
+`test_slurm.py` does the same on a real Slurm.
+"""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.running.executors import DaskExecutor, LocalExecutor, SlurmExecutor, StoppableExecutor, WorkerDied
+from experiments.running.executors import DaskExecutor, LocalExecutor, StoppableExecutor, WorkerDied
+from experiments.running.slurm import SlurmExecutor, SubmititExecutor, gpu_groups
 from tests.experiments import experiment_jobs
-from tests.experiments.experiment_jobs import add, alive, announce_and_wait, die, fail, wait_until
-
-SBATCH = """#!/bin/bash
-for argument; do case $argument in --output=*) log=${argument#*=};; --wrap=*) wrap=${argument#*=};; esac; done
-echo "$@" >> "$FAKE_SLURM/submitted"
-setsid bash -c "$wrap" > "$log" 2>&1 < /dev/null & echo "$!;cluster"
-"""
-SQUEUE = """#!/bin/bash
-for argument; do case $argument in --jobs=*) jobs=${argument#*=};; esac; done
-for job in ${jobs//,/ }; do kill -0 $job 2> /dev/null && echo "$job RUNNING" || echo "$job COMPLETED"; done
-"""
-SCANCEL = """#!/bin/bash
-signal=TERM
-for argument; do case $argument in --signal=*) signal=${argument#*=};; -*) ;; *) kill -$signal $argument;; esac; done
-"""
+from tests.experiments.experiment_jobs import (
+    add,
+    alive,
+    announce_and_wait,
+    die,
+    fail,
+    signal_job_once,
+    visible_gpus,
+    wait_until,
+)
 
 
-def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """sbatch, squeue and scancel on PATH that start, list and signal ordinary processes."""
-    folder.mkdir()
-    for name, script in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
-        (folder / name).write_text(script)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(folder))
+class LocalQueue:
+    """Of jobs that submitit runs as processes of this machine; a job's id is its process's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def states(self) -> dict[str, str]:
+        jobs = [path.name.partition("_")[0] for path in self.folder.glob("*_submitted.pkl")]
+        return {job: "RUNNING" for job in jobs if alive(int(job))}
+
+    def end(self, jobs: Iterable[str]) -> None:
+        for job in jobs:
+            os.kill(int(job), signal.SIGTERM)
+
+
+class LocalBackend:
+    """submitit's LocalExecutor; holds its jobs, whose processes want to be waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.made: Any = pytest.importorskip("submitit").LocalExecutor(folder)
+        self.made.update_parameters(timeout_min=10)
+        self.jobs: list[Any] = []
+
+    def submit_array(self, packs: Sequence[Any]) -> list[Any]:
+        self.jobs += (jobs := self.made.submit_array(packs))
+        return jobs
+
+
+@contextmanager
+def submitit_executor(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[SubmititExecutor]:
+    """What SlurmExecutor is, with processes for jobs."""
     monkeypatch.setenv("PYTHONPATH", experiment_jobs.environment()["PYTHONPATH"])
-    return folder
+    backend = LocalBackend(folder)
+    with SubmititExecutor(backend, LocalQueue(folder), folder, poll_s=0.05, **settings) as executor:
+        yield executor
+    for job in backend.jobs:
+        job._process.wait()
 
 
-@pytest.fixture(params=["local-1", "local-2", "slurm", "dask"])
+@pytest.fixture(params=["local-1", "local-2", "submitit", "dask"])
 def executor(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[StoppableExecutor]:
     kind = request.param
-    if kind == "slurm":
-        fake_slurm(tmp_path / "slurm", monkeypatch)
-        made: StoppableExecutor = SlurmExecutor(tmp_path / "jobs", poll_s=0.05)
+    if kind == "submitit":
+        with submitit_executor(tmp_path / "jobs", monkeypatch, calls_per_job=4) as made:
+            yield made
     elif kind == "dask":
         pytest.importorskip("distributed")
         monkeypatch.setenv("PYTHONPATH", experiment_jobs.environment()["PYTHONPATH"])
-        made = DaskExecutor(jobs=2)
+        with DaskExecutor(jobs=2) as made:
+            yield made
     else:
-        made = LocalExecutor(int(kind[-1]))
-    with made:
-        yield made
+        with LocalExecutor(int(kind[-1])) as made:
+            yield made
 
 
 def test_executor_contract(executor: StoppableExecutor, tmp_path: Path) -> None:
     """Results belong to their calls, exceptions arrive with their message, a stop reaches a running job."""
-    sums = [executor.submit(add, i, b=1) for i in range(4)]
+    sums = executor.submit_many(add, [(i, 1) for i in range(4)])
     failed = executor.submit(fail, "not so")
     assert [future.result(60) for future in sums] == [1, 2, 3, 4]
     with pytest.raises(Exception, match="not so"):
@@ -136,50 +164,83 @@ def test_workers_end_when_their_parent_is_killed(how: int, tmp_path: Path) -> No
     wait_until(lambda: not any(alive(worker) for worker in workers))
 
 
-def test_slurm_passes_options_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm = fake_slurm(tmp_path / "slurm", monkeypatch)
-    with SlurmExecutor(tmp_path / "jobs", options=["--partition=gpu"], poll_s=0.05) as executor:
-        assert executor.submit(add, 1, 1).result(60) == 2
-    submitted = (slurm / "submitted").read_text()
-    assert (
-        "--partition=gpu" in submitted
-        and "experiments.running.executors tests.experiments.experiment_jobs:add" in submitted
-    )
-    assert list((tmp_path / "jobs").iterdir()) == []
+def test_a_worker_sees_the_gpus_it_was_given(tmp_path: Path) -> None:
+    """Also after another worker of its executor has died."""
+    files = [str(tmp_path / name) for name in "abc"]
+    with LocalExecutor(3, gpu_groups("0,1,2,3,4,5,6", 2)) as executor:
+        with pytest.raises(WorkerDied):
+            executor.submit(die).result(60)
+        seen = executor.submit_many(visible_gpus, [(file, files) for file in files])
+        assert sorted(future.result(60) for future in seen) == ["0,1", "2,3", "4,5"]
 
 
-def test_a_slurm_job_that_leaves_no_answer_fails_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_slurm(tmp_path / "slurm", monkeypatch)
-    with SlurmExecutor(tmp_path / "jobs", poll_s=0.05) as executor:
-        died = executor.submit(die)
+def test_a_job_at_its_time_limit_is_requeued_and_does_what_it_has_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "jobs"
+    with submitit_executor(folder, monkeypatch, calls_per_job=3) as executor:
+        calls = [(str(tmp_path / name), int(signal.SIGUSR2)) for name in "ab"]
+        (tmp_path / "a").touch()
+        again = executor.submit_many(signal_job_once, calls)
+        assert [future.result(60) for future in again] == ["again", "again"]
+    assert not folder.exists()
+
+
+def test_a_terminated_job_fails_with_its_log_and_the_calls_before_it_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with submitit_executor(tmp_path / "jobs", monkeypatch, calls_per_job=2) as executor:
+        (tmp_path / "a").touch()
+        calls = [(str(tmp_path / name), int(signal.SIGTERM)) for name in "ab"]
+        before, terminated = executor.submit_many(signal_job_once, calls)
+        assert before.result(60) == "again"
         with pytest.raises(WorkerDied, match="ended without an answer"):
-            died.result(60)
+            terminated.result(60)
 
 
-def test_a_cancelled_slurm_job_is_taken_from_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm = fake_slurm(tmp_path / "slurm", monkeypatch)
-    (slurm / "sbatch").write_text("#!/bin/bash\nsetsid sleep 1000 > /dev/null 2>&1 & echo $!\n")
-    (slurm / "squeue").write_text(SQUEUE.replace("RUNNING", "PENDING"))
-    with SlurmExecutor(tmp_path / "jobs", poll_s=0.05) as executor:
-        queued = executor.submit(add, 1, 1)
-        job = next(iter(executor._jobs))
-        assert queued.cancel()
-        wait_until(lambda: not alive(int(job)))
+def test_jobs_of_a_killed_command_are_ended_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with submitit_executor(tmp_path / "jobs", monkeypatch) as killed:
+        left = killed.submit(announce_and_wait, str(tmp_path / "running"))
+        wait_until((tmp_path / "running").exists)
+        with submitit_executor(tmp_path / "jobs", monkeypatch) as next_one:
+            assert next_one.submit(add, 1, 1).result(60) == 2
+        with pytest.raises(WorkerDied):
+            left.result(60)
 
 
 def test_slurm_refuses_what_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="sbatch, squeue, scancel not on PATH"):
+    with pytest.raises(ValueError, match="sbatch, srun, squeue, scancel, scontrol not on PATH"):
         SlurmExecutor(tmp_path / "jobs")
-    monkeypatch.undo()
-    slurm = fake_slurm(tmp_path / "slurm", monkeypatch)
+    for name in ("sbatch", "srun", "squeue", "scancel", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(ValueError, match="say how long a job may run, such as --sbatch=--time=2:00:00"):
+        SlurmExecutor(tmp_path / "jobs")
+    with pytest.raises(ValueError, match=r"long options with =.*got '-p gpu'"):
+        SlurmExecutor(tmp_path / "jobs", ["-p gpu"])
     local: Callable[[], None] = lambda: None  # noqa: E731
-    with SlurmExecutor(tmp_path / "jobs", poll_s=0.05) as executor:
+    with SlurmExecutor(tmp_path / "jobs", ["--time=10"], poll_s=0.05) as executor:
         with pytest.raises(ValueError, match="must be a function of an importable module"):
             executor.submit(local)
-        (slurm / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
-        with pytest.raises(OSError, match="sbatch failed: invalid partition"):
+        with pytest.raises(ValueError, match=r"(?s)the scheduler took no job.*invalid partition"):
             executor.submit(add, 1, 1)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"pip install 'lpsim\[slurm\]'"):
+        SlurmExecutor(tmp_path / "jobs")
+
+
+def test_slurm_hands_options_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sbatch", "srun", "squeue", "scancel", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = ["--time=1-00:00:00", "--cpus-per-task=4", "--exclusive", "--signal=USR2@300"]
+    with SlurmExecutor(tmp_path / "jobs", options, jobs=7, poll_s=0.05) as executor:
+        text = executor._backend._make_submission_file_text("COMMAND", "")
+        lines = [line for option in (*options, "--requeue") if (line := f"#SBATCH {option}") not in text.splitlines()]
+        assert lines == [] and text.count("--time") == text.count("--signal") == 1
+        assert "srun" in text and "--cpus-per-task=4 COMMAND" in text
 
 
 def test_dask_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,5 +255,5 @@ def test_local_needs_a_job() -> None:
 
 
 def test_importing_executors_loads_no_torch() -> None:
-    code = "import experiments.running.executors, sys; assert not {'torch', 'numpy', 'numba'} & sys.modules.keys()"
+    code = "import experiments.running.slurm, sys; assert not {'torch', 'numpy', 'numba'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=experiment_jobs.environment())

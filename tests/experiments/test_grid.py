@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Metrics and results of every run, times left out."""
 
     def timeless(value: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in value.items() if k not in ("time_ms", "time_s")}
+        return {k: v for k, v in value.items() if k not in ("time_ms", "time_s", "peak_memory_mb")}
 
     runs = {}
     for result in sorted(folder.glob("*/result.json")):
@@ -380,6 +380,18 @@ def test_the_shipped_grids_load() -> None:
     assert not {c.seed for c in tuned} & {c.seed for c in configs}
     chosen = {(c.model.name, c.optimizer) for c in configs}
     assert chosen < {(c.model.name, c.optimizer) for c in tuned}
+
+
+@pytest.mark.parametrize("name", ["paper_gpt2", "paper_vit"])
+def test_a_twin_has_the_arms_of_its_grid_on_the_same_kind_of_data(name: str) -> None:
+    (full, small) = (load_grid(name, twin=twin)[1] for twin in (False, True))
+    arms = [
+        [(type(c.optimizer), c.recipe, c.seed, type(c.data), type(c.model)) for c in configs]
+        for configs in (full, small)
+    ]
+    assert arms[0] == arms[1] and len({c.signature() for c in full}) == 78
+    with pytest.raises(GridError, match=r"quickstart\.py: grid\(\) has no small twin"):
+        load_grid("quickstart", twin=True)
 
 
 @pytest.mark.parametrize(

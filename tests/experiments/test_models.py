@@ -7,16 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.training.config import MODELS, Config
+from experiments.training.config import Config
+from experiments.training.config import model as shipped
 from experiments.training.data import Digits, ModelConfig, StdlibText
 from experiments.training.models import gpt2, huggingface, vit
 from experiments.training.optimizers import AdamW
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("gpt2-124m", 124_439_808), ("vit-b/16", 86_567_656)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("vit-s/16", 22_050_664),
+        ("vit-b/16", 86_567_656),
+        ("llama-60m", 58_073_600),
+        ("llama-350m", 367_969_280),
+    ],
+)
 def test_real_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    if name.startswith("llama"):
+        pytest.importorskip("transformers")
     with torch.device("meta"):
-        model = MODELS[name].build()
+        model = shipped(name).build()
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 

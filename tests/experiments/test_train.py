@@ -81,6 +81,7 @@ def test_a_resumed_run_is_bit_equal(name: str, tmp_path: Path) -> None:
     parts = run(config, tmp_path / "b", stops=(1, 5, 3))
     assert whole == parts
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert (tmp_path / "a" / "weights.json").read_bytes() == (tmp_path / "b" / "weights.json").read_bytes()
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 

@@ -21,6 +21,15 @@ INT8, INT32 = FixedFormat("int8", 8, 0), FixedFormat("int32", 32, 0)
         (INT8, INT32, 0.2 + 0.1),
         # MXFP8 E4M3: 4 bits of significand, and an 8-bit addition of exponents for each operand's 32 elements
         (formats.mxfp8_e4m3, formats.float32, 3.7 * (4 / 24) ** (math.log(3.7 / 1.1) / math.log(24 / 11)) + 0.901875),
+        # MX9: integers of 7 bits, 8 bits of exponent for 16 elements, 1 bit for 2; a table's two points 2 octaves apart
+        (
+            formats.mx9,
+            formats.float32,
+            0.2 * (7 / 8) ** (math.log2(15.5) / 2)
+            + 0.9
+            + 2 * 0.03 / 16
+            + 2 * 0.03 * 8 ** -(math.log2(0.1 / 0.03) / 2) / 2,
+        ),
     ],
 )
 def test_energy_at_the_published_points_and_below(fmt: formats.Format, accumulator: formats.Element, pj: float) -> None:
@@ -38,6 +47,8 @@ def test_energy_at_the_published_points_and_below(fmt: formats.Format, accumulat
         (formats.mxfp4_e2m1, formats.float32, 2 * 2 + 4 + 10 * 4 + 10 + 6 + 2.25 + 2 * 8 / 32),
         # the same elements; a scale of 4 significant bits times 10, for 16 elements
         (formats.nvfp4, formats.float32, 2 * 2 + 4 + 10 * 4 + 10 + 6 + 2.25 + 2 * 4 * 10 / 16),
+        # 7 bits of magnitude, no exponents; w = 7 + 7 + 1 + 1; a bit's adder and shifter for 2 elements of each operand
+        (formats.mx9, formats.float32, 7 * 7 + 16 + 6 + 2.25 + 2 * 8 / 16 + 2 * (1 + 16) / 2),
     ],
 )
 def test_area_by_hand(fmt: formats.Format, accumulator: formats.Element, cells: float) -> None:

@@ -78,6 +78,7 @@ def test_constants_stated_by_the_specifications() -> None:
     for fmt, constants in stated.items():
         assert (fmt.max, fmt.min_normal, fmt.min_subnormal) == constants
     assert [f.mxfp8_e4m3.bits, f.mxfp6_e3m2.bits, f.mxfp4_e2m1.bits, f.nvfp4.bits] == [8.25, 6.25, 4.25, 4.5]
+    assert [f.mx9.bits, f.mx6.bits, f.mx4.bits, f.msfp16.bits, f.msfp12.bits] == [9, 6, 4, 8.5, 4.5]
 
 
 @pytest.mark.parametrize(

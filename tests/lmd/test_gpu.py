@@ -25,6 +25,7 @@ from tests.lmd.test_kernels import (
     ulp,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = 2 * gpu.BLOCK + 7
 KINDS = pytest.mark.parametrize("kind", ["shared", "split"])

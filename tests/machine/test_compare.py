@@ -69,6 +69,16 @@ def test_bits_count_short_blocks_and_the_tensor_s_scale() -> None:
     assert list(bits) == [4 + 6 * 8 / 120, 4 + (9 * 8 + 32) / 120]
 
 
+def test_microexponents_count_in_bits_and_clipping() -> None:
+    """Rows of 37: three blocks of 16 and 19 pairs. A pair below 1 holds up to 127/128, one with a 1 up to 127/64."""
+    x = torch.full((2, 37), 0.5)
+    x[:, 0] = 1.0
+    x[:, 2:5] = torch.tensor([0.995, 0.99, 0.999])
+    row = compare([formats.mx9], {"w": x}).iloc[0]
+    assert row["bits"] == 8 + (3 * 8 + 19) / 37
+    assert row["clipped"] == 2 * 2 / 74  # 0.995 and 0.999; the next blocks have a shared exponent of their own
+
+
 def test_nothing_lost_is_infinite_and_zeros_are_flagged() -> None:
     rows = compare([formats.float32], {"w": NORMAL, "zero": torch.zeros(4)})
     assert rows.loc[0, "qsnr_db"] == math.inf and rows.loc[0, "flag"] == ""

@@ -49,6 +49,7 @@ def cases(many: bool):  # type: ignore[no-untyped-def]
     stochastic = Rounding.STOCHASTIC
     yield x, Quantizer(formats.mxfp6_e3m2), 1, 0
     yield x, Quantizer(formats.nvfp4, stochastic), 1, 0
+    yield x, Quantizer(formats.mx9), 1, 0
     yield x.bfloat16(), Quantizer(formats.bfloat16, Rounding.TO_ODD), 0, 0
     if not many:
         return

@@ -41,7 +41,10 @@ def half_amax(amax: float, element: object) -> float:
 
 
 OWN = BlockFormat("own", formats.float4_e2m1fn, formats.float8_e4m3fn, block_size=4, scale_rule=half_amax)
-BLOCKS = [*BLOCK, TILES, WHOLE, AXIS, RCEIL, EVEN, OWN]
+PARTS = BlockFormat(
+    "parts", formats.float4_e2m1fn, formats.float8_e8m0fnu, 24, ScaleRule.CEIL, sub_block_size=4, microexponent_bits=2
+)
+BLOCKS = [*BLOCK, TILES, WHOLE, AXIS, RCEIL, EVEN, OWN, PARTS]
 
 
 def without_nan(x: torch.Tensor, fmt: object) -> torch.Tensor:
@@ -78,6 +81,19 @@ def test_round_trip_in_every_dtype(fmt: object, dtype: torch.dtype) -> None:
         actual, expected = decode(encode(x, fmt)), Quantizer(fmt).quantize(x)
         assert actual.dtype is dtype
         assert_same_bits(actual.double().numpy(), expected.double().numpy(), f"{fmt.name} {dtype}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fmt", [*SCALAR, *ODD_ONES, *BLOCKS], ids=lambda fmt: fmt.name)
+def test_a_gpu_stores_the_same_bytes(fmt: object) -> None:
+    for array in hostile_tensors((5, 33)):
+        x = without_nan(torch.from_numpy(array), fmt)
+        for axis in (0, -1) if isinstance(fmt, BlockFormat) else (-1,):
+            here, there = encode(x, fmt, axis), encode(x.cuda(), fmt, axis)
+            for name in ("codes", "scales", "tensor_scale"):
+                assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), f"{fmt.name}, axis {axis}, {name}"
+            assert_same_bits(decode(there).cpu().numpy(), decode(here).numpy(), f"{fmt.name}, axis {axis}")
 
 
 def test_overflow_to_special_keeps_infinities() -> None:

@@ -42,6 +42,7 @@ class GPT2Config(Settings):
 
 MICRO = GPT2Config(name="gpt2-micro", layers=2, heads=4, d_model=64, context=64, vocab_size=256)
 SMALL = GPT2Config(name="gpt2-124m", layers=12, heads=12, d_model=768, context=1024, vocab_size=50257)
+MEDIUM = GPT2Config(name="gpt2-medium", layers=24, heads=16, d_model=1024, context=1024, vocab_size=50257)
 
 
 class Attention(nn.Module):

@@ -18,6 +18,22 @@ from torch import Tensor
 
 from experiments.training.settings import Settings
 
+# Llama's shape at the sizes of arXiv:2307.05695 (ReLoRA) and 2403.03507 (GaLore): a head of its own, contexts of 1024.
+LLAMAS: dict[str, dict[str, int]] = {
+    "llama-60m": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+    "llama-350m": {
+        "hidden_size": 1024,
+        "intermediate_size": 2736,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+}
+
 DROPOUT = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "drop_path_rate")  # ends of settings' names
 
 
@@ -113,6 +129,12 @@ def causal_lm(name: str, config: Any, context: int) -> TransformersCausalLM:
     """A language model by its transformers config; `name` is what tables call it. See this module's docstring."""
     kind, settings = _resolved(config, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     return TransformersCausalLM(name, kind, settings, context)
+
+
+def llama(name: str) -> TransformersCausalLM:
+    """The model of that name in LLAMAS, for 32,000 tokens."""
+    sizes = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 1024, **LLAMAS[name]}
+    return causal_lm(name, sizes, context=1024)
 
 
 def image_classifier(name: str, config: Any) -> TransformersImageClassifier:

@@ -52,6 +52,7 @@ MICRO_GLYPHS = replace(MICRO, name="vit-micro-glyphs", image_size=16, patch_size
 BASE = ViTConfig(
     name="vit-b/16", layers=12, heads=12, d_model=768, image_size=224, patch_size=16, channels=3, classes=1000
 )
+SMALL = replace(BASE, name="vit-s/16", heads=6, d_model=384)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lpsim.machine import precision
 from lpsim.machine.ops import exact
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.quantization.quantizer import Quantizer
@@ -104,7 +105,10 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, which the mode must see
-        with torch._C.DisableTorchFunction():  # what follows are the machine's ops, not the model's
+        with (
+            torch._C.DisableTorchFunction(),
+            precision.ensured(),
+        ):  # what follows are the machine's ops, not the model's
             if torch.is_grad_enabled():  # create_graph=True
                 return once_differentiable(_backward)(ctx, lhs, rhs, grad)
             if torch.is_autocast_enabled(grad.device.type):

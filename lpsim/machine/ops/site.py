@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lpsim.formats.rounding import Key, Rounding
 from lpsim.machine.ops import exact
@@ -103,23 +104,32 @@ class Observer(Protocol):
 class Call:
     """One execution of an op at a site: quantizes its tensors by role, with this call's random bits."""
 
-    __slots__ = ("observer", "occurrence", "recipe", "seed", "site", "step")
+    __slots__ = ("observer", "occurrence", "part", "recipe", "seed", "site", "step", "whole")
 
-    def __init__(self, site: Site, seed: int, step: int, occurrence: int, observer: Observer | None) -> None:
+    def __init__(
+        self, site: Site, seed: int, step: int, occurrence: int, observer: Observer | None, part: int = 0
+    ) -> None:
         self.site = site
         self.recipe = site.recipe
         self.seed = seed
         self.step = step
         self.occurrence = occurrence
         self.observer = observer
+        self.part = part  # see Simulation.part
+        self.whole: tuple[Role, ...] = ()  # whose tensors are parameters, which every part of the batch has whole
 
     def at(self, n: int) -> Call:
         """The n-th of the calls that were reserved together with this one."""
-        return Call(self.site, self.seed, self.step, self.occurrence + n, self.observer)
+        return Call(self.site, self.seed, self.step, self.occurrence + n, self.observer, self.part)
 
-    def key(self, role: Role) -> Key:
-        """The key of one role's random bits. Its offset differs from that of every other role and call of the step."""
+    def key(self, role: Role, elements: int = 0) -> Key:
+        """The key of one role's random bits. Its offset differs from that of every other role and call of the step.
+
+        elements: of the tensor, where it may be one of several equal parts of the batch's.
+        """
         offset = (self.occurrence << ROLE_BITS | role) << ELEMENT_BITS
+        if self.part and role not in self.whole:
+            offset += self.part * elements
         return Key(self.seed, self.site.stream, self.step, offset)
 
     def quantize(self, role: Role, quantizer: Quantizer | None, x: Tensor, axis: int = -1) -> Tensor:
@@ -128,7 +138,7 @@ class Call:
             if self.observer is not None and role in _RESULTS:
                 self.observer(self, role, None, axis, x, x)
             return x
-        key = self.key(role) if quantizer.rounding is Rounding.STOCHASTIC else None
+        key = self.key(role, x.numel()) if quantizer.rounding is Rounding.STOCHASTIC else None
         result = quantizer.quantize(x, axis, key)
         if self.observer is not None:
             self.observer(self, role, quantizer, axis, x, result)
@@ -138,13 +148,21 @@ class Call:
         self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
     ) -> Tensor:
         """lhs · rhs + bias by the recipe's three products, before fprop.out rounds it; see Product for the shapes."""
+        if self.part:
+            self._see(lhs, rhs)
         return Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis)
 
     def gemm(
         self, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, *, lhs_axis: int = -1, rhs_axis: int = -2
     ) -> Tensor:
         """`product`, rounded by fprop.out."""
-        return self.out(Product.apply(lhs, rhs, bias, self, lhs_axis, rhs_axis))
+        return self.out(self.product(lhs, rhs, bias, lhs_axis=lhs_axis, rhs_axis=rhs_axis))
+
+    def _see(self, lhs: Tensor, rhs: Tensor) -> None:
+        """Note which operands are parameters: they, and their gradients, are no part of the batch."""
+        of_lhs = (Role.FPROP_LHS, Role.DGRAD_OUT, Role.WGRAD_LHS) if _is_parameter(lhs) else ()
+        of_rhs = (Role.FPROP_RHS, Role.DGRAD_RHS, Role.WGRAD_OUT) if _is_parameter(rhs) else ()
+        self.whole = (*of_lhs, *of_rhs)
 
     def out(self, x: Tensor) -> Tensor:
         """A product's result rounded by fprop.out; the gradient passes straight through."""
@@ -164,6 +182,11 @@ class Call:
         if x.requires_grad and torch.is_grad_enabled():
             return StraightThrough.apply(x, self, role, quantizer)
         return self.quantize(role, quantizer, x)
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether x is a parameter or a view of one."""
+    return isinstance(x, Parameter) or (x._is_view() and isinstance(x._base, Parameter))
 
 
 class Composite:

@@ -8,9 +8,11 @@ In: addresses and numbers. Out: a quantized tensor in memory. `quantization.cpu`
 
 from lpsim.quantization.cpu_kernels.elements import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC
 from lpsim.quantization.cpu_kernels.loops import Scales, kernel_for, overflow_to_special, tile_maxima
-from lpsim.quantization.cpu_kernels.rows import Field, Way, plain_row_at, row_at
+from lpsim.quantization.cpu_kernels.rows import ACROSS, DOWN, Field, Way, plain_row_at, row_at
 
 __all__ = [
+    "ACROSS",
+    "DOWN",
     "FEW",
     "GRID",
     "MANY",

@@ -22,7 +22,13 @@ from numba.np.arrayobj import populate_array
 
 from lpsim.quantization.cpu_kernels.random import fill_random
 from lpsim.quantization.cpu_kernels.rows import FINGERPRINT, Field, call_row
-from lpsim.quantization.cpu_kernels.scales import fill_maxima, power_of_two_scales, rounded_scales
+from lpsim.quantization.cpu_kernels.scales import (
+    fill_group_maxima,
+    fill_maxima,
+    power_of_two_scales,
+    rounded_scales,
+    sub_block_scales,
+)
 
 
 class Scales(enum.IntEnum):
@@ -36,7 +42,7 @@ _GIVEN, _SAME, _POWER_OF_TWO, _ROUNDED = (int(s) for s in Scales)
     _ROWS, _COLUMNS, _TILE_ROWS, _TILE_COLUMNS, _ELEMENTS, _BITS, _SCALES, _LANES,
     _FLOATS_AT, _INTEGERS_AT, _THRESHOLDS_AT, _THRESHOLDS, _VALUES_AT, _VALUES,
     _RULE_AT, _SCALE_AT, _INVERSE_AT, _NUMBERS_AT, _SCALE_FLOATS_AT, _SCALE_INTEGERS_AT,
-    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _,
+    _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _, _SUB_ROWS, _SUB_COLUMNS, _BLOCK_SHIFT,
 ) = (int(field) for field in Field)  # fmt: skip
 
 _FIELDS = len(Field)
@@ -69,11 +75,11 @@ def _array(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
 def _sections(columns, tile_columns, lanes):
     """A row as stretches: their count, their length, and log2 of the elements that share a scale in one.
 
-    A stretch has one scale (62), or groups of whole vectors with one scale each, or a scale an element.
+    A stretch has one scale (62), or groups of `lanes` elements or more with one scale each, or a scale an element.
     """
     if tile_columns == 1:
         return 1, columns, 62
-    for power in range(3, 9):
+    for power in range(1, 9):
         if tile_columns == 1 << power and tile_columns >= lanes:
             return 1, columns, power
     return -(-columns // tile_columns), tile_columns, 62
@@ -91,7 +97,7 @@ def _quantize_stretch(call, c, key, place, x_at, out_at, count, shift, plain, sc
     """A stretch of at most _PIECE elements if stochastic, the element number `place` its first.
 
     plain: 0, or the row for blocks whose scales are ordinary. scales: the addresses of the scales and their inverses,
-    and where `plain` is not 0 of the lowest exponents, lowest and highest elements. bits_at: where random bits lie.
+    and where `plain` is not 0 of what that row takes of the blocks. bits_at: where random bits lie.
     """
     scale_at, inverse_at, emin_at, lowest_at, highest_at = scales
     stochastic = c[_EXACT_ROW_AT] != 0
@@ -136,26 +142,30 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
         rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
         elements, source, stochastic = c[_ELEMENTS], c[_SCALES], c[_EXACT_ROW_AT] != 0
         x = _array(x_at, elements, element)
-        f, rule = _array(c[_FLOATS_AT], 5, compute), _array(c[_RULE_AT], 9, np.int64)
-        down, across = -(-rows // tile_rows), -(-columns // tile_columns)
+        f, rule = _array(c[_FLOATS_AT], 5, compute), _array(c[_RULE_AT], 10, np.int64)
+        sub_rows, sub_columns = c[_SUB_ROWS], c[_SUB_COLUMNS]
+        divided, upright = sub_rows != tile_rows or sub_columns != tile_columns, tile_columns == 1
+        parts = -(-tile_columns // sub_columns)
+        down, across = -(-rows // tile_rows), -(-columns // sub_columns)
         key = (seed & _LOW, (seed >> 32) & _LOW, stream_step & _LOW, (stream_step >> 32) & _LOW)
-        # what is known of the blocks in a row of tiles, and random bits: pieces of one memory
+        # what is known of the (sub-)blocks in a row of tiles, and random bits: pieces of one memory
         computed = across if source >= _POWER_OF_TWO else 1
-        memory = np.empty(6 * computed + (2 * (_PIECE + 256) if stochastic else 0) // 4 + 8, np.int64)
+        memory = np.empty(7 * computed + (2 * (_PIECE + 256) if stochastic else 0) // 4 + 8, np.int64)
         free = memory.ctypes.data
         m, emin = _array(free, computed, pattern), _array(free + 8 * computed, computed, np.int32)
         scale_at, inverse_at = free + 16 * computed, free + 24 * computed
         emin_at, lowest_at, highest_at = free + 8 * computed, free + 32 * computed, free + 40 * computed
         s, n = _array(scale_at, computed, scaling), _array(inverse_at, computed, scaling)
         lowest, highest = _array(lowest_at, computed, np.float32), _array(highest_at, computed, np.float32)
-        bits_at = (free + 48 * computed + 63) & -64
+        whole = _array(free + 48 * computed, computed, pattern)
+        bits_at = (free + 56 * computed + 63) & -64
         base, ordinary, plain_row = 0, False, c[_PLAIN_ROW_AT]
         if source <= _SAME:
             scale_at, inverse_at = c[_SCALE_AT], c[_INVERSE_AT]
             if plain_row != 0 and source == _SAME and _array(scale_at, 1, scaling)[0] == 1:
                 emin[0], ordinary = _array(c[_INTEGERS_AT], 11, integer)[0], True
                 lowest[0], highest[0] = f[0], f[1]
-        sections, section, shift = _sections(columns, tile_columns, c[_LANES])
+        sections, section, shift = _sections(columns, sub_columns, c[_LANES])
         piece = _PIECE if stochastic else columns
         if c[_LARGE_ROW_AT] != 0 and out_at % 64 == 0 and columns % 16 == 0 and section % 16 == 0:
             plain_row = c[_LARGE_ROW_AT]
@@ -163,24 +173,38 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
             top, bottom = _rows_of(tile_row, rows, tile_rows, down)
             if source == _GIVEN:
                 base = tile_row * across
-            elif source == _POWER_OF_TWO:
+            elif source == _POWER_OF_TWO and not divided:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
                 ordinary = power_of_two_scales(m, s, n, rule, f, emin, lowest, highest) and plain_row != 0
+            elif source == _POWER_OF_TWO and upright:
+                fill_maxima(x, whole, top, bottom, columns, 1)
+                ordinary = power_of_two_scales(whole, s, n, rule, f, emin, lowest, highest) and plain_row != 0
             elif source == _ROUNDED:
                 fill_maxima(x, m, top, bottom, columns, tile_columns)
                 g = _array(c[_SCALE_FLOATS_AT], 5, rule_compute)
                 h = _array(c[_SCALE_INTEGERS_AT], 11, rule_integer)
                 rounded_scales(m, computed, s, n, _array(c[_NUMBERS_AT], 5, element), g, h)
             for row in range(top, bottom):
+                if divided and (row - top) % sub_rows == 0:
+                    fill_maxima(x, m, row, min(row + sub_rows, bottom), columns, sub_columns)
+                    if not upright:
+                        blocks = whole[: -(-columns // tile_columns)]
+                        fill_maxima(_array(free, computed, element), blocks, 0, 1, computed, parts)
+                        ordinary = power_of_two_scales(blocks, s, n, rule, f, emin, lowest, highest) and plain_row != 0
+                    if stochastic or not ordinary:
+                        if not upright:
+                            fill_group_maxima(m, whole, parts)
+                        sub_block_scales(m, whole, s, n, rule)
                 begin = row * columns
                 length = min(columns, elements - begin)
                 for part in range(sections):
                     for low in range(part * section, min((part + 1) * section, length), piece):
                         count = min(piece, min((part + 1) * section, length) - low)
-                        at = base + low if tile_columns == 1 else base + part + ((low - part * section) >> shift)
+                        at = base + low if sub_columns == 1 else base + part + ((low - part * section) >> shift)
                         scales = (
                             scale_at + scale_size * at, inverse_at + scale_size * at,
-                            emin_at + 4 * at, lowest_at + 4 * at, highest_at + 4 * at,
+                            emin_at + 4 * (low >> c[_BLOCK_SHIFT] if divided else at),
+                            free + 4 * at if divided else lowest_at + 4 * at, highest_at + 4 * at,
                         )  # fmt: skip
                         here, plain = size * (begin + low), plain_row if ordinary else 0
                         _quantize_stretch(

@@ -35,10 +35,13 @@ from lpsim.quantization.cpu_kernels.elements import (
     Element,
     Table,
 )
-from lpsim.quantization.cpu_kernels.simd import F32, F64, I32, I64, Maximum, Memory, over, splat
+from lpsim.quantization.cpu_kernels.simd import F32, F64, I32, I64, Lanes, Maximum, Memory, over, splat
 
 _FOLDER = Path(__file__).parent
 FINGERPRINT = fingerprint(*sorted(_FOLDER.glob("*.py")), _FOLDER.parent / "plan.py", Path(reference.__file__))
+
+
+ACROSS, DOWN = 1, 2  # how the parts of a block lie
 
 
 class Field(enum.IntEnum):
@@ -49,6 +52,8 @@ class Field(enum.IntEnum):
     RULE_AT, SCALE_AT, INVERSE_AT, NUMBERS_AT, SCALE_FLOATS_AT, SCALE_INTEGERS_AT = range(14, 20)
     ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, LARGE_ROW_AT = range(20, 24)
     AHEAD = 24  # elements from one row of tiles to the next
+    SUB_ROWS, SUB_COLUMNS = range(25, 27)  # of the part of a tile with one scale
+    BLOCK_SHIFT = 27  # log2 of a block's columns, where blocks have parts
 
 
 class Way(NamedTuple):
@@ -56,7 +61,9 @@ class Way(NamedTuple):
 
     mode, gap, bare, double: as in plan.Variant. kind: GRID, FEW, MANY or SYMMETRIC. wide, scale_wide: whether the
     arithmetic and the scales are float64, not float32. each: every element has its own scale, else element j the one at
-    j >> shift, with groups of whole vectors. scalar: there are no blocks, so that NaN may stand anywhere.
+    j >> shift, with groups of whole vectors, or of 2^split elements where split > 0. scalar: there are no blocks, so
+    that NaN may stand anywhere. divided: blocks have parts with exponents of their own, beside (ACROSS) or below (DOWN)
+    each other.
     """
 
     mode: int
@@ -68,6 +75,8 @@ class Way(NamedTuple):
     scale_wide: bool
     each: bool
     scalar: bool
+    split: int = 0
+    divided: int = 0
 
     @property
     def plain(self) -> bool:
@@ -76,13 +85,24 @@ class Way(NamedTuple):
 
     def code(self) -> int:
         """The fields as bits of a number, which Numba takes for a literal."""
-        flags = sum(int(flag) << place for place, flag in enumerate(self[2:]))
-        return flags | self.kind << 7 | self.mode << 9
+        flags = sum(int(flag) << place for place, flag in enumerate(self[2:9]))
+        return flags | self.kind << 7 | self.mode << 9 | self.split << 12 | self.divided << 14
 
     @classmethod
     def of(cls, code: int) -> Way:
         flags = (bool(code >> place & 1) for place in range(7))
-        return cls(code >> 9, code >> 7 & 3, *flags)
+        way = cls(code >> 9 & 7, code >> 7 & 3, *flags)
+        return way._replace(split=code >> 12 & 3, divided=code >> 14)
+
+    def of_block(self, builder: Any, memory: Memory, place: Any, shift: Any, lanes: int) -> Lanes:
+        """What is known of their blocks, for the elements at `place` and after."""
+        if self.each:
+            return memory.load(place, lanes)
+        block = builder.lshr(place, shift)
+        if self.split == 0 or lanes == 1:
+            return splat(builder, memory.scalar(block), lanes)
+        some = memory.load(block, max(lanes >> self.split, 1))
+        return some.shuffled(some, [lane >> self.split for lane in range(lanes)])
 
 
 class _Record:
@@ -139,11 +159,7 @@ def _row(
             if lanes > 1:
                 source.prefetch(builder.add(place, ahead))
             g, value = elements[lanes], source.load(place, lanes)
-            if way.each:
-                s, n = scales.load(place, lanes), inverses.load(place, lanes)
-            else:
-                block = builder.lshr(place, shift)
-                s, n = (splat(builder, memory.scalar(block), lanes) for memory in (scales, inverses))
+            s, n = (way.of_block(builder, memory, place, shift, lanes) for memory in (scales, inverses))
             v = (value.widen(n.element) * n).widen(given.compute)
             if not grid or mode in (POSITIVE, NEGATIVE, ODD):  # an underflow keeps its side of zero
                 least = (v.bits().constant(1)).as_float().with_sign_of(v)
@@ -177,8 +193,9 @@ def _plain_row(
 ) -> Any:  # fmt: skip
     """Round x to the multiples of the scaled format's numbers: see elements.Element.scaled. All is float32.
 
-    emin, lowest, highest: of the scaled grid, by block. The result is that of _row. Compiled in: a Way that is plain;
-    large: the tensor is larger than the cache. Then what comes next is asked for ahead, and, unless random numbers
+    emin, lowest, highest: of the scaled grid, by block; if divided, emin is a block's and lowest the address of its
+    parts' maxima. The result is that of _row. Compiled in: a Way that is plain; large: the tensor is larger than the
+    cache. Then what comes next is asked for ahead, and, unless random numbers
     leave the memory idle anyway, results are written past the cache, to whole vectors at multiples of 64 bytes.
     """
     way, far = Way.of(code.literal_value), bool(large.literal_value)
@@ -192,15 +209,34 @@ def _plain_row(
         blocks = [Memory.at(builder, I32, emin), Memory.at(builder, F32, highest)]
         if not plain:
             blocks.append(Memory.at(builder, F32, lowest))
+        maxima = Memory.at(builder, I32, lowest)
+        rule = Memory.at(builder, I64, given[Field.RULE_AT])
         openness, ahead = Maximum(builder, I32, 16), given[Field.AHEAD]
         elements = {lanes: given.element(lanes, plain) for lanes in (16, 1)}
 
-        def body(place: Any, lanes: int) -> None:
-            if way.each:
-                least, most, *rest = (memory.load(place, lanes) for memory in blocks)
+        numbers = {
+            lanes: [splat(builder, builder.trunc(rule.scalar(at), I32), lanes) for at in range(10)] for lanes in (16, 1)
+        }
+        block_shift = given[Field.BLOCK_SHIFT]
+
+        def grid_of_part(place: Any, lanes: int) -> tuple[Lanes, Lanes, Lanes]:
+            """What `blocks` holds where they are not divided."""
+            add, _, _, emax, _, _, emin, _, _, most_lowered = numbers[lanes]
+            if way.divided == ACROSS:
+                whole = splat(builder, blocks[0].scalar(builder.lshr(place, block_shift)), lanes)
             else:
-                block = builder.lshr(place, shift)
-                least, most, *rest = (splat(builder, memory.scalar(block), lanes) for memory in blocks)
+                whole = blocks[0].load(place, lanes)
+            g, largest = elements[lanes], way.of_block(builder, maxima, place, shift, lanes)
+            own = ((largest + add) & g.exponent) + ((emin - emax) << 23)
+            least = own.larger(whole - (most_lowered << 23))
+            scale = (least - (emin << 23)).as_float()
+            return least, g.highest * scale, g.lowest * scale
+
+        def body(place: Any, lanes: int) -> None:
+            if way.divided:
+                least, most, *rest = grid_of_part(place, lanes)[: 2 if plain else 3]
+            else:
+                least, most, *rest = (way.of_block(builder, memory, place, shift, lanes) for memory in blocks)
             if far and lanes > 1:
                 source.prefetch(builder.add(place, ahead))
             g, v = elements[lanes].scaled(least, rest[0] if rest else None, most), source.load(place, lanes)

@@ -1,0 +1,54 @@
+"""Figures to files: SVG for the page, at the width of a screen and of a phone, and PDF for a paper; vector text in all.
+
+The same figure gives the same bytes: no date is written, and identifiers are hashes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from analysis.figures.plots import STYLE
+
+WIDTH, NARROW = 11.0, 5.2  # inches: 1056 CSS pixels, the width of the page; and what a phone shows legibly
+Build = Callable[[float], Figure]  # the figure for a width in inches
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: the name of its files, what it is called, what it shows and leaves out, and how it looks."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    narrow: bytes  # the SVG for a phone
+    figure: Figure
+
+    def pdf(self) -> bytes:
+        """The figure as PDF; the slowest of its forms, so it is made when it is asked for."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="pdf", dpi=200, metadata={"CreationDate": None})
+        return buffer.getvalue()
+
+
+def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:
+    """The figure that `build` makes, called for both widths in our style."""
+    with matplotlib.rc_context(STYLE):
+        wide = build(WIDTH)
+        picture = svg(wide)
+        wide.set_layout_engine("none")  # the places are computed
+        return Drawing(name, title, caption, picture, svg(build(NARROW)), wide)
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG; its paths to a hundredth of a point, which halves the file and nobody sees."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
+    return re.sub(rb' d="[^"]*"', lambda path: re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]), buffer.getvalue())

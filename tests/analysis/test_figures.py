@@ -1,0 +1,74 @@
+"""Laws of the figures: the same bytes each time, text that is text, and the numbers of the runs."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from analysis.figures import comparisons, plots, resources, saving, weights
+
+
+def bars(width: float) -> Figure:
+    figure = Figure(figsize=(width, 2), layout="constrained")
+    figure.subplots().bar(["a − b", "c"], [1, 2])
+    return figure
+
+
+def texts(drawing: saving.Drawing | None) -> list[str]:
+    assert drawing is not None
+    return [text.get_text() for ax in drawing.figure.axes for text in ax.texts]
+
+
+def test_a_figure_is_the_same_each_time_and_its_text_is_text() -> None:
+    one, other = (saving.drawn("bars", "Bars", "Two.", bars) for _ in range(2))
+    assert (one.svg, one.narrow, one.pdf()) == (other.svg, other.narrow, other.pdf())
+    assert "a − b".encode() in one.svg and b"/FontFile2" in one.pdf()
+    assert b"CreationDate" not in one.pdf() and b"<dc:date>" not in one.svg
+
+
+def cells(means: Iterable[float]) -> pd.DataFrame:
+    names = [(row, column) for row in ("x", "y") for column in ("f", "g")]
+    frame = pd.DataFrame(names, columns=["row", "format"])
+    return frame.assign(mean=list(means), n=[3, 2, 3, 0], runs=3)
+
+
+def test_a_map_holds_every_mean_with_its_n() -> None:
+    drawing = comparisons.factor_map(cells([1.0, 2.0, 3.0, math.nan]), "row", "format", "validation_loss", ["f", "g"])
+    assert texts(drawing)[:3] == ["1.000\nn = 3", "2.000\nn = 2 of 3", "3.000\nn = 3"]
+    one_row = cells([1.0, 2.0, 3.0, 4.0]).iloc[:2]
+    assert comparisons.factor_map(one_row, "row", "format", "validation_loss", ["f", "g"]) is None
+
+
+def test_histograms_hold_the_shares_of_all_weights() -> None:
+    rows = [(0, -math.inf, 20), (0, -1.0, 30), (0, 0.0, 50), (9, -1.0, 100)]
+    frame = pd.DataFrame(rows, columns=["step", "log2", "count"]).assign(signature="s", of="rounded", width=0.25)
+    runs, values = pd.DataFrame({"signature": ["s"], "arm": ["a"]}), np.array([0.5, 1.0])
+    ax = Figure().subplots()
+    weights.histogram(frame.assign(time=frame["step"].map({0: "start", 9: "end"})), ax, values=values)
+    start, end = (patch.get_data().values for patch in ax.patches)
+    assert start.sum() == pytest.approx(0.8) and end.tolist() == [1.0]
+    marks = [line.get_xdata()[0] for line in ax.get_lines()]
+    assert marks == [-1.0, 0.0]
+    drawing = weights.histograms(runs, frame, pd.DataFrame({"signature": "s", "value": values}))
+    assert drawing is not None
+    assert weights.histograms(runs, frame.iloc[:0], pd.DataFrame(columns=["signature", "value"])) is None
+
+
+def test_time_and_divergences_are_by_arm() -> None:
+    runs = pd.DataFrame({"arm": ["a", "a", "a", "b"], "time_ms": [1.0, 2.0, 9.0, 4.0]})
+    assert texts(resources.costs(runs)) == ["2", "4"]
+    assert resources.costs(runs.assign(time_ms=math.nan)) is None
+    lost = runs.assign(status=["finished", "diverged", "finished", "finished"], step=[10, 4, 10, 10], where="nan at x")
+    assert texts(resources.divergences(lost)) == ["nan at x"]
+    assert resources.divergences(lost.assign(status="finished")) is None
+
+
+def test_costs_are_drawn_while_their_arms_can_be_told_apart() -> None:
+    rows = pd.DataFrame({"name": ["a", "b"], "format": "f", "metric": "validation_loss", "difference": [0.1, 0.2]})
+    task = comparisons.Costs("t", rows.assign(low=0.0, high=0.3), ["f"])
+    assert comparisons.costs([task]) is not None
+    many = pd.concat([rows.assign(name=f"arm {k}", low=0.0, high=0.3) for k in range(len(plots.DISTINCT) + 1)])
+    assert comparisons.costs([comparisons.Costs("t", many, ["f"])]) is None
