@@ -146,7 +146,7 @@ def test_telemetry_is_turned_on_from_the_command_line(tmp_path: Path, monkeypatc
     """What `run_grid` makes of it: tests/experiments/test_adaptive.py."""
     seen = []
 
-    def run_grid(configs: list[object], *others: object, claims: object) -> list[object]:
+    def run_grid(configs: list[object], *others: object, **options: object) -> list[object]:
         seen.append((len(configs), others[-1]))
         return []
 
