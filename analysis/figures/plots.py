@@ -25,7 +25,7 @@ INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
 FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
 MANY_RUNS = 2  # runs of one colour in one panel beyond which they are drawn as median and band
-POINTS = 200  # steps of a curve that are drawn at most
+POINTS = 150  # steps of a curve that are drawn at most
 FEW_RATES = 5  # learning rates up to which each is a tick
 RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
 
@@ -99,7 +99,7 @@ def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
 
 
 def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame at no more than 200 of its steps, spread evenly, the last included."""
+    """The frame at no more than 150 of its steps, spread evenly, the last included."""
     steps = np.sort(frame["step"].unique())
     if len(steps) <= POINTS:
         return frame
