@@ -66,8 +66,8 @@ class WeightWatch:
                 self._noted[key].remove(noted)
 
     def state(self, step: int) -> list[tuple[Any, ...]]:
-        """What a run that goes on after `step` needs; torch.save can store it."""
-        kept = [(key, noted) for key, mine in self._noted.items() for noted in mine if step - noted.row.step < STEPS]
+        """What a run that goes on with `step` needs; torch.save can store it."""
+        kept = [(key, noted) for key, mine in self._noted.items() for noted in mine if step - noted.row.step <= STEPS]
         return [(*key, noted.row.step, noted.x, noted.rounded, noted.after_one) for key, noted in kept]
 
     def load(self, state: list[tuple[Any, ...]], rows: dict[tuple[int, str, str], Any]) -> None:
