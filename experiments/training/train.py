@@ -31,6 +31,7 @@ from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
 
 Result = dict[str, Any]
+FREE_EVERY = 100  # steps after which free memory goes back to the system
 ALONE = Alone()
 
 
@@ -111,6 +112,7 @@ def train(
                         state["telemetry"] = telemetry.state_dict()
                         record.write_telemetry(state["telemetry"]["tables"])
                     record.save_checkpoint({"step": step, "time_s": time_s(), "final": final, **state})
+                if step % FREE_EVERY == 0 or last:
                     return_free_memory()
                 if stopped and not last:
                     return None

@@ -365,11 +365,11 @@ def test_a_full_disk_ends_in_one_message_and_the_same_command_goes_on(tmp_path: 
 
 def test_the_shipped_grids_load() -> None:
     path, configs = load_grid("quickstart")
-    assert path.name == "quickstart.py" and len(configs) == 24
+    assert path.name == "quickstart.py" and len(configs) == 36
     arms = {(c.optimizer.name, c.recipe.format.name, c.model.name, c.seed) for c in configs}
     formats = ("float32", "mxfp6_e3m2", "mxfp4_e2m1")
     models = ("gpt2-micro", "vit-micro")
-    assert arms == {(o, f, m, s) for o in ("adamw", "lmd-for-model") for f in formats for m in models for s in (0, 1)}
+    assert arms == {(o, f, m, s) for o in ("adamw", "lmd-for-model") for f in formats for m in models for s in range(3)}
     tuned = load_grid("quickstart_tuning")[1]
     for name in models:
         rates = [

@@ -76,7 +76,7 @@ def test_the_quickstart_takes_it_by_name(file: str) -> None:
     define_formats(Path(file))
     configs = load_grid("quickstart", [formats.get(name) for name in DEFINITIONS])[1]
     arms = {(c.model.name, c.optimizer.name, c.recipe.format.name, c.seed) for c in configs}
-    assert len(arms) == len(configs) == 2 * 2 * 4 * 2
+    assert len(arms) == len(configs) == 2 * 2 * 4 * 3
     assert {arm[2] for arm in arms} == {"float32", *DEFINITIONS}
     first = {c.signature() for c in configs if c.recipe.format is formats.float32}
     assert first < {c.signature() for c in load_grid("quickstart")[1]}  # the baseline is the same runs
@@ -152,4 +152,4 @@ def test_telemetry_is_turned_on_from_the_command_line(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("experiments.running.grid.run_grid", run_grid)
     assert cli.main(["run", "quickstart", "--telemetry-every", "50", "--runs", str(tmp_path)]) == 0
-    assert seen == [(24, 50)]
+    assert seen == [(36, 50)]
