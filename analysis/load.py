@@ -436,27 +436,40 @@ def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:
     except OSError as error:
         raise Unreadable(f"{path.name} cannot be read ({error.strerror})") from None
     rows = []
-    for index, line in enumerate(lines):
-        where = f"{path.name} line {index + 1}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            if index == len(lines) - 1:
-                break
-            raise Unreadable(f"{where} is torn, and is not the last line") from None
+    for index, entry in enumerate(_entries(lines, path.name)):
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("step"), int)
             or not isinstance(entry.get("split"), str)
         ):
-            raise Unreadable(f"{where} is no object with a step and a split")
+            raise Unreadable(f"{path.name} line {index + 1} is no object with a step and a split")
         step, split = entry.pop("step"), entry.pop("split")
-        rows += [
-            (path.parent.name, step, split, name, _number(value, where, name))
-            for name, value in entry.items()
-            if value is not None
-        ]
+        for name, value in entry.items():
+            if type(value) is not float:  # as nearly all are: the rest of this loop is what reading a grid takes
+                if value is None:
+                    continue
+                value = _number(value, f"{path.name} line {index + 1}", name)
+            rows.append((path.parent.name, step, split, name, value))
     return rows
+
+
+def _entries(lines: list[bytes], name: str) -> list[Any]:
+    """What the lines hold; all at once where they are whole, which takes half the time."""
+    try:
+        entries = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(entries) == len(lines):
+            return list(entries)
+    except (ValueError, RecursionError):
+        pass
+    entries = []
+    for index, line in enumerate(lines):
+        try:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError):
+            if index == len(lines) - 1:
+                break
+            raise Unreadable(f"{name} line {index + 1} is torn, and is not the last line") from None
+    return entries
 
 
 def _number(value: object, where: str, name: str) -> float:
