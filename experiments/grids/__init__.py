@@ -14,7 +14,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.grids.adaptive import Adaptive, only_configs
 from experiments.grids.claims import Claim
@@ -23,6 +23,7 @@ from experiments.training.config import Config
 from experiments.training.settings import names_near
 from lpsim.formats import Format
 
+Defined = TypeVar("Defined")
 HERE = Path(__file__).parent
 COMMANDS = {  # what a file may define, and what runs it
     "grid": "it is a grid: lpsim run",
@@ -79,6 +80,22 @@ def find(source: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.py", path.name):
         raise GridError(f"{path}: a grid file is named like ablation_1.py; its name becomes the folder of its runs")
     return path
+
+
+def load_defined(
+    source: str, name: str, kind: type[Defined], formats: Sequence[Format] | None = None
+) -> tuple[Path, Defined]:
+    """The file that `source` names (a path, or a shipped one) and what its function `name` returns, which must be of
+    `kind`; with `formats` if any are given.
+
+    Raises: SourceError with file and line.
+    """
+    path = find(source)
+    with blamed(path):
+        made = function(path, name, kind.__name__, formats)()
+    if not isinstance(made, kind):
+        raise GridError(f"{path}: {name}() must return a {kind.__name__}, it returned {made!r}")
+    return path, made
 
 
 def function(

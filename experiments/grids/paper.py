@@ -21,6 +21,11 @@ UNCLIPPED = tuple(
 SEEDS = (0, 1, 2)
 
 
+def twin(base: Config) -> Config:
+    """The run of a small model, data set and batch, at a length that CPUs finish."""
+    return replace(base, steps=800, warmup_steps=80, log_every=1, checkpoint_every=200, device="cpu")
+
+
 def runs(base: Config, adamw: AdamW, madam: Madam, lmd: LMDForModel) -> Iterator[Config]:
     """26 arms of every seed, a seed after the other; the first of each seed is what tables compare with."""
     for seed in SEEDS:

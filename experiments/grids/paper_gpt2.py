@@ -13,6 +13,7 @@ The twin takes the same path with a model of 0.1 million parameters on 64,000 to
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from experiments.grids import paper
 from experiments.training.config import Config, model
@@ -24,20 +25,7 @@ TWIN = GPT2Config(name="gpt2-twin", layers=2, heads=4, d_model=64, context=64, v
 
 
 def grid(twin: bool = False) -> Iterator[Config]:
-    adamw, madam, lmd = AdamW(lr=0.0006, betas=(0.9, 0.95)), Madam(lr=0.01), LMDForModel()
-    if twin:
-        base = Config(
-            model=TWIN,
-            data=TokenFiles(folder="data/twin-text"),
-            optimizer=adamw,
-            steps=800,
-            batch_size=10,
-            warmup_steps=80,
-            validate_every=200,
-            checkpoint_every=200,
-        )
-        yield from paper.runs(base, AdamW(lr=0.006, betas=(0.9, 0.95)), madam, lmd)
-        return
+    adamw = AdamW(lr=0.0006, betas=(0.9, 0.95))
     base = Config(
         model=model("gpt2-124m"),
         data=TokenFiles(folder="data/openwebtext"),
@@ -51,4 +39,8 @@ def grid(twin: bool = False) -> Iterator[Config]:
         checkpoint_every=500,
         device="cuda",
     )
-    yield from paper.runs(base, adamw, madam, lmd)
+    if twin:
+        adamw = replace(adamw, lr=0.006)
+        data = TokenFiles(folder="data/twin-text")
+        base = paper.twin(replace(base, model=TWIN, data=data, batch_size=10, validate_every=200, micro_batches=1))
+    yield from paper.runs(base, adamw, Madam(lr=0.01), LMDForModel())

@@ -12,6 +12,7 @@ The twin takes the same path with a model of 0.1 million parameters on drawn cha
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from experiments.grids import paper
 from experiments.training.config import Config, model
@@ -24,20 +25,7 @@ IMAGES, BATCH, PASSES = 1_281_167, 1024, 90
 
 
 def grid(twin: bool = False) -> Iterator[Config]:
-    adamw, madam, lmd = AdamW(lr=0.001, betas=(0.9, 0.999)), Madam(lr=0.01), LMDForModel(others_lr=0.001)
-    if twin:
-        base = Config(
-            model=TWIN,
-            data=ImageShards(folder="data/twin-images"),
-            optimizer=adamw,
-            steps=800,
-            batch_size=32,
-            warmup_steps=80,
-            validate_every=400,
-            checkpoint_every=200,
-        )
-        yield from paper.runs(base, adamw, madam, lmd)
-        return
+    adamw = AdamW(lr=0.001, betas=(0.9, 0.999))
     base = Config(
         model=model("vit-b/16"),
         data=ImageShards(folder="data/imagenet"),
@@ -51,4 +39,7 @@ def grid(twin: bool = False) -> Iterator[Config]:
         checkpoint_every=1000,
         device="cuda",
     )
-    yield from paper.runs(base, adamw, madam, lmd)
+    if twin:
+        data = ImageShards(folder="data/twin-images")
+        base = paper.twin(replace(base, model=TWIN, data=data, batch_size=32, validate_every=400, micro_batches=1))
+    yield from paper.runs(base, adamw, Madam(lr=0.01), LMDForModel(others_lr=0.001))

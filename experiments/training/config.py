@@ -185,19 +185,25 @@ class Config(Settings):
     telemetry_every: int | None = None
     device: str = "cpu"
     grid: str = ""  # the grid's name; run_grid fills it in
-    schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules; written where it is no Cosine
-    metrics: tuple[own.Metric, ...] = ()  # of one's own, measured at every validation; written where there are any
+    schedule: Schedule = field(default_factory=Cosine)  # experiments.training.schedules
+    metrics: tuple[own.Metric, ...] = ()  # of one's own, measured at every validation
     # the signature of a run of the same grid, of the same model, whose last weights this one begins with (fine-tuning);
-    # an adaptive grid knows it from that run's Outcome. Written where it is given.
+    # an adaptive grid knows it from that run's Outcome
     begin_with: str | None = None
-    # how a step is computed, written where it differs from these. "bfloat16": under torch.autocast, which casts the
-    # operands of products; a simulated product then rounds the float32 numbers that these are
+    # "bfloat16": under torch.autocast, which casts the operands of products to it; what is simulated rounds the results
+    # of that cast, so a float32 weight is rounded twice
     autocast: str | None = None
     micro_batches: int = 1  # so many equal parts of the batch, one after another, whose gradients add up to the batch's
     recompute: bool = False  # blocks keep no activations: the backward pass computes them again, with the same bits
 
-    later: ClassVar[dict[str, Any]] = {"begin_with": None, "autocast": None, "micro_batches": 1, "recompute": False}
-    """Settings that did not exist once, with what they were then: runs of that time keep their signatures."""
+    later: ClassVar[Mapping[str, Any]] = {
+        "schedule": Cosine().to_dict(),
+        "metrics": {},
+        "begin_with": None,
+        "autocast": None,
+        "micro_batches": 1,
+        "recompute": False,
+    }
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
         "model": (MODEL_FAMILIES, "model"),
@@ -251,14 +257,8 @@ class Config(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         data = {"version": VERSION, **super().to_dict()}
-        if self.schedule == Cosine():
-            del data["schedule"]  # there was no other schedule once, and its runs keep their signatures
-        data["metrics"] = {metric.name: own.to_dict(metric) for metric in self.metrics}
-        if not self.metrics:
-            del data["metrics"]  # likewise
-        unset = {name for name, value in self.later.items() if data[name] == value}
-        data = {name: value for name, value in data.items() if name not in unset}
-        return data | {section: own.to_dict(part) for section, part in self._own_sections().items()}
+        own_data = {section: own.to_dict(part) for section, part in self._own_sections().items()}
+        return self.written({**data, **own_data, "metrics": {m.name: own.to_dict(m) for m in self.metrics}})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], sources: Path | None = None) -> Self:
@@ -268,13 +268,11 @@ class Config(Settings):
         """
         if data.get("version") != VERSION:
             raise ValueError(f"config of version {data.get('version')!r}; this is version {VERSION}")
-        parts = {name: value for name, value in data.items() if name != "version"}
-        parts.setdefault("schedule", Cosine().to_dict())
-        metrics = parts.get("metrics", {})
+        parts = {**cls.later, **{name: value for name, value in data.items() if name != "version"}}
+        metrics = parts["metrics"]
         if not isinstance(metrics, Mapping) or not all(own.DEFINITION in metric for metric in metrics.values()):
             raise ValueError(f"metrics must be an object of metrics with a definition each, is {metrics!r}")
         parts["metrics"] = tuple(own.from_dict(metric, sources, "metric") for metric in metrics.values())
-        parts = {**cls.later, **parts}
         for name, (table, what) in cls.sections.items():
             if name in parts:
                 mine = isinstance(parts[name], Mapping) and own.DEFINITION in parts[name]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -97,19 +97,11 @@ class StdlibText(Settings):
     validation_windows: int = 256
     half: int | None = None  # 1 or 2: train on that half of the training bytes alone
 
+    later: ClassVar[Mapping[str, Any]] = {"half": None}
+
     def check(self) -> None:
         self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
         self.require(self.half in (None, 1, 2), f"half must be 1, 2 or None, is {self.half}")
-
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        if self.half is None:
-            del data["half"]  # there were no halves once, and runs of the whole text keep their signatures
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        return super().from_dict({"half": None, **data})
 
     def check_model(self, model: Any) -> None:
         self.require(

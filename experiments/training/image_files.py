@@ -40,22 +40,27 @@ class Image(NamedTuple):
 Pending = tuple[list[Future[np.ndarray]], list[int]]  # images under way, and their labels
 
 
+class ColourImages(Settings):
+    """Images of three channels, decoded from files."""
+
+    tag: ClassVar[str] = "name"
+    inputs: ClassVar[str] = "images"
+
+    def check_model(self, model: Any) -> None:
+        self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
+
+
 @dataclass(frozen=True)
-class ImageFolders(Settings):
+class ImageFolders(ColourImages):
     """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet; labels in order of class name.
 
     Training images: a random crop of 8-100% of the area and of aspect 3/4 to 4/3, a mirror image half of the time.
     Validation: the shorter side scaled to image_size / 0.875, the centre cut out.
     """
 
-    tag: ClassVar[str] = "name"
     name: ClassVar[str] = "image-folders"
-    inputs: ClassVar[str] = "images"
 
     folder: str
-
-    def check_model(self, model: Any) -> None:
-        self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
 
     def load(self, model: Any) -> "DecodedImages":
         folder = Path(self.folder)
@@ -88,21 +93,16 @@ def _images(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class ImageShards(Settings):
+class ImageShards(ColourImages):
     """`folder`/train-*.tar and `folder`/val-*.tar in the layout of WebDataset: KEY.jpg (or png, webp) and KEY.cls, the
     number of its class.
 
     The shards' headers are read once and images then directly, in any order; crops are those of ImageFolders.
     """
 
-    tag: ClassVar[str] = "name"
     name: ClassVar[str] = "image-shards"
-    inputs: ClassVar[str] = "images"
 
     folder: str
-
-    def check_model(self, model: Any) -> None:
-        self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
 
     def load(self, model: Any) -> "DecodedImages":
         train, held_out = ([image for path in self._shards(split) for image in _members(path)] for split in SPLITS)

@@ -40,6 +40,9 @@ class Settings:
     tag: ClassVar[str] = (
         ""  # the name of the class attribute that tells the classes of one section apart in JSON, if any
     )
+    later: ClassVar[Mapping[str, Any]] = {}
+    """Fields that did not exist once, with what they were then, as JSON. They are written where they differ from it, so
+    that runs of that time keep their signatures."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -59,11 +62,16 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, the tag first; `from_dict` is the inverse."""
         tag = {self.tag: getattr(self, self.tag)} if self.tag else {}
-        return tag | {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return tag | self.written({f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def written(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """`data` without the later fields that are what they were before they existed."""
+        return {name: value for name, value in data.items() if name not in self.later or value != self.later[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The settings that `to_dict` wrote. Raises ValueError for an unknown or missing field and for a wrong type."""
+        data = {**cls.later, **data}
         names = [field.name for field in dataclasses.fields(cls)]
         given = [name for name in data if name != cls.tag]
         for name in given:

@@ -8,9 +8,8 @@ kept of it.
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.grids import find, function
+from experiments.grids import load_defined
 from experiments.grids.frontier.search import Arm, Frontier
-from experiments.grids.source_files import GridError, blamed
 from experiments.grids.tuning.ranges import LogUniform
 from lpsim.formats import Format
 
@@ -22,9 +21,4 @@ def load_frontier(source: str, formats: Sequence[Format] | None = None) -> tuple
 
     Raises: SourceError with file and line.
     """
-    path = find(source)
-    with blamed(path):
-        sought = function(path, "frontier", "Frontier", formats)()
-    if not isinstance(sought, Frontier):
-        raise GridError(f"{path}: frontier() must return a Frontier, it returned {sought!r}")
-    return path, sought
+    return load_defined(source, "frontier", Frontier, formats)

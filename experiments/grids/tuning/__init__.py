@@ -7,8 +7,7 @@ may be tried, `search` what is tried and what is chosen, `tuned` reads the choic
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.grids import find, function
-from experiments.grids.source_files import GridError, blamed
+from experiments.grids import load_defined
 from experiments.grids.tuning.ranges import Choice, LogUniform, Range, Uniform
 from experiments.grids.tuning.search import Arm, Tuning
 from experiments.grids.tuning.tuned import Tuned, tuned
@@ -22,9 +21,4 @@ def load_tuning(source: str, formats: Sequence[Format] | None = None) -> tuple[P
 
     Raises: SourceError with file and line.
     """
-    path = find(source)
-    with blamed(path):
-        tuning = function(path, "tune", "Tuning", formats)()
-    if not isinstance(tuning, Tuning):
-        raise GridError(f"{path}: tune() must return a Tuning, it returned {tuning!r}")
-    return path, tuning
+    return load_defined(source, "tune", Tuning, formats)
