@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures.plots import LABELS
-from analysis.load import STATUSES, Results
+from analysis.load import Results
+from analysis.run_files import STATUSES
 from analysis.statistics.tables import ALWAYS_FACTORS, BASELINE, TASK, best_arm, factors, higher_is_better, text
 
 METRICS = {

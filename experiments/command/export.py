@@ -63,7 +63,7 @@ def exported(results: Results) -> list[sinks.Exported]:
 def _exported(
     row: Mapping[str, Any], name: str, grid: str, numbers: Mapping[str, Any], first: Mapping[Any, Mapping[Any, Any]]
 ) -> sinks.Exported:
-    from analysis.load import DEFINITION, FINAL, RESULT_COLUMNS
+    from analysis.run_files import DEFINITION, FINAL, RESULT_COLUMNS
 
     known = {field: value for field, value in row.items() if not where.is_missing(value)}
     session = {field: value for field, value in first.get(row["signature"], {}).items() if not where.is_missing(value)}

@@ -118,7 +118,7 @@ def folder_of(source: Path, options: argparse.Namespace) -> Path:
 
 def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> list[Config]:
     """The runs that --only leaves, as they are run; all without it. Raises ValueError."""
-    from analysis.load import SCHEDULE, USUAL_SCHEDULE, flatten
+    from analysis.run_files import SCHEDULE, USUAL_SCHEDULE, flatten
     from experiments.running.grid import resolved
 
     if not isinstance(configs, list):
