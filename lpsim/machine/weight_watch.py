@@ -89,8 +89,8 @@ def oscillated(x: Tensor, rounded: tuple[Tensor, Tensor, Tensor], fmt: Format, a
     """The share of all weights that flipped to a neighbouring value in one update and back in the next.
 
     x: the weights before; rounded: what they were rounded to before, after one update and after two. Back is exactly
-    the first value. Neighbouring: no value of x's block or sub-block (its scale that of x) lies between the two. NaN for
-    no weights.
+    the first value. Neighbouring: no value of x's block or sub-block (its scale that of x) lies between the two. NaN
+    for no weights.
     """
     first, second, third = (t.detach() for t in rounded)
     back = (third == first) & (second != first)
