@@ -77,12 +77,13 @@ def gradients(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 def sqnr_db(plain: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:

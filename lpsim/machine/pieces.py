@@ -10,14 +10,13 @@ import difflib
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from lpsim.formats import float32
 from lpsim.machine.frames import OUTSIDE
 from lpsim.machine.measured import Batches, Loss, gradients, run
-from lpsim.machine.ops import WRAPPED, Kind, Role
+from lpsim.machine.ops import WRAPPED, Call, Kind, Role, site_name
 from lpsim.machine.recipes import Gemm, Recipe, matches
 from lpsim.quantization.quantizer import Quantizer
 
@@ -47,7 +46,7 @@ class Piece:
 
     @property
     def site(self) -> str:
-        return f"{self.path}/{self.op}#{self.repetition}" if self.repetition else f"{self.path}/{self.op}"
+        return site_name(self.path, self.op, self.repetition)
 
     @property
     def forward(self) -> bool:
@@ -67,13 +66,12 @@ def survey(model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, backw
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[tuple[str, str, int], dict[Role, bool]] = {}  # by site; whether it was a weight
 
-    def observe(call: Any, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor) -> None:
+    def observe(call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor) -> None:
         site = call.site
-        repetition = int(site.name.removeprefix(f"{site.path}/{site.op}").removeprefix("#") or 0)
         weight = x.untyped_storage().data_ptr() in weights or (
             role is Role.FPROP_RHS and site.op.partition(".")[0] in _WITH_WEIGHT
         )
-        roles = seen.setdefault((site.path, site.op, repetition), {})
+        roles = seen.setdefault((site.path, site.op, site.repetition), {})
         roles[role] = roles.get(role, False) or weight
 
     everything = Gemm(_ROUND, _ROUND)

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lpsim.machine.frames import BACKWARD, ROOT, Frame
+from lpsim.machine.recipes import Recipe
 
-def check_module(path: str, module: nn.Module) -> None:
+
+class UnknownOpError(NotImplementedError):
+    """The model called a floating-point function that the table does not list. It would have run in full precision."""
+
+
+class EscapedProductError(RuntimeError):
+    """Matrix products ran in full precision where the simulation cannot see them, such as in a compiled extension."""
+
+
+class EscapedProductWarning(UserWarning):
+    """The same as a warning, for simulations with on_escape="warn"."""
+
+
+def check_arguments(model: nn.Module, recipe: Recipe, audit: bool, on_escape: str) -> None:
+    """Raises ValueError or TypeError for arguments that `simulate` cannot make a simulation of."""
+    if on_escape not in ("warn", "raise"):
+        raise ValueError(f'on_escape must be "warn" or "raise", got {on_escape!r}')
+    if on_escape == "raise" and not audit:
+        raise ValueError('on_escape="raise" needs audit=True: only the audit sees products that escape')
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
+        )
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
+    for path, module in model.named_modules():
+        _check_module(path or ROOT, module)
+
+
+def _check_module(path: str, module: nn.Module) -> None:
     """Raises TypeError for a module whose ops a TorchFunctionMode does not see."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"{path} is a scripted module: its ops cannot be seen. Simulate the model before torch.jit")
@@ -66,3 +98,36 @@ def refuse_strange(x: Tensor) -> None:
         raise NotImplementedError("nested tensors are not simulated: pad them, and mask the padding")
     if x.device.type == "meta":
         raise NotImplementedError("meta tensors have no values to quantize: simulate on a device that holds them")
+
+
+def unknown_op(frame: Frame | None, name: str) -> UnknownOpError:
+    """The error for a function that no rule exempts, called in `frame`."""
+    return UnknownOpError(
+        f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would silently "
+        "stay in full precision. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
+        "lpsim/machine/ops/table.py, and one function if it hides matrix products"
+    )
+
+
+def hidden_products(frame: Frame | None, name: str) -> UnknownOpError:
+    """The error for a function that multiplies matrices, called in `frame`, where other functions are exempt."""
+    return UnknownOpError(
+        f"{_path(frame)}/{name}: {name!r} multiplies matrices inside, where the recipe does not reach, so "
+        "they would silently stay in full precision. If the machine is not to simulate it, call it "
+        "inside `simulation.suspended()`; otherwise write it as matrix products, or add it to "
+        "lpsim.machine.ops.WRAPPED"
+    )
+
+
+def escaped_products(escaped: Sequence[str]) -> str:
+    """What to say of products that the audit saw and the simulation did not."""
+    return (
+        f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were not "
+        "called by a Python function of torch, but for example by a compiled extension. Call torch's "
+        "function instead; or, if the machine is not to simulate them, call them inside "
+        "`simulation.suspended()`"
+    )
+
+
+def _path(frame: Frame | None) -> str:
+    return BACKWARD if frame is None else frame.path

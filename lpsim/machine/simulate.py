@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -36,8 +35,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lpsim.machine import precision
+from lpsim.machine.arguments import autocast, floating, inplace_target, written
 from lpsim.machine.audit import Audit, Auditor
-from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
+from lpsim.machine.frames import BACKWARD, OUTSIDE, Frame
 from lpsim.machine.module_paths import ModulePaths
 from lpsim.machine.ops import (
     HIDES_PRODUCTS,
@@ -52,11 +52,33 @@ from lpsim.machine.ops import (
     inplace_argument,
     op_name,
 )
+from lpsim.machine.places import Place, Places
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
-from lpsim.machine.refusals import NORMS, check_module, refuse_singular_values, refuse_strange, run_uncompiled
+from lpsim.machine.refusals import (
+    NORMS,
+    EscapedProductError,
+    EscapedProductWarning,
+    UnknownOpError,
+    check_arguments,
+    escaped_products,
+    hidden_products,
+    refuse_singular_values,
+    refuse_strange,
+    run_uncompiled,
+    unknown_op,
+)
 from lpsim.machine.steps import OptimizerSteps, RunningSteps
 
-__all__ = ["BackwardOperands", "Gemm", "Recipe", "Simulation", "UnknownOpError", "simulate"]
+__all__ = [
+    "BackwardOperands",
+    "EscapedProductError",
+    "EscapedProductWarning",
+    "Gemm",
+    "Recipe",
+    "Simulation",
+    "UnknownOpError",
+    "simulate",
+]
 
 Sampler = Callable[[int], Observer | None]
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -65,18 +87,6 @@ _ATTRIBUTE = ("__get__", "__set__", "__delete__")
 _NOWHERE = Frame(None, BACKWARD)
 _UNCOUNTED: AbstractContextManager[None] = nullcontext()
 _FUSED_IN_EVALUATION = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-class UnknownOpError(NotImplementedError):
-    """The model called a floating-point function that the table does not list. It would have run in full precision."""
-
-
-class EscapedProductError(RuntimeError):
-    """Matrix products ran in full precision where the simulation cannot see them, such as in a compiled extension."""
-
-
-class EscapedProductWarning(UserWarning):
-    """The same as a warning, for simulations with on_escape="warn"."""
 
 
 def simulate(
@@ -94,23 +104,6 @@ def simulate(
     DataParallel).
     """
     return Simulation(model, recipe, seed, audit, on_escape)
-
-
-class _Place:
-    """The sites of one product: {part: site}, or {op: site}. left: whether the recipe rounds nothing at any of them."""
-
-    __slots__ = ("first", "left", "sites")
-
-    def __init__(self, op: Op, site: Callable[[str], Site]) -> None:
-        if op.parts:
-            self.sites = {part: site(f"{op.name}.{part}") for part in op.parts + op.vector_parts}
-        else:
-            self.sites = {op.name: site(op.name)}
-        self.first = next(iter(self.sites.values()))
-        self.left = all(
-            s.recipe.vector is None if part in op.vector_parts else s.recipe.products_plain
-            for part, s in self.sites.items()
-        )
 
 
 class _Mode(TorchFunctionMode):
@@ -146,18 +139,7 @@ class Simulation:
     def __init__(
         self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True, on_escape: str = "warn"
     ) -> None:
-        if on_escape not in ("warn", "raise"):
-            raise ValueError(f'on_escape must be "warn" or "raise", got {on_escape!r}')
-        if on_escape == "raise" and not audit:
-            raise ValueError('on_escape="raise" needs audit=True: only the audit sees products that escape')
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
-            )
-        if not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
-        for path, module in model.named_modules():
-            check_module(path or ROOT, module)
+        check_arguments(model, recipe, audit, on_escape)
         self.model = model
         self.recipe = recipe
         self.seed = seed
@@ -169,12 +151,8 @@ class Simulation:
         self._resumed = False  # whether the step was looked up in the optimizers' states
         changes_nothing = all(r.products_plain and r.vector is None for r in (recipe, *recipe.overrides.values()))
         self._paths = ModulePaths(model, self._fused if changes_nothing else None)
-        self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
-        self._check_overrides()
+        self._places = Places(recipe, (path for path, _ in model.named_modules(remove_duplicate=False)))
         self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
-        self._sites: dict[tuple[str, str, int], Site] = {}
-        self._places: dict[tuple[str, str, int], _Place] = {}
-        self._streams: dict[int, str] = {}
         self._handlers: dict[Any, Handler] = {}
         self._mode = _Mode(self)
         self._stepping = RunningSteps(self._mode, self._paths, lambda: self._counting is None, self._after_step)
@@ -206,30 +184,20 @@ class Simulation:
         stack, self._stack = self._stack, None
         assert stack is not None
         self._stepping.resume()
-        if exc_type is None:
-            with stack:
-                precision.check()
-        else:
+        if exc_type is not None:
             stack.__exit__(exc_type, exc, traceback)
-        if exc_type is None and self._sites and self._unmatched:
-            warnings.warn(
-                f"overrides matched no site that ran: {', '.join(sorted(self._unmatched))}; "
-                f"sites are named like {next(iter(self._sites.values())).name}",
-                stacklevel=2,
-            )
-        if exc_type is None and self._auditor is not None:
-            escaped = [product for product in self._auditor.escaped if product not in self._told]
-            self._told.update(escaped)
-            if escaped:
-                message = (
-                    f"matrix products ran outside the recipe, in full precision: {'; '.join(escaped)}. They were not "
-                    "called by a Python function of torch, but for example by a compiled extension. Call torch's "
-                    "function instead; or, if the machine is not to simulate them, call them inside "
-                    "`simulation.suspended()`"
-                )
-                if self._on_escape == "raise":
-                    raise EscapedProductError(message)
-                warnings.warn(message, EscapedProductWarning, stacklevel=2)
+            return
+        with stack:
+            precision.check()
+        if (unmatched := self._places.unmatched()) is not None:
+            warnings.warn(unmatched, stacklevel=2)
+        known = () if self._auditor is None else self._auditor.escaped
+        escaped = [product for product in known if product not in self._told]
+        self._told.update(escaped)
+        if escaped and self._on_escape == "raise":
+            raise EscapedProductError(escaped_products(escaped))
+        if escaped:
+            warnings.warn(escaped_products(escaped), EscapedProductWarning, stacklevel=2)
 
     def _running_module(self) -> str | None:
         frame = self._paths.current()
@@ -365,23 +333,18 @@ class Simulation:
         hides_products = name in HIDES_PRODUCTS
         if self._optimizing():
             return self._optimizers(name, hides_products, func, args, kwargs)
-        if hides_products and next(_floating((args, kwargs)), None) is not None:
+        if hides_products and next(floating((args, kwargs)), None) is not None:
             frame = self._paths.current()
             if self._bookkeeping(frame, args, kwargs):
-                raise UnknownOpError(
-                    f"{_path(frame)}/{name}: {name!r} multiplies matrices inside, where the recipe does not reach, so "
-                    "they would silently stay in full precision. If the machine is not to simulate it, call it "
-                    "inside `simulation.suspended()`; otherwise write it as matrix products, or add it to "
-                    "lpsim.machine.ops.WRAPPED"
-                )
-            raise _unknown(frame, name)
+                raise hidden_products(frame, name)
+            raise unknown_op(frame, name)
         result = func(*args, **kwargs)
-        if next(_floating(result), None) is None or next(_floating((args, kwargs)), None) is None:
+        if next(floating(result), None) is None or next(floating((args, kwargs)), None) is None:
             return result
         frame = self._paths.current()
         if self._bookkeeping(frame, args, kwargs):
             return result
-        raise _unknown(frame, name)
+        raise unknown_op(frame, name)
 
     def _optimizers(
         self, name: str, product: bool, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -396,15 +359,15 @@ class Simulation:
         frame = self._paths.current()
         if frame is None or self._bookkeeping(frame, args, kwargs):
             return self._counted(op, "outside the model, and no part of a graph", func, args, kwargs)
-        site = self._site(frame.path, op.name, frame.repetition(op.name))
+        site = self._places.of_op(frame, op.name)
         quantizer = site.recipe.vector
         if quantizer is None:
             result = self._counted(op, "the recipe has no vector format", func, args, kwargs)
             return result if self._observer is None else self._rounded(site, result)
         if self._counting is not None:
             self._counting.count(op.name, op.kind, quantizer.format.name, op.reason)
-        target = _inplace_target(func, args, kwargs)
-        if target is not None and next(_floating(target), None) is not None:
+        target = inplace_target(func, args, kwargs)
+        if target is not None and next(floating(target), None) is not None:
             # On a copy: what the op saves for its backward pass must not be rounded afterwards.
             copy = target.clone()
             result = func(copy, *args[1:], **kwargs) if args else func(**{**kwargs, "input": copy})
@@ -435,7 +398,7 @@ class Simulation:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        first = next(_floating((args, kwargs)), None)
+        first = next(floating((args, kwargs)), None)
         if first is None:
             return func(*args, **kwargs)
         if op.multiplies is not None and not op.multiplies(*args, **kwargs):
@@ -443,12 +406,12 @@ class Simulation:
             return self._vector(vector, func, args, kwargs)
         if self._optimizing():
             return self._optimizers(op.name, True, func, args, kwargs)
-        place = self._place(op)
+        place = self._places.of_product(self._paths.current() or _NOWHERE, op)
         if place.left:
             with self._owned("left by the recipe", op, place):
                 result = func(*args, **kwargs)
             if self._observer is not None:
-                for t in _floating(result):
+                for t in floating(result):
                     self._call(place.first).out(t)
                 self._observe_inside(op, place, args, kwargs)
             return result
@@ -459,7 +422,7 @@ class Simulation:
         with self._owned("the recipe", op, place):
             if op.autocasts and torch.is_autocast_enabled(device):
                 dtype = torch.float32 if op.widened else torch.get_autocast_dtype(device)
-                args, kwargs = _autocast(args, dtype), _autocast(kwargs, dtype)
+                args, kwargs = autocast(args, dtype), autocast(kwargs, dtype)
                 with torch.autocast(device, enabled=False):
                     result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
             elif op.autocasts or not torch.is_autocast_enabled(device):
@@ -469,9 +432,9 @@ class Simulation:
                     result = function(self._execution(op, place, args, kwargs), *args, **kwargs)
         if target is not None:
             return target.copy_(result)
-        return result if out is None else _written(out, result)
+        return result if out is None else written(out, result)
 
-    def _observe_inside(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _observe_inside(self, op: Op, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Show the observer what torch computed inside a call that was left to it, such as attention's logits."""
         if op.inside is not None:
             part, compute = op.inside
@@ -479,47 +442,12 @@ class Simulation:
                 value = compute(*args, **kwargs)
             self._call(place.sites[part]).vector(value)
 
-    def _execution(self, op: Op, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | Composite:
+    def _execution(self, op: Op, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | Composite:
         if op.parts:
             return Composite(lambda part, calls: self._call(place.sites[part], calls))
         return self._call(place.sites[op.name], 1 if op.calls is None else op.calls(*args, **kwargs))
 
-    # Sites and steps
-
-    def _place(self, op: Op) -> _Place:
-        """Where a product is about to run: its site, or those of its parts."""
-        frame = self._paths.current() or _NOWHERE
-        key = (frame.path, op.name, frame.repetition(op.name))
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = _Place(op, partial(self._site, frame.path, repetition=key[2]))
-        return place
-
-    def _site(self, path: str, op: str, repetition: int) -> Site:
-        key = (path, op, repetition)
-        site = self._sites.get(key)
-        if site is None:
-            site = self._sites[key] = Site(path, op, repetition, self._resolve(path, op, repetition))
-            if site.stochastic and self._streams.setdefault(site.stream, site.name) != site.name:
-                raise ValueError(
-                    f"the sites {site.name} and {self._streams[site.stream]} would draw the same random bits "
-                    "(equal CRC-32): rename one of the modules"
-                )
-        return site
-
-    def _resolve(self, path: str, op: str, repetition: int) -> Recipe:
-        pattern = self.recipe.pattern_at(path, op, repetition)
-        if pattern is None:
-            return self.recipe
-        self._unmatched.discard(pattern)
-        return self.recipe.overrides[pattern]
-
-    def _check_overrides(self) -> None:
-        paths = [path for path, _ in self.model.named_modules(remove_duplicate=False) if path]
-        for pattern in self.recipe.overrides:
-            prefix = pattern.rpartition("/")[0] if "/" in pattern else pattern
-            if not any(fnmatchcase(path, prefix) for path in (*paths, ROOT, OUTSIDE, BACKWARD)):
-                raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
+    # Steps
 
     def _call(self, site: Site, calls: int = 1) -> Call:
         evaluation = False
@@ -547,7 +475,7 @@ class Simulation:
             return True
         if frame.path != OUTSIDE:
             return False
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in _floating((args, kwargs))))
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in floating((args, kwargs))))
 
     def _optimizing(self) -> bool:
         """Whether Optimizer.step is running, but not a closure that it calls."""
@@ -557,7 +485,7 @@ class Simulation:
         if self._steps is not None and self._steps.ended(optimizer):
             self._begin(self._step + 1)
 
-    def _owned(self, owner: str, op: Op | None = None, place: _Place | None = None) -> AbstractContextManager[None]:
+    def _owned(self, owner: str, op: Op | None = None, place: Place | None = None) -> AbstractContextManager[None]:
         """A context whose products the audit counts as `owner`'s; with `op`, the call too is counted, at its sites."""
         if self._counting is None:
             return _UNCOUNTED
@@ -567,57 +495,5 @@ class Simulation:
         return self._counting.owned(owner)
 
 
-def _path(frame: Frame | None) -> str:
-    return BACKWARD if frame is None else frame.path
-
-
-def _unknown(frame: Frame | None, name: str) -> UnknownOpError:
-    return UnknownOpError(
-        f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would silently "
-        "stay in full precision. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
-        "lpsim/machine/ops/table.py, and one function if it hides matrix products"
-    )
-
-
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
-
-
-def _inplace_target(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    position = inplace_argument(func)
-    if position is None:
-        return None
-    if position >= 0 and not kwargs.get("inplace", len(args) > position and args[position]):
-        return None
-    return args[0] if args else kwargs["input"]
-
-
-def _written(out: Tensor, result: Tensor) -> Tensor:
-    if result.requires_grad:
-        raise RuntimeError("functions with out=... do not support automatic differentiation")
-    if out.shape != result.shape:
-        out.resize_(result.shape)
-    return out.copy_(result)
-
-
-def _floating(value: Any) -> Iterator[Tensor]:
-    """The floating-point and complex tensors in a value."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex():
-            yield value
-    elif isinstance(value, dict):
-        yield from _floating(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from _floating(v)
-
-
-def _autocast(value: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors in `value`, float64 excepted, in the dtype that autocast gives to a product."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
-    if isinstance(value, dict):
-        return {key: _autocast(v, dtype) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_autocast(v, dtype) for v in value)
-    return value

@@ -89,7 +89,8 @@ def oscillated(x: Tensor, rounded: tuple[Tensor, Tensor, Tensor], fmt: Format, a
     """The share of all weights that flipped to a neighbouring value in one update and back in the next.
 
     x: the weights before; rounded: what they were rounded to before, after one update and after two. Back is exactly
-    the first value. Neighbouring: no value of x's block (its scale that of x) lies between the two. NaN for no weights.
+    the first value. Neighbouring: no value of x's block or sub-block (its scale that of x) lies between the two. NaN
+    for no weights.
     """
     first, second, third = (t.detach() for t in rounded)
     back = (third == first) & (second != first)
@@ -102,8 +103,9 @@ def oscillated(x: Tensor, rounded: tuple[Tensor, Tensor, Tensor], fmt: Format, a
     if isinstance(fmt, BlockFormat):
         element = fmt.element
         wide = x if x.dtype is torch.float64 else x.float()
-        blocks, outer = storage.block_scales(wide, fmt, axis % max(x.dim(), 1))
-        scale = storage.expanded((blocks * outer).double(), tuple(x.shape), fmt, axis % max(x.dim(), 1))[back]
+        axis %= max(x.dim(), 1)
+        blocks, outer = storage.block_scales(wide, fmt, axis)
+        scale = (storage.element_scales(wide, blocks, fmt, axis) * outer)[back].double()
     one, two = (t[back].double() / scale for t in (first, second))
     nearest = Quantizer(element).quantize
     between = nearest((one + two) / 2)  # one of the two, unless a value lies between them

@@ -153,6 +153,15 @@ def test_roles_classes_and_gradients_are_those_of_recipes_written_by_hand() -> N
     )
 
 
+def test_each_module_keeps_its_own_mode() -> None:
+    """Such as a frozen layer in evaluation mode inside a model that trains."""
+    model, batches, loss = subject()
+    model.get_submodule("mlp").eval()
+    before = [module.training for module in model.modules()]
+    measured.run(model, batches, loss, Recipe())
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
 def test_chosen_sites_are_a_machine_of_their_own() -> None:
     model, batches, loss = subject()
     frame = attribute(model, batches, loss, Recipe.forward(MXFP4), by=["site"], sites=["mlp.*", "*/*.qk"])

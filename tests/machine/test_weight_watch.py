@@ -65,6 +65,19 @@ def test_neighbours_are_those_of_the_blocks_scale(name: str) -> None:
         assert oscillated(first, (one, two, three), fmt, -1) == 8 / size
 
 
+@pytest.mark.parametrize(("step", "flips"), [(1, True), (2, False)])
+def test_neighbours_are_those_of_the_sub_block_s_scale(step: int, flips: bool) -> None:
+    """Beside a 1.5 MX9's values are multiples of 2^-6, in a pair whose weights are below 1 of 2^-7."""
+    fmt = formats.mx9
+    x = torch.full((1, 16), 0.5)
+    x[0, 0] = 1.5
+    moved = x.clone()
+    moved[0, 2] += step * 2.0**-7
+    one, two = (Quantizer(fmt).quantize(each) for each in (x, moved))
+    assert torch.equal(one, x) and torch.equal(two, moved)
+    assert oscillated(x, (one, two, one), fmt, -1) == (1 / 16 if flips else 0.0)
+
+
 def test_a_scale_that_changes_and_comes_back_makes_weights_flip() -> None:
     """1.5 lies on the grid of a block whose largest weight is 6, and not of one with 12: there it becomes 2."""
     fmt = formats.get("mxfp4_e2m1")

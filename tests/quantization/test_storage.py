@@ -91,7 +91,7 @@ def test_a_gpu_stores_the_same_bytes(fmt: object) -> None:
         x = without_nan(torch.from_numpy(array), fmt)
         for axis in (0, -1) if isinstance(fmt, BlockFormat) else (-1,):
             here, there = encode(x, fmt, axis), encode(x.cuda(), fmt, axis)
-            for name in ("codes", "scales", "tensor_scale"):
+            for name in ("codes", "scales", "tensor_scale", "microexponents"):
                 assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), f"{fmt.name}, axis {axis}, {name}"
             assert_same_bits(decode(there).cpu().numpy(), decode(here).numpy(), f"{fmt.name}, axis {axis}")
 

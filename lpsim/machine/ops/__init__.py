@@ -7,7 +7,7 @@ simulate, audit and telemetry import it.
 """
 
 from lpsim.machine.ops.product import Product, Role, StraightThrough
-from lpsim.machine.ops.site import Call, Composite, Observer, Site
+from lpsim.machine.ops.site import Call, Composite, Observer, Site, site_name
 from lpsim.machine.ops.table import HIDES_PRODUCTS, WRAPPED, Kind, Op, body, inplace_argument, op_name
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "body",
     "inplace_argument",
     "op_name",
+    "site_name",
 ]

@@ -105,10 +105,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, which the mode must see
-        with (
-            torch._C.DisableTorchFunction(),
-            precision.ensured(),
-        ):  # what follows are the machine's ops, not the model's
+        # what follows are the machine's ops, not the model's
+        with torch._C.DisableTorchFunction(), precision.ensured():
             if torch.is_grad_enabled():  # create_graph=True
                 return once_differentiable(_backward)(ctx, lhs, rhs, grad)
             if torch.is_autocast_enabled(grad.device.type):

@@ -41,6 +41,7 @@ class Site:
         "op",
         "path",
         "recipe",
+        "repetition",
         "stochastic",
         "stream",
         "wgrad_bits",
@@ -49,7 +50,8 @@ class Site:
     def __init__(self, path: str, op: str, repetition: int, recipe: Recipe) -> None:
         self.path = path
         self.op = op
-        self.name = f"{path}/{op}#{repetition}" if repetition else f"{path}/{op}"
+        self.repetition = repetition
+        self.name = site_name(path, op, repetition)
         self.recipe = recipe
         self.stream = zlib.crc32(self.name.encode())
         gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
@@ -84,6 +86,11 @@ class Site:
                 "so that random bits are keyed by the step"
             )
         return first
+
+
+def site_name(path: str, op: str, repetition: int) -> str:
+    """PATH/OP, and from an op's second time in a call of the module on PATH/OP#1 and so forth."""
+    return f"{path}/{op}#{repetition}" if repetition else f"{path}/{op}"
 
 
 def _product_bits(lhs: Quantizer | None, rhs: Quantizer | None) -> int | None:
