@@ -91,6 +91,7 @@ def for_model(
     weight_decay: float = WEIGHT_DECAY,
     noise_scale: float = NOISE_SCALE,
     others_lr: float | None = None,
+    others_weight_decay: float | None = None,
     others: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
     head: Chosen | None = "auto",
     lmd_params: Chosen = (),
@@ -123,8 +124,8 @@ def for_model(
 
     Arguments:
         lr, weight_decay, noise_scale: LMD's; and so are all further `settings` (kappa, betas, seed, ...): see LMD.
-        others_lr: AdamW's learning rate, an absolute step as in any AdamW, 0.012 if None. Its betas are (0.9, 0.99)
-            and its weight decay is 0.
+        others_lr: AdamW's learning rate, an absolute step as in any AdamW, 0.012 if None. Its betas are (0.9, 0.99).
+        others_weight_decay: AdamW's decay of embeddings, heads and tables, 0 if None; vectors and norms have none.
         others: makes another optimizer than this AdamW. It is called with at most two groups, {"params": [...]} of
             embeddings, heads and tables and {"params": [...], "weight_decay": 0.0} of vectors and norms:
             `others=lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)`.
@@ -143,8 +144,13 @@ def for_model(
     for parameters without values (meta, lazy) and settings out of range; TypeError for integer or complex parameters
     that would be LMD's, and for a `model` or `others` of a wrong kind.
     """
-    if others is not None and others_lr is not None:
-        raise ValueError("others_lr is for the AdamW that others=None makes; set the rate of yours where you make it")
+    given = {"lr": others_lr, "weight_decay": others_weight_decay}
+    for_adamw = {name: value for name, value in given.items() if value is not None}
+    if others is not None and for_adamw:
+        raise ValueError(
+            f"{', '.join(f'others_{name}' for name in for_adamw)} is for the AdamW that others=None makes; "
+            "set it for yours where you make it"
+        )
     division = divide(model, head=head, lmd_params=lmd_params, other_params=other_params)
     named = dict(model.named_parameters())
     matrices = [named[name] for name, place in division.items() if place.optimizer == "LMD"]
@@ -164,9 +170,8 @@ def for_model(
     both: list[dict[str, Any]] = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in both if group["params"]]
     if others is None:
-        rate = OTHERS_DEFAULTS["lr"] if others_lr is None else others_lr
         fused = all(p.is_floating_point() and p.device.type in FUSED_ADAMW for p in tables + vectors)
-        other: Any = torch.optim.AdamW(groups, **{**OTHERS_DEFAULTS, "lr": rate}, fused=fused or None)
+        other: Any = torch.optim.AdamW(groups, **{**OTHERS_DEFAULTS, **for_adamw}, fused=fused or None)
     else:
         other = others(groups)
     if not isinstance(other, Optimizer):

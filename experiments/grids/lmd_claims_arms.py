@@ -3,7 +3,8 @@
 `lmd_claims_gpt2_tuning` and `lmd_claims_vit_tuning` seek their settings. Every arm has 8 trials on seed 3000 (4
 quasi-random, 4 proposed by TPE in two rounds); its best 2 are run again on seed 3001, and the better mean is chosen.
 The comparison is longer than the trials (`STEPS`): rates that suit a trial may be a little too high for it, for every
-arm alike. The ViT's trials are longer: after 800 steps of 32 images it has not begun to learn at most rates.
+arm alike. The ViT's trials are longer: after 800 steps of 32 images it has not begun to learn at most rates. The AdamW
+within `for_model` has no weight decay here, which was its default when the arms were tuned.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ ADAMW, FOR_MODEL, EVERYTHING = "AdamW", "LMD for_model", "LMD on everything"
 NOISELESS, LION, MADAM = "LMD for_model without noise", "Lion", "Madam"
 OPTIMIZERS: dict[str, OptimizerSettings] = {
     ADAMW: AdamW(lr=0.006),
-    FOR_MODEL: LMDForModel(),
+    FOR_MODEL: LMDForModel(others_weight_decay=0.0),
     EVERYTHING: LMD(),
-    NOISELESS: LMDForModel(noise_scale=0.0),
+    NOISELESS: LMDForModel(noise_scale=0.0, others_weight_decay=0.0),
     LION: Lion(lr=0.001),
     MADAM: Madam(lr=0.01),
 }

@@ -23,4 +23,4 @@ def grid() -> Iterator[Config]:
     for seed in (100, 101):
         for config in at_defaults((*TASKS, GPT2, VIT), seed):
             for rate in RATES:
-                yield replace(config, optimizer=LMDForModel(others_lr=rate))
+                yield replace(config, optimizer=LMDForModel(others_lr=rate, others_weight_decay=0.0))

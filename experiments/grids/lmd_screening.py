@@ -14,10 +14,10 @@ from experiments.training.optimizers import LMD, AdamW, LMDForModel, OptimizerSe
 TASKS = ((model("gpt2-micro"), StdlibText(), 16), (model("vit-micro-glyphs"), Glyphs(), 64))
 ADAMW_LR = {"gpt2-micro": 0.008, "vit-micro-glyphs": 0.0015}
 OPTIMIZERS: tuple[LMD, ...] = (
-    LMDForModel(lr=0.02, weight_decay=0.5, kappa=3.0, noise_scale=0.05, others_lr=0.006),
+    LMDForModel(lr=0.02, weight_decay=0.5, kappa=3.0, noise_scale=0.05, others_lr=0.006, others_weight_decay=0.0),
     LMD(lr=0.02, weight_decay=0.5, kappa=3.0, noise_scale=0.05),
-    LMDForModel(lr=0.02, weight_decay=0.5, kappa=3.0, noise_scale=0.0, others_lr=0.003),
-    LMDForModel(lr=0.01, weight_decay=0.5, kappa=3.0, noise_scale=0.0, others_lr=0.003),
+    LMDForModel(lr=0.02, weight_decay=0.5, kappa=3.0, noise_scale=0.0, others_lr=0.003, others_weight_decay=0.0),
+    LMDForModel(lr=0.01, weight_decay=0.5, kappa=3.0, noise_scale=0.0, others_lr=0.003, others_weight_decay=0.0),
     LMD(lr=0.01, weight_decay=0.5, kappa=3.0, noise_scale=0.0),
     LMD(lr=0.03, weight_decay=0.3, kappa=1.0, noise_scale=0.0),
     LMDForModel(),

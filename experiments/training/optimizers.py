@@ -5,6 +5,7 @@ Every optimizer but LMD gets the same two parameter groups: tensors of two and m
 and biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from experiments.training import baselines
 from experiments.training.settings import Settings
 from lmd import LMD as LMDOptimizer
 from lmd import Combined, for_model
+from lmd.division import OTHERS_DEFAULTS
 from lmd.optimizer import LR, NOISE_SCALE, WEIGHT_DECAY
 
 
@@ -129,19 +131,26 @@ class LMDWithAdamW(LMD):
 
 @dataclass(frozen=True)
 class LMDForModel(LMD):
-    """`lmd.for_model`: LMD for hidden matrices, AdamW (lr `others_lr`, no decay) for the others."""
+    """`lmd.for_model`: LMD for hidden matrices, AdamW (lr `others_lr`) for the others; `others_weight_decay` is of its
+    embeddings, heads and tables, vectors have none."""
 
     name: ClassVar[str] = "lmd-for-model"
+    later: ClassVar[Mapping[str, Any]] = {"others_weight_decay": 0.0}
 
-    others_lr: float = 0.012
+    others_lr: float = OTHERS_DEFAULTS["lr"]
+    others_weight_decay: float = OTHERS_DEFAULTS["weight_decay"]
 
     def check(self) -> None:
         super().check()
         self.require(self.others_lr > 0, f"others_lr must be positive, is {self.others_lr}")
+        self.require(
+            self.others_weight_decay >= 0, f"others_weight_decay must not be negative, is {self.others_weight_decay}"
+        )
         self.require(self.mc_samples == 1, "mc_samples must be 1 where another optimizer takes part")
 
     def build(self, model: nn.Module, seed: int) -> Optimizer:
-        return for_model(model, self.lr, others_lr=self.others_lr, seed=seed, **self.settings())
+        others = {"others_lr": self.others_lr, "others_weight_decay": self.others_weight_decay}
+        return for_model(model, self.lr, seed=seed, **others, **self.settings())
 
 
 @dataclass(frozen=True)
