@@ -3,6 +3,7 @@
 import copy
 import io
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -239,14 +240,17 @@ def test_lion_and_signum_equal_their_equations() -> None:
 
 def test_lmd_for_model_passes_its_settings_on() -> None:
     model = GPT2_MICRO.build()
-    settings = LMDForModel(lr=0.02, weight_decay=0.3, noise_scale=0.1, kappa=2.0, betas=(0.8, 0.9), others_lr=0.01)
+    others: dict[str, Any] = {"others_lr": 0.01, "others_weight_decay": 0.2}
+    settings = LMDForModel(lr=0.02, weight_decay=0.3, noise_scale=0.1, kappa=2.0, betas=(0.8, 0.9), **others)
     optimizer = settings.build(model, seed=7)
     ours, *theirs = optimizer.param_groups
     wanted = {"lr": 0.02, "weight_decay": 0.3, "noise_scale": 0.1, "kappa": 2.0, "betas": (0.8, 0.9), "seed": 7}
     assert {name: ours[name] for name in wanted} == wanted
-    assert [group["lr"] for group in theirs] == [0.01, 0.01]
+    assert [(group["lr"], group["weight_decay"]) for group in theirs] == [(0.01, 0.2), (0.01, 0.0)]
     assert any(p is model.tokens.weight for p in theirs[0]["params"])
     with pytest.raises(ValueError, match="mc_samples"):
         LMDForModel(lr=0.02, mc_samples=2)
     with pytest.raises(ValueError, match="others_lr"):
         LMDForModel(lr=0.02, others_lr=0.0)
+    with pytest.raises(ValueError, match="others_weight_decay"):
+        LMDForModel(lr=0.02, others_weight_decay=-0.1)

@@ -285,6 +285,8 @@ def test_bad_input_is_an_error():
         lmd.for_model(model, mc_samples=2)
     with pytest.raises(ValueError, match="others_lr is for the AdamW"):
         lmd.for_model(model, others=torch.optim.AdamW, others_lr=0.1)
+    with pytest.raises(ValueError, match="others_weight_decay is for the AdamW"):
+        lmd.for_model(model, others=torch.optim.AdamW, others_weight_decay=0.0)
     with pytest.raises(TypeError, match=r"must return a torch\.optim\.Optimizer"):
         lmd.for_model(model, others=lambda groups: None)
     with pytest.raises(TypeError, match="one LMD"):
@@ -341,14 +343,16 @@ def test_it_is_the_combined_that_one_would_make_by_hand(arguments):
 
 
 def test_the_settings_reach_the_parts():
-    model = mlp()
+    model = gpt2.MICRO.build()
+    others: dict[str, Any] = {"others_lr": 0.01, "others_weight_decay": 0.2}
     optimizer = lmd.for_model(
-        model, 0.02, weight_decay=0.3, noise_scale=0.1, others_lr=0.01, kappa=2.0, betas=(0.8, 0.9), seed=7
+        model, 0.02, weight_decay=0.3, noise_scale=0.1, **others, kappa=2.0, betas=(0.8, 0.9), seed=7
     )
     ours, theirs = optimizer.lmd.param_groups[0], optimizer.others[0].param_groups
     wanted = {"lr": 0.02, "weight_decay": 0.3, "noise_scale": 0.1, "kappa": 2.0, "betas": (0.8, 0.9), "seed": 7}
     assert {name: ours[name] for name in wanted} == wanted
-    assert all(group["lr"] == 0.01 and group["weight_decay"] == 0.0 for group in theirs)
+    assert [(group["lr"], group["weight_decay"]) for group in theirs] == [(0.01, 0.2), (0.01, 0.0)]
+    assert any(p is model.tokens.weight for p in theirs[0]["params"]) and all(p.ndim < 2 for p in theirs[1]["params"])
     assert lmd.for_model(model).lmd.defaults == LMD(model.parameters()).defaults
 
 
