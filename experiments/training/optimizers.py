@@ -149,8 +149,8 @@ class LMDForModel(LMD):
         self.require(self.mc_samples == 1, "mc_samples must be 1 where another optimizer takes part")
 
     def build(self, model: nn.Module, seed: int) -> Optimizer:
-        others = {"others_lr": self.others_lr, "others_weight_decay": self.others_weight_decay}
-        return for_model(model, self.lr, seed=seed, **others, **self.settings())
+        settings = {**self.settings(), "others_lr": self.others_lr, "others_weight_decay": self.others_weight_decay}
+        return for_model(model, self.lr, seed=seed, **settings)
 
 
 @dataclass(frozen=True)
