@@ -337,7 +337,9 @@ def by_hand(model: nn.Module) -> Combined:
     return Combined(LMD(blocks), adamw)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"others_lr": 0.012, "others_weight_decay": 0.3, "seed": 0}], ids=["defaults", "named"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"others_lr": 0.012, "others_weight_decay": 0.3, "seed": 0}], ids=["defaults", "named"]
+)
 def test_it_is_the_combined_that_one_would_make_by_hand(arguments):
     model = gpt2.MICRO.build()
     other = copy.deepcopy(model)
