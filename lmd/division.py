@@ -12,7 +12,7 @@ from lmd.combined import Combined
 from lmd.optimizer import LMD, LR, NOISE_SCALE, WEIGHT_DECAY
 
 # What the other optimizer takes where the caller of for_model says nothing.
-OTHERS_DEFAULTS: dict[str, Any] = {"lr": 0.012, "betas": (0.9, 0.99), "weight_decay": 0.0}
+OTHERS_DEFAULTS: dict[str, Any] = {"lr": 0.012, "betas": (0.9, 0.99), "weight_decay": 0.3}
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -125,7 +125,7 @@ def for_model(
     Arguments:
         lr, weight_decay, noise_scale: LMD's; and so are all further `settings` (kappa, betas, seed, ...): see LMD.
         others_lr: AdamW's learning rate, an absolute step as in any AdamW, 0.012 if None. Its betas are (0.9, 0.99).
-        others_weight_decay: AdamW's decay of embeddings, heads and tables, 0 if None; vectors and norms have none.
+        others_weight_decay: AdamW's decay of embeddings, heads and tables, 0.3 if None; vectors and norms have none.
         others: makes another optimizer than this AdamW. It is called with at most two groups, {"params": [...]} of
             embeddings, heads and tables and {"params": [...], "weight_decay": 0.0} of vectors and norms:
             `others=lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)`.

@@ -3,9 +3,9 @@
 `config.json`, `env.json`, `metrics.jsonl` (append-only, one object a line), `weights.json` (histograms of the weights),
 `checkpoint.pt` and, last, `result.json`; where telemetry is on, `telemetry.parquet` and `telemetry_cosines.parquet`,
 replaced with every checkpoint. Whole files are written beside their place, synced and renamed; so kill -9 leaves a
-folder that is read as it was, less the steps since the last checkpoint. Nothing found in a folder is executed: JSON,
-Parquet, and checkpoints with `weights_only=True`. What a worker imports from a grid's `sources` is what the running
-command has put there (`own`).
+folder that is read as it was, less the steps since the last checkpoint that was written. Nothing found in a folder is
+executed: JSON, Parquet, and checkpoints with `weights_only=True`. What a worker imports from a grid's `sources` is what
+the running command has put there (`own`).
 """
 
 import fcntl
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -134,6 +135,8 @@ class RunRecord:
         self.folder = folder
         self.last_step = 0  # of the last line logged
         self._metrics: io.RawIOBase | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1)  # its thread starts with the first checkpoint
+        self._written: Future[None] | None = None
 
     def exclusive(self) -> Any:
         """The run's own lock: waits a minute for a worker that outlived its grid to write its checkpoint and leave."""
@@ -188,21 +191,39 @@ class RunRecord:
         write_json(path, {"version": VERSION, "width": width, "values": list(values), "histograms": rows})
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace checkpoint.pt by `state`; the metrics up to here are on disk before it is."""
+        """Have checkpoint.pt replaced by `state` as it is now; the metrics up to here are on disk before it is.
+
+        The disk is written in the background while the run goes on. What goes wrong there is raised by the next call,
+        by `flush`, `finish` or `close`.
+        """
         import torch
 
+        self.flush()
         buffer = io.BytesIO()
         torch.save(state, buffer)
+        self._written = self._writer.submit(self._write_checkpoint, buffer)
+
+    def _write_checkpoint(self, buffer: io.BytesIO) -> None:
+        self._sync_metrics()
+        with buffer.getbuffer() as content:  # Python 3.12.1 crashes where it is left to the garbage collector
+            write_atomically(self.folder / "checkpoint.pt", content)
+
+    def _sync_metrics(self) -> None:
         if self._metrics is not None:
             with writing(self.folder / "metrics.jsonl"):
                 os.fsync(self._metrics.fileno())
-        with buffer.getbuffer() as content:  # Python 3.12.1 crashes where it is left to the garbage collector
-            write_atomically(self.folder / "checkpoint.pt", content)
+
+    def flush(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises RunFolderError where it could not be written."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def load_checkpoint(self, device: str) -> dict[str, Any] | None:
         """The last checkpoint, None when there is none. Raises RunFolderError when it cannot be read."""
         import torch
 
+        self.flush()
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
@@ -226,16 +247,20 @@ class RunRecord:
         return dict(saved["model"])
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: the run is over."""
-        if self._metrics is not None:
-            with writing(self.folder / "metrics.jsonl"):
-                os.fsync(self._metrics.fileno())
+        """Write result.json: the run is over, and its last checkpoint is on disk."""
+        self.flush()
+        self._sync_metrics()
         write_json(self.folder / "result.json", {"version": VERSION, **result})
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        """Wait for the last checkpoint, and close the metrics. Raises as `flush` does."""
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
+            if self._metrics is not None:
+                self._metrics.close()
+                self._metrics = None
 
 
 def _step(line: bytes) -> float:

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,13 +75,15 @@ def test_a_damaged_checkpoint_is_named(run: RunRecord) -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(run: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     run.save_checkpoint({"step": 1})
+    run.flush()
 
     def interrupted(_: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupted)
+    run.save_checkpoint({"step": 2})
     with pytest.raises(KeyboardInterrupt):
-        run.save_checkpoint({"step": 2})
+        run.flush()
     loaded = run.load_checkpoint("cpu")
     assert loaded is not None and loaded["step"] == 1
 
@@ -95,12 +98,30 @@ def test_metrics_on_a_full_disk_are_one_message(run: RunRecord) -> None:
 
 
 def test_a_checkpoint_on_a_full_disk_is_one_message_and_keeps_the_old_one(run: RunRecord) -> None:
-    run.save_checkpoint({"step": 1})
-    (run.folder / "checkpoint.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunFolderError, match=FULL.format(r"checkpoint\.pt")):
+    later: list[Callable[[], Any]] = [
+        run.flush,
+        lambda: run.save_checkpoint({"step": 3}),
+        lambda: run.finish({"status": "finished"}),
+        run.close,
+    ]
+    for call in later:
+        run.save_checkpoint({"step": 1})
+        run.flush()
+        (run.folder / "checkpoint.pt.tmp").symlink_to("/dev/full")
         run.save_checkpoint({"step": 2})
+        with pytest.raises(RunFolderError, match=FULL.format(r"checkpoint\.pt")):
+            call()
+        loaded = run.load_checkpoint("cpu")
+        assert loaded is not None and loaded["step"] == 1
+    assert not (run.folder / "result.json").exists()
+
+
+def test_a_checkpoint_holds_what_the_state_was_when_it_was_saved(run: RunRecord) -> None:
+    weights = torch.arange(3.0)
+    run.save_checkpoint({"w": weights})
+    weights.zero_()
     loaded = run.load_checkpoint("cpu")
-    assert loaded is not None and loaded["step"] == 1
+    assert loaded is not None and torch.equal(loaded["w"], torch.arange(3.0))
 
 
 def test_an_unwritable_folder_is_one_message(tmp_path: Path) -> None:

@@ -329,11 +329,17 @@ def train(model: nn.Module, optimizer: Combined, steps: range, scheduler: Any = 
 def by_hand(model: nn.Module) -> Combined:
     blocks = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
-    adamw = torch.optim.AdamW(rest, lr=0.012, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2]},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.012, betas=(0.9, 0.99), weight_decay=0.3, fused=True)
     return Combined(LMD(blocks), adamw)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"others_lr": 0.012, "seed": 0}], ids=["defaults", "named"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"others_lr": 0.012, "others_weight_decay": 0.3, "seed": 0}], ids=["defaults", "named"]
+)
 def test_it_is_the_combined_that_one_would_make_by_hand(arguments):
     model = gpt2.MICRO.build()
     other = copy.deepcopy(model)
