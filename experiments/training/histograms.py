@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from experiments.training.config import Config
 from lpsim.formats import BlockFormat, Format, reference
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import Call, Role
 from lpsim.machine.simulate import Simulation
 from lpsim.quantization import storage
@@ -59,7 +60,7 @@ class WeightHistograms:
         place = x.untyped_storage().data_ptr()
         if role is not Role.FPROP_RHS or quantizer is None or place in self._scaled:
             return
-        if any(p.untyped_storage().data_ptr() == place for p in self.parameters):
+        if lies_in(x, self.parameters):
             self._scaled[place] = _over_scale(x.detach().float(), quantizer.format, axis)
             self.values = self.values or _values(quantizer.format)
 

@@ -105,7 +105,10 @@ def agreement(plain: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 
 
 def decibel(signal: float, noise: float) -> float:
-    """10·log10(signal / noise); infinite without noise, NaN where either is not finite."""
+    """10·log10(signal / noise), of sums of squares: every SQNR and QSNR is computed here.
+
+    Infinite without noise, minus infinity with noise and no signal, NaN where either is not finite.
+    """
     if not math.isfinite(signal + noise):
         return math.nan
     return 10 * math.log10(signal / noise) if signal and noise else math.inf if not noise else -math.inf
