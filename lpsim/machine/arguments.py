@@ -1,4 +1,4 @@
-"""The tensors in the arguments and results of a torch function: their dtype, which is written to, which is a parameter."""
+"""The tensors in the arguments and results of a torch function: their dtype, which is written to or a parameter."""
 
 from __future__ import annotations
 
