@@ -41,7 +41,10 @@ def run(
     observer: Observer | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """The forward pass on the machine that `recipe` describes. seed: of stochastic rounding."""
+    """The mean loss and the logits of all batches, from forward passes on the machine that `recipe` describes.
+
+    observer: called with every tensor that is rounded. seed: of stochastic rounding.
+    """
     total, count, all_logits = 0.0, 0, []
     with _evaluating(model), simulate(model, recipe, seed) as simulation:
         simulation.observer = observer
