@@ -22,10 +22,8 @@ from analysis.run_files import (
     METRIC_COLUMNS,
     REQUIRED,
     RESULT_COLUMNS,
-    SCHEDULE,
     SHIPPED_FINALS,
     TABLES,
-    USUAL_SCHEDULE,
     Unreadable,
     frame_of,
     frontier_tables,
@@ -165,7 +163,7 @@ def read(folder: str | Path) -> Results:
     return Results(
         folder=folder,
         grid=grid,
-        runs=_with_primary_metric(_with_schedule(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS]))),
+        runs=_with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
         metrics=long,
         environment=frame_of(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
@@ -201,9 +199,7 @@ def read_all(folders: Sequence[str | Path]) -> Results:
     return Results(
         folder=parts[0].folder.parent / "+".join(part.folder.name for part in parts),
         grid={"grid": " + ".join(names), "source": ", ".join(str(part.grid.get("source")) for part in parts)},
-        runs=_with_primary_metric(
-            _with_schedule(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts]))
-        ),
+        runs=_with_primary_metric(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts])),
         metrics=pd.concat([part.metrics for part in parts], ignore_index=True),
         environment=_together([part.environment for part in parts]),
         problems=pd.concat(
@@ -258,13 +254,6 @@ def _no_grid_folder(folder: Path) -> str:
     inside = sorted(str(child.parent) for child in folder.glob("*/grid.json"))
     hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
     return f"{folder}: no grid folder (it holds no grid.json; expected runs/<grid>, as `lpsim run` writes it){hint}"
-
-
-def _with_schedule(frame: pd.DataFrame) -> pd.DataFrame:
-    """Names the usual schedule where some runs have another."""
-    if SCHEDULE in frame:
-        frame[SCHEDULE] = frame[SCHEDULE].fillna(USUAL_SCHEDULE)
-    return frame
 
 
 def _with_primary_metric(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,8 @@ VERSION = 1  # of config.json, env.json, result.json and grid.json; another vers
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 RUN_FILES = ("config.json", "env.json", "metrics.jsonl", "result.json")
 PRINCIPAL = {"model.name": "model", "data.name": "data", "optimizer.name": "optimizer", "recipe.format": "format"}
-SCHEDULE, USUAL_SCHEDULE = "schedule.name", "cosine"  # a config leaves the usual one out
+LEFT_OUT = {"schedule.name": "cosine", "micro_batches": 1, "recompute": False}  # what no mention in a config means
+LEFT_OUT_OF = {"lmd-for-model": {"optimizer.others_weight_decay": 0.0}}  # the same, by optimizer
 REQUIRED = (*PRINCIPAL.values(), "seed")
 DEFINITION = "_definition"  # ends the names of complete definitions of formats
 RESULT_COLUMNS = ("signature", "status", "step", "cause", "traceback", "metric", "primary_metric")
@@ -86,7 +87,7 @@ def grid_document(path: Path) -> dict[str, Any]:
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int, str, str, float]]]:
     """The row of `runs`, the rows of `environment` and the rows of `metrics` of one run folder. Raises Unreadable."""
-    config = flatten(json_object(folder / "config.json"))
+    config = with_left_out(flatten(json_object(folder / "config.json")))
     for name in REQUIRED:
         if config.get(name) is None:
             raise Unreadable(f"config.json does not say the run's {name}")
@@ -272,6 +273,12 @@ def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[PRINCIPAL.get(name, name)] = value
     return flat
+
+
+def with_left_out(config: dict[str, Any]) -> dict[str, Any]:
+    """A flat config with the settings that it leaves out, where their value is that of the time before they existed."""
+    meant = LEFT_OUT | LEFT_OUT_OF.get(config.get("optimizer", ""), {})
+    return config | {name: value for name, value in meant.items() if name not in config}
 
 
 def frame_of(rows: list[dict[str, Any]], at_least: list[str]) -> pd.DataFrame:

@@ -118,7 +118,7 @@ def folder_of(source: Path, options: argparse.Namespace) -> Path:
 
 def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> list[Config]:
     """The runs that --only leaves, as they are run; all without it. Raises ValueError."""
-    from analysis.run_files import SCHEDULE, USUAL_SCHEDULE, flatten
+    from analysis.run_files import flatten, with_left_out
     from experiments.running.grid import resolved
 
     if not isinstance(configs, list):
@@ -126,7 +126,7 @@ def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Na
     runs = resolved(configs, folder_of(source, options), options.telemetry_every)
     if not options.only:
         return runs
-    fields = [{SCHEDULE: USUAL_SCHEDULE, **flatten(run.to_dict())} for run in runs]
+    fields = [with_left_out(flatten(run.to_dict())) for run in runs]
     for each in fields:
         del each["version"]
     met = where.meets(fields, options.only, "--only")

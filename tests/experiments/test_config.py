@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from analysis.run_files import flatten, with_left_out
 from experiments.training.config import (
     MODELS,
     Config,
@@ -280,3 +281,18 @@ def test_all_products_round_the_unrounded_operands_along_each_product_s_own_axis
     assert recipe.fprop == Gemm(operand, operand, out=Quantizer(formats.bfloat16))
     assert recipe.backward_operands is BackwardOperands.UNQUANTIZED
     assert all_products("float32").build() == Recipe()
+
+
+@pytest.mark.parametrize("config", EVERY_PART, ids=lambda config: config.signature())
+def test_reports_know_what_a_config_means_by_leaving_a_setting_out(config: Config) -> None:
+    """Otherwise runs that leave it out and runs that name it would not be compared. None and a missing cell are one."""
+    known = with_left_out({"optimizer": config.optimizer.name})
+    parts: list[tuple[Settings, str]] = [
+        (config, ""),
+        (config.model, "model."),
+        (config.data, "data."),
+        (config.optimizer, "optimizer."),
+    ]
+    for part, prefix in parts:
+        for name, value in flatten(dict(part.later)).items():
+            assert known.get(prefix + name) == value
