@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from experiments.training.models.gpt2 import MICRO, Attention, GPT2Config
 from lpsim import Gemm, Quantizer, Recipe, Rounding, available_backends, formats, simulate
 from lpsim.adapters import microxcaling
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import exact
 from lpsim.machine.recipes import BackwardOperands
 from lpsim.machine.telemetry import Telemetry
@@ -151,7 +152,7 @@ def in_microxcaling(model: nn.Module, quantizer: Quantizer) -> dict[str, nn.Modu
 
 def kept_for_backward(step: Step, model: nn.Module) -> int:
     """The bytes of the tensors that one step keeps for its backward pass, without the parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = list(model.parameters())
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -160,8 +161,8 @@ def kept_for_backward(step: Step, model: nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    return sum(size for address, size in storages.items() if address not in parameters)
+    storages = (t.untyped_storage() for t in kept if not lies_in(t, parameters))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def measure(steps: dict[str, Step], repeats: int) -> dict[str, list[tuple[float, float]]]:

@@ -51,7 +51,7 @@ def model(name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig(Settings):
-    """Which products run in which format. float32 as `format` leaves every product as it is."""
+    """A recipe of one number format: which products round their operands to it. With float32 none does."""
 
     format: Format = formats.float32
     passes: str = "forward"  # fprop alone, gradients in the compute dtype; or "all": fprop, dgrad and wgrad
@@ -115,8 +115,9 @@ class RecipeConfig(Settings):
 def forward(
     format: str | Format, vector: str | Format | None = None, rounding: Rounding = Rounding.TIES_TO_EVEN
 ) -> RecipeConfig:
-    """The recipe that rounds both operands of every product of the forward pass; formats by name or as such.
+    """The recipe that rounds both operands of every product of the forward pass.
 
+    format, vector: a format or its name; vector is that of the operations between products, None to leave them alone.
     Raises: ValueError for an unknown format, naming the close ones.
     """
     return RecipeConfig(_format(format), "forward", rounding, None if vector is None else _format(vector))
@@ -125,7 +126,7 @@ def forward(
 def all_products(
     format: str | Format, vector: str | Format | None = None, rounding: Rounding = Rounding.TIES_TO_EVEN
 ) -> RecipeConfig:
-    """`forward`, and both operands of the two products of the backward pass rounded too."""
+    """As `forward`, with both operands of the two products of the backward pass rounded too."""
     return replace(forward(format, vector, rounding), passes="all")
 
 
@@ -164,7 +165,10 @@ def named_recipe(name: str) -> GivenRecipe:
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """One training run. Steps are optimizer updates; a step number counts completed updates."""
+    """One training run. Steps are optimizer updates; a step number counts completed updates.
+
+    A batch has `batch_size` examples: sequences of tokens, or images. Fields named *_every are in steps.
+    """
 
     model: ModelConfig
     data: DataConfig

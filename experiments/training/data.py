@@ -63,8 +63,13 @@ class Data(Protocol):
 
     classes: int  # size of the output distribution: a uniform guess has loss ln(classes)
 
-    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch: ...
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]: ...
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """Inputs and targets of `batch_size` examples, a function of the seed and the step (from 0) alone."""
+        ...
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The held-out split, in the same batches every time; the last may be smaller."""
+        ...
 
 
 class ImageArrays:

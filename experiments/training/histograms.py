@@ -1,7 +1,8 @@
-"""Histograms of a run's weights at its start, middle and end: weights.json, some kilobytes.
+"""Histograms of a run's weights at its start, middle and end, which the run keeps in weights.json (some kilobytes).
 
-All matrices (parameters of two and more dimensions) by magnitude; and, where the recipe rounds weights in the forward
-products, those by magnitude over the scale of their block, beside the values that the format has.
+One counts the weights in all matrices (parameters of two and more dimensions) by magnitude. Where the recipe rounds
+weights in the forward products, a second one counts those by their magnitude over the scale of their block, to be drawn
+beside the values that the format has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from experiments.training.config import Config
 from lpsim.formats import BlockFormat, Format, reference
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import Call, Role
 from lpsim.machine.simulate import Simulation
 from lpsim.quantization import storage
@@ -26,13 +28,13 @@ LISTED_BITS = 8  # of formats with more bits, the smallest and the largest value
 
 
 def recorded_steps(config: Config) -> set[int]:
-    """0, the first validation in the second half, and the last step."""
+    """The steps at which histograms are made: 0, the first validation in the second half, and the last one."""
     middle = -(-config.steps // (2 * config.validate_every)) * config.validate_every
     return {0, min(middle, config.steps), config.steps}
 
 
 class WeightHistograms:
-    """What validation sees of a model's weights; `rows` after it are the histograms, as weights.json holds them."""
+    """Collects what a validation sees of a model's weights; after it, `rows` gives the histograms for weights.json."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for p in model.parameters() if p.dim() > 1]
@@ -41,7 +43,7 @@ class WeightHistograms:
 
     @contextmanager
     def watching(self, simulation: Simulation) -> Iterator[None]:
-        """Inside, the operands of the forward products are looked at; another observer waits."""
+        """A context in which the operands of the forward products are looked at; another observer waits meanwhile."""
         before, simulation.observer = simulation.observer, self._observe
         try:
             yield
@@ -59,12 +61,13 @@ class WeightHistograms:
         place = x.untyped_storage().data_ptr()
         if role is not Role.FPROP_RHS or quantizer is None or place in self._scaled:
             return
-        if any(p.untyped_storage().data_ptr() == place for p in self.parameters):
+        if lies_in(x, self.parameters):
             self._scaled[place] = _over_scale(x.detach().float(), quantizer.format, axis)
             self.values = self.values or _values(quantizer.format)
 
 
 def _over_scale(x: Tensor, fmt: Format, axis: int) -> Tensor:
+    """The elements over the scales of their blocks; x itself without blocks."""
     if not isinstance(fmt, BlockFormat):
         return x
     axis %= max(x.dim(), 1)
@@ -81,8 +84,9 @@ def _values(fmt: Format) -> list[float]:
 
 
 def _histogram(tensors: list[Tensor]) -> dict[str, Any]:
-    """zeros, and how many magnitudes lie in the bins from 2^log2 on, a quarter of an octave wide; NaN and Inf are left
-    out.
+    """How many elements are zero, and how many magnitudes lie in each bin; NaN and Inf are left out.
+
+    Bin i begins at 2^log2[i], is a quarter of an octave wide and holds count[i]; empty ones are not listed.
     """
     with torch.no_grad():
         x = np.concatenate([t.detach().abs().double().flatten().cpu().numpy() for t in tensors])

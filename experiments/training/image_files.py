@@ -41,7 +41,7 @@ Pending = tuple[list[Future[np.ndarray]], list[int]]  # images under way, and th
 
 
 class ColourImages(Settings):
-    """Images of three channels, decoded from files."""
+    """Base of the data sets of images of three channels in files."""
 
     tag: ClassVar[str] = "name"
     inputs: ClassVar[str] = "images"
@@ -188,7 +188,11 @@ def _batch(pending: Pending) -> Batch:
 
 
 def decode(file: Image, crop: np.ndarray | None, size: int) -> np.ndarray:
-    """(size, size, 3) uint8. crop: five uniform numbers for area, aspect, left, top and mirror; None for the centre."""
+    """A file's image, cropped and scaled: (size, size, 3) uint8.
+
+    crop: five uniform numbers in [0, 1) that choose area, aspect, left, top and mirror; None for the centre. size: of a
+    side, in pixels.
+    """
     from PIL import Image as pillow  # only for runs that read image files
 
     with file.path.open("rb") as opened:

@@ -1,5 +1,7 @@
-"""The optimizers of an ablation: one table, name -> settings that build the optimizer. A new one is a class here and an
-entry; one of your own is a subclass of `OptimizerSettings` in a grid's file, with a `name` and `make`.
+"""The optimizers that a run can use: settings that build one, and the table OPTIMIZERS of their names.
+
+A new one is a class here and an entry; one of your own is a subclass of `OptimizerSettings` in a grid's file, with a
+`name` and `make`.
 
 Every optimizer but LMD gets the same two parameter groups: tensors of two and more dimensions with its weight decay,
 and biases and gains without, since a decay toward zero would shrink a LayerNorm's gain of one.
@@ -23,7 +25,7 @@ from lmd.optimizer import LR, NOISE_SCALE, WEIGHT_DECAY
 
 @dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """`lr` is the peak of the schedule."""
+    """Base of an optimizer's settings. lr: the learning rate at the peak of the schedule."""
 
     tag: ClassVar[str] = "name"
     name: ClassVar[str]
@@ -53,7 +55,7 @@ class OptimizerSettings(Settings):
 
 @dataclass(frozen=True)
 class AdamW(OptimizerSettings):
-    """Loshchilov and Hutter 2019, arXiv:1711.05101; torch's fused implementation."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101); torch's fused implementation."""
 
     name: ClassVar[str] = "adamw"
 
@@ -66,7 +68,7 @@ class AdamW(OptimizerSettings):
 
 @dataclass(frozen=True)
 class LMD(OptimizerSettings):
-    """Log-Normal Multiplicative Dynamics with one state vector a parameter (package lmd)."""
+    """Log-Normal Multiplicative Dynamics, with one state tensor for each parameter; lmd.LMD explains the settings."""
 
     name: ClassVar[str] = "lmd"
     parameterization: ClassVar[str] = "shared"
@@ -131,8 +133,10 @@ class LMDWithAdamW(LMD):
 
 @dataclass(frozen=True)
 class LMDForModel(LMD):
-    """`lmd.for_model`: LMD for hidden matrices, AdamW (lr `others_lr`) for the others; `others_weight_decay` is of its
-    embeddings, heads and tables, vectors have none."""
+    """`lmd.for_model`: LMD for hidden matrices, AdamW (lr `others_lr`) for all other parameters.
+
+    others_weight_decay: AdamW's, of embeddings, heads and tables; its vectors have none.
+    """
 
     name: ClassVar[str] = "lmd-for-model"
     later: ClassVar[Mapping[str, Any]] = {"others_weight_decay": 0.0}
@@ -191,7 +195,10 @@ class Signum(OptimizerSettings):
 
 @dataclass(frozen=True)
 class Madam(OptimizerSettings):
-    """Weight decay does not apply (its place is taken by the clamp): it must be 0."""
+    """Multiplicative updates in Adam's manner (Bernstein et al. 2020, arXiv:2006.14560).
+
+    Weights are kept small by a clamp in place of a weight decay, which must be 0.
+    """
 
     name: ClassVar[str] = "madam"
     clamp: ClassVar[float | None] = 3.0

@@ -1,16 +1,16 @@
 """One run in several processes, each with its part of every batch: `Group`. A run in one process is `Alone`.
 
-What holds, against the same run in one process. Every process begins with the same weights and gets the rows of the
-global batch that are its own; gradients are averaged (DistributedDataParallel), so losses, gradient and weights are
-those of the global batch, up to the order of sums in the compute dtype. Random bits are the same: LMD's noise is keyed
-by parameter and step, batches by seed and step, and stochastic rounding by the element's index in the tensor of the
-global batch (`Simulation.part`). A sum's last bit can still turn a rounding over, so that losses agree to what one
-rounding is worth, not in every bit.
+The same as in one process: every process begins with the same weights and gets its own rows of the global batch.
+Gradients are averaged (DistributedDataParallel), so losses, gradients and weights are those of the global batch, up to
+the order of sums in the compute dtype. Random bits are the same: LMD's noise is keyed by parameter and step, batches by
+seed and step, and stochastic rounding by the element's index in the tensor of the global batch (`Simulation.part`). A
+sum's last bit can still turn a rounding over, so that losses agree to what one rounding is worth, not in every bit.
 
-What does not. The weights' gradient (wgrad) sums over rows: blocks of its operands lie along them, so a process must
-hold whole blocks, `rows` a multiple of the block; what rounds its result or simulates its accumulator sees a process's
-part of the sum. Vector operations cannot be rounded stochastically, and telemetry would see one part: both are refused.
-Resumed runs end in the same bits with two processes; with more, torch may add up the first step in another order.
+Different from one process: the gradient of the weights (wgrad) sums over rows, and blocks of its operands lie along
+them. So a process must hold whole blocks: its number of rows must be a multiple of the block. A rounding of wgrad's
+result, or an accumulator, sees a process's part of the sum. Vector operations cannot be rounded stochastically, and
+telemetry would see one part: both are refused. Resumed runs end in the same bits with two processes; with more, torch
+may add up the first step in another order.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ TIMEOUT = timedelta(minutes=10)  # for a process that waits for another: longer 
 class Peers(Protocol):
     """What the training loop asks of the processes that share a run."""
 
-    rank: int
+    rank: int  # this process's number, from 0; the first writes the record
 
     def network(self, model: nn.Module) -> nn.Module:
         """What to call for gradients: they are then those of the global batch."""
@@ -45,7 +45,9 @@ class Peers(Protocol):
         """This process's rows of the global batch: its part of every micro-batch, in their order."""
         ...
 
-    def mean(self, loss: float) -> float: ...
+    def mean(self, loss: float) -> float:
+        """The mean of all processes' losses."""
+        ...
 
     def any(self, stop: bool) -> bool:
         """Whether one of them says so. Every process gets the same answer, at the same step."""

@@ -86,6 +86,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the value as JSON, non-finite numbers as `strict_json` has them. Raises RunFolderError."""
     write_atomically(path, (json.dumps(strict_json(value), indent=1, allow_nan=False) + "\n").encode())
 
 

@@ -1,5 +1,8 @@
-"""Data of the real layouts made from what is installed: the standard library as shards of tokens, glyphs as shards of
-images. Small, for trying a grid of real size on a small machine along the very path that its data take."""
+"""Makes small data in the layouts of real ones: the standard library as shards of tokens, glyphs as shards of images.
+
+With them a grid of real size can be tried on a small machine, on the very path that its data take. Nothing is
+downloaded.
+"""
 
 import io
 import tarfile
@@ -53,7 +56,7 @@ def write_images(output: Path) -> dict[str, int]:
 
 
 def _files(key: int, count: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Of every image the files: its pixels and its class."""
+    """For each of `count` images its files, as (name, content): the pixels and the class. key: of the draws."""
     from PIL import Image
 
     words = np.random.Philox(key=np.array([2**63, 1 + key], dtype=np.uint64)).random_raw(count * glyphs.WORDS)

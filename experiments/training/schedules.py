@@ -18,8 +18,9 @@ class Schedule(Settings):
     name: ClassVar[str]
 
     def factor(self, progress: float, final: float) -> float:
-        """progress: the share of the steps after the warm-up that are done, this one included, in (0, 1].
+        """The rate of a step after the warm-up, over the optimizer's lr.
 
+        progress: the share of the steps after the warm-up that are done, this one included, in (0, 1].
         final: `Config.final_lr_fraction`, the factor to reach at progress 1.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Text and a tokenizer file: a text file, or a folder of Hugging Face's `datasets`, made into tokens as a run begins.
+"""Data sets of text that become tokens when a run begins: a text file, or a folder of Hugging Face's `datasets`.
 
 The tokenizer file is the `tokenizer.json` of the package tokenizers, which transformers writes too. A process keeps its
 last texts as tokens, so that the runs of a grid share them. For gigabytes of text make token files once (`TokenFiles`).
@@ -90,7 +90,7 @@ class HuggingFaceText(Settings):
         return Tokens(train, held_out, model, self.validation_windows)
 
     def fingerprint(self) -> str:
-        """Of the tokenizer, and of the names, sizes, first and last MiB of the folder's files."""
+        """A hash of the tokenizer, and of the names, sizes, first and last MiB of the folder's files."""
         content = hashlib.sha256(_bytes(self.tokenizer))
         for path in _files(self.folder):
             size = path.stat().st_size
@@ -189,7 +189,7 @@ def _bytes(path: str) -> bytes:
 
 
 def _stamp(path: str | Path) -> Stamp:
-    """Raises ValueError where there is no such file."""
+    """When a file was changed, and its size. Raises ValueError where there is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     stat = Path(path).stat()

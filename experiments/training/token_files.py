@@ -1,4 +1,4 @@
-"""Tokens in files, memory-mapped, and `write_tokens`, which makes such files.
+"""The data set of tokens in files, which are read as a batch needs them; and `write_tokens`, which makes such files.
 
 A folder of tokens holds `train.bin` and `val.bin`, the usual layout of prepared OpenWebText, or shards of them,
 `train-00000.bin` and so on, which are one stream: how it is cut changes no batch. `tokens.json` beside them says the
@@ -55,7 +55,7 @@ class TokenFiles(Settings):
         return Tokens(self._stream("train"), self._stream("val"), model, self.validation_windows)
 
     def fingerprint(self) -> str:
-        """Of the sizes and of the first and last MiB of all files: they are too large to read before every run."""
+        """A hash of all files' sizes and first and last MiB: they are too large to be read before every run."""
         content = hashlib.sha256()
         for split in SPLITS:
             for part in self._parts(split):

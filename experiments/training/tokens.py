@@ -1,4 +1,4 @@
-"""Streams of tokens as batches, and the random numbers that a batch is drawn with."""
+"""Batches from a stream of tokens (`Tokens`), and the random numbers that any batch is drawn with (`generator`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,7 +38,11 @@ class Shards:
 
 
 class Tokens:
-    """Windows of two token streams (of unsigned integers): inputs (B, T) and targets, one token on, both int64."""
+    """Windows of two token streams (of unsigned integers): inputs (B, T) and targets, one token on, both int64.
+
+    T is the model's context. Training windows begin anywhere; the `validation_windows` held-out ones are spread evenly.
+    Raises ValueError for a stream that is not longer than the context.
+    """
 
     def __init__(
         self, train: np.ndarray | Shards, held_out: np.ndarray | Shards, model: Any, validation_windows: int

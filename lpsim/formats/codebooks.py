@@ -46,11 +46,14 @@ def _positive_posit(body: int, width: int, es: int) -> float:
 
 
 def logarithmic(name: str, bits: int, base: float = math.sqrt(2), largest: float = 1.0) -> Codebook:
-    """Zero and ±largest·base^-k for k = 0, 1, ..., 2^(bits − 1) − 2, each rounded to float32.
+    """Logarithmic numbers: zero and ±largest·base^-k for k = 0, 1, ..., 2^(bits − 1) − 2, each rounded to float32.
 
     Positive codes count up from zero's 0 by size, negative codes go on from there: one code of 2^bits is not used.
 
-    Raises ValueError for a base that is not above 1, or magnitudes that are not distinct and positive in float32.
+    bits: of a code, 2 to 16. base: the ratio of neighbouring magnitudes. largest: the largest magnitude.
+
+    Raises ValueError for bits out of range, a base that is not above 1, or magnitudes that are not distinct and
+    positive in float32.
     """
     if not 2 <= bits <= 16:
         raise ValueError(f"{name}: a logarithmic code has 2 to 16 bits, got {bits}")

@@ -137,7 +137,10 @@ def step_bytes(
     `state`'s format, written and read: 2. The optimizer reads and writes master weights and `states` numbers a weight
     (AdamW 2, LMD 1), in `state`'s format: 2·(1 + states). Bits are true ones, block scales included.
 
-    activation, gradient: None for the format of weights, float32. weights, activations: counts, of the whole batch.
+    weights, activations: counts, of the whole batch. weight, activation, gradient: their formats; None for the format
+    of weights and for float32.
+
+    Raises ValueError for a negative count.
     """
     if weights < 0 or activations < 0 or states < 0:
         raise ValueError(f"counts must not be negative, got {weights}, {activations}, {states}")

@@ -74,7 +74,8 @@ ALL_FORMATS: dict[str, Format] = {f.name: f for f in list(globals().values()) if
 def register(fmt: Format) -> Format:
     """Make a format known by its name (in grids, on the command line) and return it.
 
-    Raises ValueError when another format has the name; registering an equal one again changes nothing.
+    Registering an equal one again changes nothing. Raises ValueError when another format has the name, TypeError for
+    something that is no format.
     """
     if not isinstance(fmt, Format):
         raise TypeError(f"register takes a format, got {type(fmt).__name__}")

@@ -342,7 +342,10 @@ def quantize(
     Each result is rounded once, from x's own precision, and then stored in x's dtype. In a BlockFormat a block with a
     NaN or Inf becomes NaN (MX v1.0 §6.3: scale 0xFF), and with a tensor scale the whole tensor does.
 
-    x: float16, float32 or float64, any shape. axis: the axis that 1-d blocks lie along.
+    x: float16, float32 or float64, any shape. axis: the axis that 1-d blocks lie along. random_bits, key: of STOCHASTIC
+    alone, see Rounding.
+
+    Raises ValueError for STOCHASTIC without a key.
     """
     dtype = np.float64 if x.dtype == np.float64 else np.float32
     flat = x.astype(dtype).reshape(-1)

@@ -71,11 +71,15 @@ class ScaleRule(enum.Enum):
 
 @dataclass(frozen=True)
 class Key:
-    """Where random bits come from: a counter, no hidden state. Equal keys give equal bits on every backend and device.
+    """What determines random bits. There is no hidden state: equal keys give equal bits on every backend and device.
 
-    seed: 64 bits, one an experiment. stream: 32 bits, one a site. step: 32 bits, one a training step.
-    offset: index of a tensor's first element, so that a part of a tensor draws what the whole would have drawn.
     Element i (row-major) of a call draws the 32-bit word `reference.random_word(key, i)`.
+
+    seed: 64 bits, one for each experiment. stream: 32 bits, one for each site. step: 32 bits, one for each training
+    step. offset: 62 bits, the index of a tensor's first element, so that a part of a tensor draws what the whole would
+    have drawn.
+
+    Raises TypeError for something else than an int, ValueError for one out of range.
     """
 
     seed: int

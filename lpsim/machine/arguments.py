@@ -1,8 +1,8 @@
-"""The tensors in the arguments and results of a torch function: which there are, which is written to, their dtype."""
+"""The tensors in the arguments and results of a torch function: their dtype, which is written to or a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lpsim.machine.ops import inplace_argument
 
-__all__ = ["autocast", "floating", "inplace_target", "written"]
+__all__ = ["autocast", "floating", "inplace_target", "lies_in", "written"]
 
 
 def inplace_target(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -53,3 +53,14 @@ def autocast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(autocast(v, dtype) for v in value)
     return value
+
+
+def lies_in(x: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether x is taken for one of the parameters: it lies in the memory of one, as a view or a detached alias does.
+
+    Objects cannot be compared, because an op gets a parameter as a view of it (transposed, a part of it, detached). A
+    copy is no parameter, however equal. Memory is looked up anew in each call, because it changes: optimizers that
+    sample weights exchange it, and freed memory is given to other tensors.
+    """
+    place = x.untyped_storage().data_ptr()
+    return any(p.untyped_storage().data_ptr() == place for p in parameters)

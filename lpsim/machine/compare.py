@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lpsim.formats import BlockFormat, Element, Format, cost, float32
 from lpsim.formats.rounding import Rounding
+from lpsim.machine import measured
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import Role
 from lpsim.machine.recipes import Recipe
 from lpsim.machine.simulate import simulate
@@ -61,7 +63,7 @@ def _row(fmt: Format, name: str, x: Tensor, axis: int, accumulator: Element) -> 
     row: dict[str, str | float] = {
         "format": fmt.name,
         "tensor": name,
-        "qsnr_db": 10 * math.log10(signal / noise) if signal and noise else math.inf if signal else math.nan,
+        "qsnr_db": measured.decibel(signal, noise) if signal else math.nan,
         "largest_relative_error": float(relative.max()) if len(relative) else 0.0,
         "clipped": clipped,
         "underflowed": underflowed / x.numel(),
@@ -112,12 +114,12 @@ def product_counts(model: nn.Module, *inputs: Any) -> tuple[int, int]:
     A weight that two products use, such as a tied embedding's head, counts in each; a product of two activations, as in
     attention, counts both.
     """
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = list(model.parameters())
     counts = [0, 0]
 
     def observe(call: Any, role: Role, quantizer: Any, axis: int, x: Tensor, result: Tensor) -> None:
         if role in (Role.FPROP_LHS, Role.FPROP_RHS):
-            counts[x.untyped_storage().data_ptr() not in parameters] += x.numel()
+            counts[not lies_in(x, parameters)] += x.numel()
 
     with simulate(model, Recipe.forward(float32), audit=False) as simulation:
         simulation.observer = observe

@@ -41,7 +41,10 @@ def run(
     observer: Observer | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """The forward pass on the machine that `recipe` describes. seed: of stochastic rounding."""
+    """The mean loss and the logits of all batches, from forward passes on the machine that `recipe` describes.
+
+    observer: called with every tensor that is rounded. seed: of stochastic rounding.
+    """
     total, count, all_logits = 0.0, 0, []
     with _evaluating(model), simulate(model, recipe, seed) as simulation:
         simulation.observer = observer
@@ -105,7 +108,10 @@ def agreement(plain: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 
 
 def decibel(signal: float, noise: float) -> float:
-    """10·log10(signal / noise); infinite without noise, NaN where either is not finite."""
+    """10·log10(signal / noise), of sums of squares: every SQNR and QSNR is computed here.
+
+    Infinite without noise, minus infinity with noise and no signal, NaN where either is not finite.
+    """
     if not math.isfinite(signal + noise):
         return math.nan
     return 10 * math.log10(signal / noise) if signal and noise else math.inf if not noise else -math.inf

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from lpsim.formats import float32
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.frames import OUTSIDE
 from lpsim.machine.measured import Batches, Loss, gradients, run
 from lpsim.machine.ops import WRAPPED, Call, Kind, Role, site_name
@@ -63,14 +64,13 @@ def survey(model: nn.Module, batches: Batches, loss: Loss, recipe: Recipe, backw
 
     Raises ValueError for a pattern of the recipe's overrides that matches no site; those that begin with */ may.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = list(model.parameters())
     seen: dict[tuple[str, str, int], dict[Role, bool]] = {}  # by site; whether it was a weight
 
     def observe(call: Call, role: Role, quantizer: Quantizer | None, axis: int, x: Tensor, result: Tensor) -> None:
         site = call.site
-        weight = x.untyped_storage().data_ptr() in weights or (
-            role is Role.FPROP_RHS and site.op.partition(".")[0] in _WITH_WEIGHT
-        )
+        second_of_linear = role is Role.FPROP_RHS and site.op.partition(".")[0] in _WITH_WEIGHT
+        weight = second_of_linear or lies_in(x, parameters)
         roles = seen.setdefault((site.path, site.op, site.repetition), {})
         roles[role] = roles.get(role, False) or weight
 

@@ -2,14 +2,15 @@
 
 TF32 and bfloat16 in place of float32 (cuBLAS, cuDNN, oneDNN; `torch.set_float32_matmul_precision`), and sums of float16
 and bfloat16 products that are reduced in these types. They hold for the whole process, so they are pinned as long as
-any simulation is entered, and are exactly what they were when the last one is left.
+any simulation is entered, and are exactly what they were when the last one is left. A backward pass may come after
+that; each of its products then pins them again for as long as it runs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,9 @@ _OLD = (  # each writes some of _FLOAT32 too
     ),
     _flag("torch.backends.cudnn.allow_tf32", torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
 )
-_FLOAT32 = tuple(_float32(*where) for where in (*_PARENTS, *_PRODUCTS))
+_PLACES = (*_PARENTS, *_PRODUCTS)
+_FLOAT32 = tuple(_float32(*where) for where in _PLACES)
+_OF_CPU = tuple(setting for setting, (where, _) in zip(_FLOAT32, _PLACES, strict=True) if where != "cuda")
 _SUMS = (
     _reduction("fp16"),
     _reduction("bf16"),
@@ -132,38 +135,47 @@ def put_back(wanted: Values) -> None:
 _lock = threading.Lock()
 _entered = 0
 _before: Values = {}
+_low_on_cpu = False  # whether `_before` lets a CPU multiply in less than float32
 
 
-@contextmanager
-def pinned() -> Iterator[None]:
-    """A context in which float32 products are IEEE float32 and narrow ones are summed in float32.
+class _Pinned(AbstractContextManager[None]):
+    """See `pinned`. It has no state of its own, so that one object serves all."""
 
-    May be entered inside itself and in several threads; the last to leave puts the settings back.
-    """
-    global _entered
-    with _lock:
-        if _entered == 0:
-            _before.clear()
-            _before.update(values())
-            for setting, value in _before.items():
-                if setting.pin(value) != value:
-                    setting.write(setting.pin(value))
-        _entered += 1
-    try:
-        yield
-    finally:
+    def __enter__(self) -> None:
+        global _entered, _low_on_cpu
+        with _lock:
+            if _entered == 0:
+                _before.clear()
+                _before.update(values())
+                for setting, value in _before.items():
+                    if setting.pin(value) != value:
+                        setting.write(setting.pin(value))
+                _low_on_cpu = any(_before[setting] not in _FULL for setting in _OF_CPU)
+            _entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _entered
         with _lock:
             _entered -= 1
             if _entered == 0:
                 put_back(_before)
 
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_PINNED = _Pinned()
 
 
-def ensured() -> AbstractContextManager[None]:
-    """`pinned` where it is not entered, such as for a backward pass that runs after its simulation."""
-    return _NOTHING if _entered > 0 else pinned()
+def pinned() -> AbstractContextManager[None]:
+    """A context in which float32 products are IEEE float32 and narrow ones are summed in float32.
+
+    May be entered inside itself and in several threads; the last to leave puts the settings back. To enter it inside
+    itself costs next to nothing.
+    """
+    return _PINNED
+
+
+def low_on_cpu() -> bool:
+    """Whether the settings that are pinned at the moment would let a CPU multiply in less than float32."""
+    return _low_on_cpu
 
 
 def changes() -> tuple[str, ...]:

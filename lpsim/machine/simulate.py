@@ -16,8 +16,8 @@ In evaluation, nn.TransformerEncoder and nn.MultiheadAttention use fused kernels
 So where the recipe and all its overrides round nothing, these modules run unseen, and give exactly torch's result.
 
 torch's settings that let products run in a lower precision (TF32, reductions in float16) are pinned inside, for the
-whole process and in `suspended` too; the audit says which were set otherwise. To set one inside is an error, at the
-next step or at the end. See `precision`.
+whole process and in `suspended` too, and in a backward pass after it; the audit says which were set otherwise. To set
+one inside is an error, at the next step or at the end. See `precision`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lpsim.machine import precision
 from lpsim.machine.arguments import autocast, floating, inplace_target, written
 from lpsim.machine.audit import Audit, Auditor
 from lpsim.machine.frames import BACKWARD, OUTSIDE, Frame
+from lpsim.machine.left_products import with_pinned_backward
 from lpsim.machine.module_paths import ModulePaths
 from lpsim.machine.ops import (
     HIDES_PRODUCTS,
@@ -409,7 +410,7 @@ class Simulation:
         place = self._places.of_product(self._paths.current() or _NOWHERE, op)
         if place.left:
             with self._owned("left by the recipe", op, place):
-                result = func(*args, **kwargs)
+                result = with_pinned_backward(func, args, kwargs, first.is_cpu)
             if self._observer is not None:
                 for t in floating(result):
                     self._call(place.first).out(t)

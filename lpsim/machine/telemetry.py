@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from lpsim.formats import BlockFormat, Format
+from lpsim.machine import measured
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import Call, Role
 from lpsim.machine.weight_watch import WeightWatch
 from lpsim.quantization import storage
@@ -98,7 +100,7 @@ class _Sums:
     def finished(self) -> Row:
         row, n = self.row, max(self.row.elements, 1)
         if row.format:
-            row.sqnr_db = 10 * math.log10(self.signal / self.noise) if self.signal and self.noise else math.inf
+            row.sqnr_db = measured.decibel(self.signal, self.noise)
             row.bias = self.error / self.magnitude if self.magnitude else 0.0
         row.clipped, row.underflowed = self.clipped / n, self.underflowed / n
         if self.scales:
@@ -269,16 +271,11 @@ class Telemetry:
         row.amax = max(row.amax, amax)
         if quantizer is not None:
             self._note_rounding(sums, quantizer, axis, x, result)
-            if role is Role.FPROP_RHS and row.calls == 1 and self._is_weight(x):
+            if role is Role.FPROP_RHS and row.calls == 1 and lies_in(x, self._parameters):
                 self._weights.note(key, row, x, result)
         if self.first_nonfinite is None and (nan or inf or (minus and role is not Role.VECTOR)):
             row.origin = "nan" if nan else "inf"
             self.first_nonfinite = NonFinite(call.step, *key, row.origin)
-
-    def _is_weight(self, x: Tensor) -> bool:
-        """Whether x lies in a parameter's memory, which is looked up each time: optimizers that sample exchange it."""
-        place = x.untyped_storage().data_ptr()
-        return any(p.untyped_storage().data_ptr() == place for p in self._parameters)
 
     def _note_rounding(self, sums: _Sums, quantizer: Quantizer, axis: int, x: Tensor, result: Tensor) -> None:
         signal, noise, error, magnitude, underflowed = rounding_sums(x, result)

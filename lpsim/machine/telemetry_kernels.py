@@ -1,4 +1,4 @@
-"""The sums of telemetry over the elements of a tensor, in Numba: one pass each, on the calling thread.
+"""What telemetry counts and sums over the elements of a tensor, in Numba: one pass each, on the calling thread.
 
 The compiler may reorder sums, to use vector registers. So results are the same in every run and for every number of
 threads, but may differ between kinds of processors.

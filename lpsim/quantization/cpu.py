@@ -1,8 +1,9 @@
-"""The CPU backend: tensors cut into tiles, tiles into scales, and the kernels run over them on torch's threads.
+"""The CPU backend: cuts a tensor into tiles that share a scale, and runs the kernels over them on several threads.
 
 A tensor is seen as (outer, rows, columns), row-major, cut into tiles of (tile_rows, tile_columns) that share a scale:
 (1, 32) for blocks of 32 along the last axis, (32, 1) along any other, (r, c) for tiles, everything for one scale a
-tensor. The threads are this module's own, not Numba's: its OpenMP pool and torch's would share one runtime.
+tensor. The threads are as many as torch uses, but this module's own: Numba's OpenMP pool would share a runtime with
+torch's.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class _Call:
         rounded: tuple[np.ndarray, Plan] | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
-        """given: the scales and their inverses. rounded: see kernels.scales.rounded_scales. part: plan.sub_tile."""
+        """given: the scales and their inverses. rounded: see cpu_kernels.scales.rounded_scales. part: plan.sub_tile."""
         part = part or tile
         outer, rows, columns = shape
         self.tensor_scaled = False  # whether numbers depend on the tensor
@@ -143,6 +144,7 @@ def _signed(word: int) -> int:
 
 
 def _kind(p: Plan) -> int:
+    """What an element is: see cpu_kernels.elements."""
     lowest, highest, zero = p.floats[:3]
     if p.variant.table:
         return FEW if len(p.values) <= 32 else MANY
@@ -210,14 +212,14 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
 
 
 def _same(elements: int, p: Plan, scale: np.ndarray, inverse: np.ndarray) -> _Call:
-    """One scale for all elements: rows of a span, the last one short."""
+    """The call for one scale for all elements: they are cut into rows of SPAN, the last one short."""
     columns = min(elements, SPAN)
     shape = (1, -(-elements // columns), columns)
     return _Call(p, shape, (1, columns), elements, Scales.SAME, (scale, inverse))
 
 
 def _numbers(fmt: BlockFormat, p: Plan, outer: float) -> np.ndarray:
-    """What ScaleRule.ROUND takes: see kernels.scales.rounded_scales."""
+    """What ScaleRule.ROUND takes: see cpu_kernels.scales.rounded_scales. outer: the tensor's scale."""
     dtype = np.float64 if p.variant.double else np.float32
     with np.errstate(all="ignore"):
         inverse = dtype(1.0) / dtype(outer)
@@ -225,6 +227,7 @@ def _numbers(fmt: BlockFormat, p: Plan, outer: float) -> np.ndarray:
 
 
 def _scale_plan(scale: FloatFormat, p: Plan) -> Plan:
+    """The plan by which scales of this format are rounded, for tensors of p's width."""
     return plan(scale, Rounding.TIES_TO_EVEN, Overflow.SATURATE, None, p.variant.double)
 
 

@@ -1,6 +1,6 @@
-"""The GPU backend: Triton kernels (`gpu_kernels`), equal to `reference` bit for bit. The sibling of `cpu`.
+"""The GPU backend: cuts a tensor into what the Triton kernels (`gpu_kernels`) handle, and brings them their arguments.
 
-Here tensors are cut into what the programs handle, and the arguments of the kernels are brought to the device.
+Its results equal `reference` bit for bit. `cpu` is its sibling.
 
 Under TRITON_INTERPRET=1, set before Triton is imported, the kernels run in Triton's interpreter, on CPU tensors too.
 """
@@ -212,7 +212,8 @@ def overlaps_in_part(x: torch.Tensor, out: torch.Tensor) -> bool:
 def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, out: torch.Tensor) -> None:
     """reference.quantize of a contiguous float tensor x, into the contiguous `out` of its dtype (x itself is allowed).
 
-    p: the plan of the format and rounding for x's width.
+    axis: the axis that blocks lie along, from the front. p: the plan of the format and rounding for x's width. key: of
+    the random bits; None where none are drawn.
     """
     if x.numel() == 0:
         return

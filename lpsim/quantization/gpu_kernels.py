@@ -1,4 +1,4 @@
-"""The Triton kernels of the GPU backend, with the arithmetic of `kernels`, which says how an element is rounded.
+"""The Triton kernels of the GPU backend. `cpu_kernels.elements` says how an element is rounded; so it is here.
 
 All formats are run-time parameters, which lie in small arrays on the device. What is compiled in: the rounding, the
 compute type, and how the tensor is cut.

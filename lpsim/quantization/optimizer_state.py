@@ -1,4 +1,4 @@
-"""The optimizer as a quantized program: parameters and state kept in chosen formats after every step.
+"""Keeps an optimizer's parameters and state in chosen formats: `store` has them rounded after every step.
 
     stored = store(optimizer, {"parameters": bfloat16_stochastic, "exp_avg": float8}, seed=0)
 

@@ -1,4 +1,4 @@
-"""A format, a rounding and an overflow policy as the numbers that a kernel takes; a tensor as rows of tiles.
+"""Turns a format, a rounding and an overflow policy into the numbers that a kernel takes, and a shape into tiles.
 
 Shared by the backends `cpu` and `gpu`; knows neither Numba nor Triton.
 """
@@ -94,7 +94,7 @@ def _fits_float32(element: Element, rounding: Rounding) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def plan(fmt: Format, rounding: Rounding, overflow: Overflow, random_bits: int | None, double: bool) -> Plan:
-    """What a kernel is compiled for, and its arguments."""
+    """What a kernel is compiled for, and its arguments. random_bits: of a Quantizer. double: for float64 tensors."""
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     far = isinstance(fmt, BlockFormat) and fmt.scale.emin < -127  # the inverse of its smallest scale is no float32
     wide = double or far or not _fits_float32(element, rounding)
@@ -144,9 +144,11 @@ def _rule(fmt: BlockFormat, double: bool) -> np.ndarray:
     """A power-of-two scale rule as numbers; empty for other rules.
 
     (add, p, bias, emax, lowest and highest exponent, emin, lowest and highest exponent of the middle, the largest
-    microexponent). The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax. Scales
-    with exponents in the middle are normal in float32 and bring no number of the element's format near its ends, with
-    16 bits to spare; a block's of sub-blocks is, in the middle, not at the scale's ends, and its sub-blocks' are there.
+    microexponent). The exponent of the scale is the exponent field of (bits of amax) + add, minus bias and emax.
+
+    Scales with exponents in the middle are normal in float32 and bring no number of the element's format near
+    float32's ends, with 16 bits to spare. With sub-blocks the middle is narrower: there a block's scale is not clamped
+    to its format, and its sub-blocks' scales, which may be lower, lie in the wider middle.
     """
     p, unit = (52, 1023) if double else (23, 127)
     element, ones = fmt.element, (1 << p) - 1
@@ -176,7 +178,7 @@ def _smallest_binade(element: FloatFormat | FixedFormat) -> int:
 
 
 def geometry(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """A row-major tensor as (outer, rows, columns) and its tiles."""
+    """A row-major tensor as (outer, rows, columns), and the (rows, columns) of a tile, whose elements share a scale."""
     return _geometry(shape, fmt.block_size, axis, fmt.sub_block_size or 1)
 
 
@@ -210,10 +212,10 @@ def _geometry(
 def exact(fmt: Format, overflow: Overflow) -> bool:
     """Whether the arithmetic of the kernels is exact for a format; where it is not, the oracle serves.
 
-    Not with exponents or significands near those of float64, integers above 24 bits, elements of blocks beyond float32
-    (which a float32 tensor rounds before they are scaled), overflow to NaN in formats beyond float32 (where a float32
-    tensor shows Inf for numbers within the range) and in those without a sign or a zero, where it also befalls what
-    lies below the range.
+    It is not for exponents or significands near those of float64; for integers above 24 bits; for elements of blocks
+    beyond float32, which a float32 tensor rounds before they are scaled; and for Overflow.SPECIAL in two kinds of
+    formats: those beyond float32, where a float32 tensor shows Inf for numbers within the range, and those without a
+    sign or a zero, where what lies below the range overflows too.
     """
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     if isinstance(element, FixedFormat) and element.bits > 24:

@@ -30,7 +30,9 @@ class Backend(Protocol):
 
     name: str
 
-    def supports(self, quantizer: Quantizer, device: torch.device) -> bool: ...
+    def supports(self, quantizer: Quantizer, device: torch.device) -> bool:
+        """Whether it serves this quantizer's tensors on such a device."""
+        ...
 
     def quantize(
         self, x: torch.Tensor, quantizer: Quantizer, axis: int, key: Key | None, out: torch.Tensor | None

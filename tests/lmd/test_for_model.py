@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 import lmd
 from experiments.training.models import gpt2, vit, zoo
 from lmd import LMD, Combined, Place
-from tests.lmd.test_optimizer import equal, same, values
+from tests.lmd.small_nets import equal, same, values
 
 IN_BLOCKS = ("attention.qkv.weight", "attention.proj.weight")
 TOKENS = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from lmd import LMD, Combined, update
-from tests.lmd.test_optimizer import KINDS, equal, make_batch, make_net, one, same, train, values
+from tests.lmd.small_nets import KINDS, equal, make_batch, make_net, one, same, train, values
 
 # --- groups and schedules ---
 

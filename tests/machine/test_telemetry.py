@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.training.models.gpt2 import MICRO
-from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
+from lpsim import Codebook, Gemm, Quantizer, Recipe, Rounding, formats, simulate
+from lpsim.machine.arguments import lies_in
 from lpsim.machine.recipes import BackwardOperands
 from lpsim.machine.telemetry import NonFinite, Row, Telemetry
 
@@ -60,6 +61,27 @@ def test_every_number_is_what_it_says() -> None:
     assert weights.format == "float8_e4m3fn" and math.isnan(weights.scale_log2_mean) and weights.clipped == 0
     result = row_of(telemetry.rows(), "<model>/linear", "fprop.out")
     assert result.format == "" and math.isnan(result.sqnr_db) and result.elements == 2 * 40 * 7
+
+
+def test_zeros_that_a_format_without_zero_rounds_are_all_noise() -> None:
+    """And those that stay zeros have none."""
+    x = torch.zeros(1, 4)
+    for values, sqnr in (((-1.0, 1.0), -math.inf), ((-1.0, 0.0, 1.0), math.inf)):
+        q = Quantizer(Codebook("table", values))
+        with simulate(nn.Linear(4, 4), Recipe(fprop=Gemm(q, None))) as sim:
+            telemetry = Telemetry(sim, every=1)
+            sim.model(x)
+
+        (row,) = [row for row in telemetry.rows() if row.role == "fprop.lhs"]
+        assert row.sqnr_db == sqnr
+
+
+def test_a_view_of_a_parameter_is_the_parameter_and_an_equal_copy_is_not() -> None:
+    p = nn.Parameter(torch.zeros(4, 4))
+    assert all(lies_in(x, [torch.ones(4), p]) for x in (p, p.detach(), p.T, p[1:, 2], p.data.view(16)))
+    assert not any(lies_in(x, [torch.ones(4), p]) for x in (p.clone(), p * 1, torch.zeros(4, 4)))
+    place, p.data = p.detach(), torch.zeros(4, 4)  # as an optimizer does that samples weights
+    assert lies_in(p.T, [p]) and not lies_in(place, [p])
 
 
 def test_swallowed_updates() -> None:

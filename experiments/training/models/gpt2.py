@@ -37,6 +37,7 @@ class GPT2Config(Settings):
         self.require(self.d_model % self.heads == 0, f"d_model {self.d_model} must be a multiple of heads {self.heads}")
 
     def build(self) -> "GPT2":
+        """The model with fresh weights, from torch's global random state."""
         return GPT2(self)
 
 
@@ -46,6 +47,8 @@ MEDIUM = GPT2Config(name="gpt2-medium", layers=24, heads=16, d_model=1024, conte
 
 
 class Attention(nn.Module):
+    """Causal self-attention: (B, T, D) to (B, T, D)."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.heads = config.heads
@@ -61,6 +64,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them: (B, T, D) to (B, T, D)."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.fc = nn.Linear(config.d_model, 4 * config.d_model)
@@ -71,6 +76,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each after a LayerNorm and added to its input: (B, T, D) to (B, T, D)."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.d_model)

@@ -114,7 +114,7 @@ class TransformersImageClassifier(TransformersModel):
 
 
 class Logits(nn.Module):
-    """The unmodified model, called with one tensor, its logits alone returned."""
+    """The unmodified model behind a call with one tensor, which gives the logits alone: (B, T, V) or (B, classes)."""
 
     def __init__(self, model: nn.Module, argument: str) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ class ViTConfig(Settings):
         )
 
     def build(self) -> "ViT":
+        """The model with fresh weights, from torch's global random state."""
         return ViT(self)
 
 
@@ -56,6 +57,8 @@ SMALL = replace(BASE, name="vit-s/16", heads=6, d_model=384)
 
 
 class Attention(nn.Module):
+    """Self-attention among all patches: (B, P, D) to (B, P, D)."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -71,6 +74,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then two linear layers, each after a LayerNorm and added to its input: (B, P, D) to (B, P, D)."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.d_model)

@@ -1,4 +1,7 @@
-"""Small models with random weights, ours and others', each with a loss: what a simulation must run unmodified."""
+"""Small models with random weights, ours and others': a simulation must run every one of them unmodified.
+
+`CASES` names them: each function makes a model and the loss that a step of it minimizes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from experiments.training.models.gpt2 import MICRO as GPT2_MICRO
 from experiments.training.models.vit import MICRO as VIT_MICRO
 
-Case = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+Case = tuple[nn.Module, Callable[[nn.Module], Tensor]]  # a model, and its loss on inputs of its own
 
 TOKENS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -32,6 +35,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 
 
 def causal(model: nn.Module) -> Tensor:
+    """The loss of a causal language model of transformers on TOKENS."""
     return model(input_ids=TOKENS, labels=TOKENS).loss
 
 

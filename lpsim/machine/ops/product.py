@@ -106,7 +106,7 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lhs, rhs = ctx.saved_tensors  # may recompute a checkpointed forward pass, which the mode must see
         # what follows are the machine's ops, not the model's
-        with torch._C.DisableTorchFunction(), precision.ensured():
+        with torch._C.DisableTorchFunction(), precision.pinned():
             if torch.is_grad_enabled():  # create_graph=True
                 return once_differentiable(_backward)(ctx, lhs, rhs, grad)
             if torch.is_autocast_enabled(grad.device.type):

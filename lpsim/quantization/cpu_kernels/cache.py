@@ -1,7 +1,8 @@
-"""The key of what Numba keeps on disk.
+"""When Numba compiles a kernel anew: `fingerprint`, which a kernel takes of the files that it depends on.
 
-Numba looks at the date of the file that a function stands in, at its bytecode and at its closure, not at what it calls.
-A function whose closure holds the fingerprint of the files it depends on is compiled anew when one of them changes.
+Numba keeps compiled functions on disk. It uses one again as long as the date of its file, its bytecode and its closure
+are the same, whatever has become of the functions that it calls. So a kernel's closure holds the fingerprint of their
+files: when one of them changes, so does the closure.
 """
 
 import hashlib

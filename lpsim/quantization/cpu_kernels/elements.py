@@ -25,7 +25,7 @@ from lpsim.quantization.plan import MODES
 EVEN, AWAY, ZERO, POSITIVE, NEGATIVE, ODD, STOCHASTIC = range(len(MODES))
 # what an element is: a float or fixed format, a table to count or to search in, a float format with a symmetric range
 GRID, FEW, MANY, SYMMETRIC = range(4)
-OPEN = 0xFFFF  # how open a stochastic decision is: from here on the upper 16 random bits alone do not make it
+OPEN = 0xFFFF  # marks a stochastic decision that the upper 16 random bits alone do not make
 
 
 class Element:
@@ -60,7 +60,10 @@ class Element:
         self.lower_bits = i(10)  # 1 where k > 16
 
     def scaled(self, emin: Lanes, lowest: Lanes | None, highest: Lanes) -> Element:
-        """The format times a power of two: of its smallest normal number the bits, its ends (lowest not if plain)."""
+        """The format times a power of two, given its smallest normal number, as bits, and the ends of its range.
+
+        lowest: None if plain, where the highest says it all.
+        """
         result = copy.copy(self)
         result.emin, result.highest = emin, highest
         if lowest is not None:
@@ -77,7 +80,7 @@ class Element:
         return v, v.magnitude()
 
     def bounded(self, v: Lanes) -> tuple[Lanes, Lanes]:
-        """As clamp, but NaN becomes an end of the range in what is given back for the magnitude."""
+        """As clamp, but the magnitude given for a NaN is that of an end of the range."""
         if self.plain:
             a = v.magnitude()
             return v, (a < self.highest).select(a, self.highest)
@@ -90,7 +93,7 @@ class Element:
         return r.with_sign_of(v) if self.plain else r.with_sign_of(v) + self.zero
 
     def binade(self, a: Lanes) -> Lanes:
-        """The exponent field of 2^e, in place."""
+        """The bits of 2^e: the exponent field where it stands in a float."""
         exponent = a.bits() & self.exponent
         return (exponent > self.emin).select(exponent, self.emin)
 
@@ -130,10 +133,10 @@ class Element:
         return self.signed(r, v)
 
     def stochastic(self, v: Lanes, word: Lanes, gap: bool, nan: bool) -> tuple[Lanes, Lanes]:
-        """(the scaled value v rounded by the upper 16 bits of the random word, how open that is).
+        """(the scaled value v rounded by the upper 16 bits of the random word, OPEN where these do not decide).
 
-        The lower 16 bits matter where the second number is OPEN; with k <= 16 random bits they do not. NaN stays NaN;
-        nan: there may be some.
+        Where the second number is OPEN, the lower 16 bits may change the result, if k > 16 random bits are used. NaN
+        stays NaN; nan: whether there may be some.
         """
         inside, a = self.bounded(v)
         binade = self.binade(a)
@@ -174,16 +177,16 @@ class Draw:
 
 
 class Table:
-    """A codebook's thresholds and values in memory. few: lanes run through all of them, else they search by halves."""
+    """A codebook's thresholds and values in memory. few: compare with all of them; otherwise search by halves."""
 
     def __init__(self, builder: Any, thresholds: Memory, values: Memory, length: Any, size: Any, few: bool) -> None:
         self.builder, self.thresholds, self.values, self.few = builder, thresholds, values, few
         self.length, self.size = length, size  # of thresholds and of values, i64
 
     def scan(self, v: Lanes, entries: Memory, begin: int, end: Any, results: list[tuple[Memory, int]]) -> list[Lanes]:
-        """For each (memory, shift) the element at k + shift of the last k in [begin, end) whose entry v has reached.
+        """Looks for k, the last place in [begin, end) whose entry is at most v, or begin − 1 where there is none.
 
-        The element at begin + shift − 1 where v has reached none.
+        Gives for each (memory, shift) of `results` the memory's element at k + shift.
         """
         builder = self.builder
 
@@ -210,7 +213,7 @@ class Table:
         return [Lanes(builder, builder.load(state)) for state in states]
 
     def search(self, v: Lanes, entries: Memory, length: Any) -> Lanes:
-        """How many of the ascending entries v has reached."""
+        """How many of the ascending entries are at most v."""
         builder = self.builder
         state = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(I32, v.count), [0] * v.count))
         highest = ir.Constant(I64, 16)  # a table has at most 2^16 entries
@@ -244,7 +247,7 @@ class Table:
         return self.values.gather(below), self.values.gather(below + 1)
 
     def stochastic(self, g: Element, v: Lanes, word: Lanes) -> tuple[Lanes, Lanes]:
-        """(v rounded to one of its neighbours, how open that is: OPEN asks for the exact numbers).
+        """(v rounded to one of its neighbours, OPEN where that needs the exact numbers).
 
         Up where r·2^16 + w >= 2^16, with r the share of the gap between the neighbours that lies behind v, and w the
         random word. The oracle divides in float64; here both sides are multiplied by the gap, in float32, which is off

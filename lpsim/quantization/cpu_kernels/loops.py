@@ -1,4 +1,4 @@
-"""The compiled kernels: loops over a tensor's rows of tiles.
+"""The compiled kernels: loops over a tensor's rows of tiles. A tile is a piece of a matrix with one scale.
 
 A kernel takes addresses and numbers only: unpacking arrays takes longer than quantizing a small tensor. What belongs to
 a format and a shape stands in a record (`rows.Field`) that calls use again, the addresses of the rows among it.
@@ -32,7 +32,7 @@ from lpsim.quantization.cpu_kernels.scales import (
 
 
 class Scales(enum.IntEnum):
-    """Where scales come from: given for every tile, or one for all, with their inverses; a power-of-two rule; ROUND."""
+    """Where scales come from: given, for every tile or one for all; a power-of-two rule; ScaleRule.ROUND."""
 
     GIVEN, SAME, POWER_OF_TWO, ROUNDED = range(4)
 
@@ -73,9 +73,10 @@ def _array(typingctx: Any, address: Any, count: Any, dtype: Any) -> Any:
 
 @njit(nogil=True)
 def _sections(columns, tile_columns, lanes):
-    """A row as stretches: their count, their length, and log2 of the elements that share a scale in one.
+    """A row as stretches: how many, how long, and log2 of the elements that share a scale in one.
 
-    A stretch has one scale (62), or groups of `lanes` elements or more with one scale each, or a scale an element.
+    A stretch has one scale (then the last number is 62), a scale for each element, or groups of at least `lanes`
+    elements with a scale each.
     """
     if tile_columns == 1:
         return 1, columns, 62
@@ -87,14 +88,14 @@ def _sections(columns, tile_columns, lanes):
 
 @njit(nogil=True)
 def _rows_of(tile_row, rows, tile_rows, down):
-    """The rows [top, bottom) of a row of tiles; `down` of them lie below each other in `rows` rows."""
+    """The rows [top, bottom) of a row of tiles. A matrix of `rows` rows has `down` rows of tiles."""
     top = (tile_row // down) * rows + (tile_row % down) * tile_rows
     return top, min(top + tile_rows, (tile_row // down + 1) * rows)
 
 
 @njit(nogil=True)
 def _quantize_stretch(call, c, key, place, x_at, out_at, count, shift, plain, scales, bits_at):
-    """A stretch of at most _PIECE elements if stochastic, the element number `place` its first.
+    """Quantizes a stretch, whose first element has the number `place`: at most _PIECE elements if stochastic.
 
     plain: 0, or the row for blocks whose scales are ordinary. scales: the addresses of the scales and their inverses,
     and where `plain` is not 0 of what that row takes of the blocks. bits_at: where random bits lie.
@@ -132,8 +133,9 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
 
     @njit(types.void(*[types.int64] * 8), cache=True, nogil=True)
     def kernel(call, x_at, out_at, seed, stream_step, offset, first, last):
-        """Quantize the rows of tiles [first, last) of the flat x into out; the addresses of a record and of both.
+        """Quantize the rows of tiles [first, last) of the flat x into out.
 
+        call, x_at, out_at: the addresses of the record, of x and of out.
         stream_step: the stream in the lower 32 bits, the step in the upper ones. A stochastic call must not have
         out = x.
         """
@@ -237,7 +239,11 @@ tile_maxima = _tile_maxima(FINGERPRINT)
 
 @njit(cache=True, nogil=True)
 def overflow_to_special(x, out, largest, special, for_positive, for_negative):
-    """Overflow.SPECIAL after rounding on a grid that goes on to 2^(emax + 1)."""
+    """Puts what Overflow.SPECIAL says for results in `out` above `largest`, the format's largest magnitude.
+
+    They were rounded on a grid that goes on to 2^(emax + 1). special: what lies beyond `largest`. for_positive,
+    for_negative: whether the rounding takes such a number there, or to ±largest; an infinity in x always goes there.
+    """
     for j in range(len(x)):
         r = out[j]
         if abs(r) > largest:

@@ -1,4 +1,7 @@
-"""Random bits for stochastic rounding: Philox4x32 in vector lanes, the bits that `reference.random_words` defines."""
+"""Random bits for stochastic rounding: the words that `reference.random_word` defines, many at a time.
+
+They come from the block cipher Philox4x32, here in vector lanes.
+"""
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
@@ -31,9 +34,9 @@ def _philox(counter: list[Lanes], key: tuple[Lanes, Lanes]) -> list[Lanes]:
 
 @intrinsic
 def _random_chunk(typingctx: Any, at: Any, low: Any, high: Any, key: Any) -> Any:
-    """To an address 128 times 16 bits, for the elements of 16 Philox groups; low, high: counter words of the first.
+    """Writes the halves of 128 random words, those of 16 Philox groups, to the address `at`: 16 bits each.
 
-    key: a tuple of the words of the seed, the stream and the step.
+    low, high: the counter words of the first group. key: a tuple of the words of the seed, the stream and the step.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -55,8 +58,9 @@ def _random_chunk(typingctx: Any, at: Any, low: Any, high: Any, key: Any) -> Any
 
 @njit(nogil=True)
 def fill_random(address, start, count, selector, key):
-    """The 16-bit halves (selector 0: upper) for elements start .. start + count; element i at i − (start & ~127).
+    """Writes the 16-bit halves of random words for the elements start .. start + count to an address.
 
+    Element i stands at place i − (start & ~127). selector: 0 for the upper halves, 1 for the lower.
     key: the words of the seed, the stream and the step.
     """
     first = start >> 7

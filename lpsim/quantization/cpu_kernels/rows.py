@@ -1,9 +1,9 @@
-"""A stretch of a row quantized: vectors of elements, each with its block's scale.
+"""How a stretch of a row is quantized: vectors of elements, each with its block's scale.
 
-Rows are functions that the loops call by address, one for each way of rounding, so that the loops need not be compiled
-with each of them. Arguments, all int64: the addresses of the first element and of its result, how many elements, three
-addresses of what is known of their blocks, the shift from elements to blocks, the addresses of the upper and lower 16
-random bits, and that of the call's record.
+A *row* here is a compiled function. There is one for each way of rounding, and the loops call it by its address, so
+that they need not be compiled with each of them. Its arguments are all int64: the addresses of the first element and of
+its result, how many elements, three addresses of what is known of their blocks, the shift from elements to blocks, the
+addresses of the upper and the lower 16 random bits, and that of the call's record.
 """
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
@@ -45,7 +45,7 @@ ACROSS, DOWN = 1, 2  # how the parts of a block lie
 
 
 class Field(enum.IntEnum):
-    """The places of a call's record, an array of int64; `_AT`: an address."""
+    """What stands where in a call's record, an array of int64. Names that end with _AT are addresses."""
 
     ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS, ELEMENTS, BITS, SCALES, LANES = range(8)
     FLOATS_AT, INTEGERS_AT, THRESHOLDS_AT, THRESHOLDS, VALUES_AT, VALUES = range(8, 14)
@@ -90,12 +90,13 @@ class Way(NamedTuple):
 
     @classmethod
     def of(cls, code: int) -> Way:
+        """The inverse of `code`."""
         flags = (bool(code >> place & 1) for place in range(7))
         way = cls(code >> 9 & 7, code >> 7 & 3, *flags)
         return way._replace(split=code >> 12 & 3, divided=code >> 14)
 
     def of_block(self, builder: Any, memory: Memory, place: Any, shift: Any, lanes: int) -> Lanes:
-        """What is known of their blocks, for the elements at `place` and after."""
+        """For the elements from `place` on, what `memory` holds of their blocks."""
         if self.each:
             return memory.load(place, lanes)
         block = builder.lshr(place, shift)
@@ -127,6 +128,7 @@ class _Record:
 
 
 def _result(builder: Any, openness: Maximum) -> Any:
+    """1 where a stochastic decision is OPEN, else 0."""
     return builder.zext(builder.icmp_signed("==", openness.value(), ir.Constant(openness.element, OPEN)), I64)
 
 
@@ -135,9 +137,9 @@ def _row(
     typingctx: Any, code: Any, exact: Any, x: Any, out: Any, count: Any, scale: Any, inverse: Any, unused: Any,
     shift: Any, words: Any, lows: Any, record: Any,
 ) -> Any:  # fmt: skip
-    """Divide by the scale, round, multiply. 1 where a stochastic decision needs the exact numbers, else 0.
+    """Divides by the scale, rounds and multiplies. Gives 1 where a stochastic decision needs the exact numbers, else 0.
 
-    Compiled in: a Way; exact: decide by the exact numbers and all random bits.
+    Compiled in: code, that of a Way; exact: whether to decide by the exact numbers and all random bits.
     """
     way, final = Way.of(code.literal_value), bool(exact.literal_value)
     mode, grid, plain = way.mode, way.kind in (GRID, SYMMETRIC), way.kind == SYMMETRIC
@@ -191,12 +193,14 @@ def _plain_row(
     typingctx: Any, code: Any, large: Any, x: Any, out: Any, count: Any, emin: Any, lowest: Any, highest: Any,
     shift: Any, words: Any, lows: Any, record: Any,
 ) -> Any:  # fmt: skip
-    """Round x to the multiples of the scaled format's numbers: see elements.Element.scaled. All is float32.
+    """Rounds x to the scaled format's numbers, without a division: see elements.Element.scaled. All is float32.
 
-    emin, lowest, highest: of the scaled grid, by block; if divided, emin is a block's and lowest the address of its
-    parts' maxima. The result is that of _row. Compiled in: a Way that is plain; large: the tensor is larger than the
-    cache. Then what comes next is asked for ahead, and, unless random numbers
-    leave the memory idle anyway, results are written past the cache, to whole vectors at multiples of 64 bytes.
+    The result is that of _row. emin, lowest, highest: of the scaled grid, by block; if divided, emin is a block's and
+    lowest the address of its parts' maxima.
+
+    Compiled in: code, that of a Way that is plain; large: whether the tensor is larger than the cache. Then what comes
+    next is asked for ahead. Results are then written past the cache, to whole vectors at multiples of 64 bytes, unless
+    random numbers leave the memory idle anyway.
     """
     way, far = Way.of(code.literal_value), bool(large.literal_value)
     plain, past = way.kind == SYMMETRIC, far and way.mode != STOCHASTIC
@@ -260,7 +264,7 @@ _SIGNATURE = types.int64(*[types.int64] * 10)
 
 @functools.cache
 def row_at(way: Way, exact: bool) -> int:
-    """The address of a way's row; exact: for the open decisions of stochastic rounding."""
+    """The address of a way's row. exact: the one for the open decisions of stochastic rounding."""
     code, final, files = way.code(), int(exact), FINGERPRINT
 
     @cfunc(_SIGNATURE, cache=True)
@@ -273,7 +277,7 @@ def row_at(way: Way, exact: bool) -> int:
 
 @functools.cache
 def plain_row_at(way: Way, large: bool) -> int:
-    """The address of a plain way's row without scaling; large: for tensors larger than the cache."""
+    """The address of a plain way's row, which does not divide. large: the one for tensors larger than the cache."""
     code, far, files = way.code(), int(large), FINGERPRINT
 
     @cfunc(_SIGNATURE, cache=True)
@@ -288,7 +292,7 @@ _compiled: list[Any] = []  # keeps what lies at the addresses that were given ou
 
 
 def _address(row: Any) -> int:
-    """Of a compiled function, which is kept."""
+    """The address of a compiled function, which is kept alive."""
     _compiled.append(row)
     return int(row.address)
 
@@ -298,7 +302,7 @@ def call_row(
     typingctx: Any, at: Any, x: Any, out: Any, count: Any, a: Any, b: Any, c: Any, shift: Any, words: Any, lows: Any,
     record: Any,
 ) -> Any:  # fmt: skip
-    """The result of the row at an address."""
+    """Calls the row at an address and gives its result."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(I64, [I64] * 10)

@@ -1,4 +1,7 @@
-"""The largest magnitude of every block, and from it the block's scale."""
+"""The largest magnitude of every block, and from it the block's scale.
+
+Magnitudes are handled as bit patterns: integers that have the same order, in which Inf and then NaN are the largest.
+"""
 
 # mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
 
@@ -62,10 +65,10 @@ def _largest_each(typingctx: Any, first: Any, x: Any, begin: Any, other: Any, co
 
 @intrinsic(prefer_literal=True)
 def _largest_in_groups(typingctx: Any, vectors: Any, x: Any, begin: Any, groups: Any, m: Any) -> Any:
-    """m[b]: the largest magnitude in the b-th group of x from `begin`; a group is so many vectors of 64 bytes.
+    """m[b]: the largest magnitude in the b-th group of x from `begin`; a group is `vectors` vectors of 64 bytes.
 
-    As many groups as a vector has lanes are reduced together: two vectors to one, of which each half (quarter, ...)
-    of the lanes holds one of them, until every lane holds a group.
+    As many groups as a vector has lanes are reduced together. Two vectors become one, half of whose lanes hold the
+    maxima of the first and half those of the second; then quarters, and so on, until every lane holds a group's.
     """
     size = vectors.literal_value
     width = 8 if x.dtype == types.float64 else 16
@@ -242,7 +245,7 @@ def _store_powers(finite: Lanes, e: Lanes, place: Any, scales: Memory, inverses:
 def _single_scales(
     typingctx: Any, m: Any, count: Any, s: Any, n: Any, rule: Any, ends: Any, emin: Any, lowest: Any, highest: Any
 ) -> Any:
-    """power_of_two_scales in lanes. 2, and nothing done, unless all is float32."""
+    """power_of_two_scales in lanes, for float32 alone: 1 for True, 0 for False; 2, nothing done, for other types."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if types.float64 in (s.dtype, ends.dtype) or m.dtype != types.int32:
@@ -300,10 +303,12 @@ def _exponent(largest, rule):
 
 @njit(nogil=True)
 def power_of_two_scales(m, s, n, rule, ends, emin, lowest, highest):
-    """The scales s and their inverses n from the maxima m; rule: see plan._rule; ends: lowest and highest element.
+    """Computes the scales s and their inverses n from the maxima m, and where it can the scaled grids of the blocks.
 
-    True: every block's grid lies in the middle of float32's range, and emin (bits), lowest and highest are those of
-    its numbers times its scale. Then nothing in these blocks is NaN or infinite.
+    Returns True where every block's grid, the element's numbers times the scale, lies in the middle of float32's range.
+    Then emin (as bits), lowest and highest are the grids', and nothing in these blocks is NaN or infinite.
+
+    rule: see plan._rule. ends: the lowest and the highest number of the element.
     """
     done = _single_scales(m, len(m), s, n, rule, ends, emin, lowest, highest)
     if done != 2:
@@ -319,7 +324,7 @@ def power_of_two_scales(m, s, n, rule, ends, emin, lowest, highest):
 
 @intrinsic
 def _single_sub_block_scales(typingctx: Any, m: Any, whole: Any, count: Any, s: Any, n: Any, rule: Any) -> Any:
-    """sub_block_scales in lanes. 2, and nothing done, unless all is float32; else 1."""
+    """sub_block_scales in lanes, for float32 alone: 1; 2, nothing done, for other types."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if s.dtype == types.float64 or m.dtype != types.int32:
@@ -343,7 +348,7 @@ def _single_sub_block_scales(typingctx: Any, m: Any, whole: Any, count: Any, s: 
 
 @njit(nogil=True)
 def sub_block_scales(m, whole, s, n, rule):
-    """The scales s of the parts of blocks and their inverses n. m, whole: the maxima of the parts and their blocks."""
+    """The scales s of the parts of blocks and their inverses n; m, whole: the maxima of the parts and the blocks."""
     if _single_sub_block_scales(m, whole, len(m), s, n, rule) == 1:
         return
     infinite = (rule[2] + rule[2] + 1) << rule[1]

@@ -1,4 +1,4 @@
-"""Vectors of LLVM IR with Python's operators, for the inner loops of the CPU backend.
+"""Writes LLVM's vector instructions with Python's operators: the inner loops of the CPU backend consist of them.
 
 A `Lanes` is a value of type <n x T> under construction: arithmetic on it appends instructions to a builder. So an
 element's rounding is written once, as a Python function, and compiled for 16 lanes, for 8, and for the single elements
@@ -113,9 +113,11 @@ class Lanes:
         return Lanes(self.builder, getattr(self.builder, operation)(self.value, ir.VectorType(element, self.count)))
 
     def bits(self) -> Lanes:
+        """The bit patterns of floats, as integers; integers as they are."""
         return self._as("bitcast", I64 if self.element == F64 else I32)
 
     def as_float(self) -> Lanes:
+        """The floats that have these bit patterns: the inverse of `bits`."""
         return self._as("bitcast", F64 if self.element == I64 else F32)
 
     def widen(self, element: Any) -> Lanes:
@@ -179,7 +181,7 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> Lanes:
 
 
 class Maximum:
-    """The largest of integers that are not negative, over vectors of `width` lanes and single ones, from 0 on."""
+    """A running maximum, from 0 on, of integers that are not negative, in vectors of `width` lanes or single ones."""
 
     def __init__(self, builder: ir.IRBuilder, element: Any, width: int) -> None:
         self.builder, self.element = builder, element
@@ -218,18 +220,21 @@ class Memory:
         return self.builder.gep(self.base, [index], source_etype=self.element)
 
     def scalar(self, index: ir.Value | int) -> ir.Value:
+        """The number at an index."""
         index = ir.Constant(I64, index) if isinstance(index, int) else index
         return self.builder.load(self._at(index), align=self.size, typ=self.element)
 
     def put(self, index: ir.Value, value: ir.Value) -> None:
+        """Write one number to an index."""
         self.builder.store(value, self._at(index), align=self.size)
 
     def load(self, index: ir.Value, count: int) -> Lanes:
+        """`count` numbers from an index on, at any address."""
         vector = ir.VectorType(self.element, count)
         return Lanes(self.builder, self.builder.load(self._at(index), align=self.size, typ=vector))
 
     def store(self, index: ir.Value, lanes: Lanes, stream: bool = False) -> None:
-        """stream: past the cache; the address must be a multiple of the vector's size."""
+        """Write a vector from an index on. stream: past the cache, to an address that is a multiple of its size."""
         pointer = self.builder.bitcast(self._at(index), lanes.value.type.as_pointer())
         store = self.builder.store(lanes.value, pointer, align=self.size * lanes.count if stream else self.size)
         if stream:
@@ -244,7 +249,7 @@ class Memory:
         self.builder.call(function, [address, I32(0), I32(2), I32(1)])  # to read; into the second cache; data
 
     def gather(self, index: Lanes) -> Lanes:
-        """One element a lane."""
+        """The elements at the places in `index`, one for each lane."""
         result: ir.Value = ir.Constant(ir.VectorType(self.element, index.count), ir.Undefined)
         for lane in range(index.count):
             at = ir.Constant(I32, lane)
