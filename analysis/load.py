@@ -19,7 +19,6 @@ from analysis.run_files import (
     FINAL,
     FRONTIER,
     LATER,
-    METRIC_COLUMNS,
     REQUIRED,
     RESULT_COLUMNS,
     SHIPPED_FINALS,
@@ -30,6 +29,7 @@ from analysis.run_files import (
     grid_document,
     histograms,
     holds_a_run,
+    metric_frame,
     read_run,
     run_tables,
 )
@@ -144,27 +144,23 @@ def read(folder: str | Path) -> Results:
 
     found = sorted(child.name for child in folder.iterdir() if child.is_dir() and holds_a_run(child))
     listed = found if signatures is None else list(dict.fromkeys(signatures))
-    run_rows, environment_rows, metric_rows = [], [], []
+    run_rows, environment_rows, numbers = [], [], {}
     for signature in [name for name in listed if holds_a_run(folder / name)]:
         try:
-            run, sessions, numbers = read_run(folder / signature)
+            run, sessions, numbers[signature] = read_run(folder / signature)
         except Unreadable as error:
             problem_rows.append({"folder": signature, "reason": str(error)})
             continue
         run_rows.append(run)
         environment_rows.extend(sessions)
-        metric_rows.extend(numbers)
     weights, values = histograms(folder, listed, problem_rows)
     pushed = frontier_tables(folder / FRONTIER, problem_rows)
     observed = [run_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TABLES.items()]
-    long = pd.DataFrame(metric_rows, columns=list(METRIC_COLUMNS)).astype({"step": "int64", "value": "float64"})
-    for column in ("signature", "split", "metric"):
-        long[column] = long[column].astype("str")
     return Results(
         folder=folder,
         grid=grid,
         runs=_with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
-        metrics=long,
+        metrics=metric_frame(numbers),
         environment=frame_of(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
         not_started=[name for name in listed if not holds_a_run(folder / name)],

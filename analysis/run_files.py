@@ -45,7 +45,8 @@ FRONTIER_NUMBERS = (  # that an arm or run may lack, and so all of a grid
     *("noise", "frontier", "breaks", "best", "best_loss"),
     *("frontier_loss", "share", "excess_above", "loss", "excess"),
 )
-METRIC_COLUMNS = ("signature", "step", "split", "metric", "value")
+METRIC_COLUMNS = {"step": "int64", "split": "str", "metric": "str", "value": "float64"}  # beside the signature
+Numbers = dict[str, list[Any]]  # of one run: each of these columns as a list
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -85,8 +86,8 @@ def grid_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int, str, str, float]]]:
-    """The row of `runs`, the rows of `environment` and the rows of `metrics` of one run folder. Raises Unreadable."""
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Numbers]:
+    """The row of `runs`, the rows of `environment` and the numbers of one run folder. Raises Unreadable."""
     config = with_left_out(flatten(json_object(folder / "config.json")))
     for name in REQUIRED:
         if config.get(name) is None:
@@ -116,11 +117,20 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[t
     else:
         row |= {
             "status": "unfinished",
-            "step": max((step for _, step, *_ in numbers), default=0),
+            "step": max(numbers["step"], default=0),
             "cause": None,
             "traceback": None,
         }
     return row, [{"signature": folder.name, "session": place} | each for place, each in enumerate(sessions)], numbers
+
+
+def metric_frame(numbers: dict[str, Numbers]) -> pd.DataFrame:
+    """The long frame of the numbers of runs, by their signatures: signature, step, split, metric, value."""
+    lengths = [len(each["step"]) for each in numbers.values()]
+    columns = {"signature": pd.Series(list(numbers), dtype="str").repeat(lengths).reset_index(drop=True)}
+    for name, kind in METRIC_COLUMNS.items():
+        columns[name] = pd.Series([value for each in numbers.values() for value in each[name]], dtype=kind)
+    return pd.DataFrame(columns)
 
 
 def run_tables(
@@ -200,17 +210,16 @@ def _table(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
     return frame
 
 
-def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:
-    """The lines of metrics.jsonl as rows of the long frame; a last line that does not parse is dropped. Raises
-    Unreadable.
-    """
+def _numbers(path: Path) -> Numbers:
+    """What metrics.jsonl holds; a last line that does not parse is dropped. Raises Unreadable."""
+    numbers: Numbers = {name: [] for name in METRIC_COLUMNS}
+    steps, splits, names, values = numbers.values()
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
-        return []
+        return numbers
     except OSError as error:
         raise Unreadable(f"{path.name} cannot be read ({error.strerror})") from None
-    rows = []
     for index, entry in enumerate(_entries(lines, path.name)):
         if (
             not isinstance(entry, dict)
@@ -220,12 +229,15 @@ def _numbers(path: Path) -> list[tuple[str, int, str, str, float]]:
             raise Unreadable(f"{path.name} line {index + 1} is no object with a step and a split")
         step, split = entry.pop("step"), entry.pop("split")
         for name, value in entry.items():
-            if type(value) is not float:  # as nearly all are: the rest of this loop is what reading a grid takes
+            if type(value) is not float:  # as nearly all are, which is quicker to see here than in a call
                 if value is None:
                     continue
                 value = _number(value, f"{path.name} line {index + 1}", name)
-            rows.append((path.parent.name, step, split, name, value))
-    return rows
+            steps.append(step)
+            splits.append(split)
+            names.append(name)
+            values.append(value)
+    return numbers
 
 
 def _entries(lines: list[bytes], name: str) -> list[Any]:

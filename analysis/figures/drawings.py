@@ -78,16 +78,13 @@ def curves(
     None when no run has such numbers.
     """
     numbers = metrics[(metrics["split"] == split) & (metrics["metric"] == metric)]
-    frame = numbers[["signature", "step", "value"]].merge(
-        runs[["signature", "status", roles.hue, *([roles.facet] if roles.facet else [])]],
-        on="signature",
-        validate="many_to_one",
-    )
+    by_colour = [roles.hue, *([roles.facet] if roles.facet else [])]
+    labelled = roles.label(runs)[["signature", "status", *by_colour]]
+    frame = numbers[["signature", "step", "value"]].merge(labelled, on="signature", validate="many_to_one")
     if frame.empty:
         return None
     smooth = 1 + int(frame.groupby("signature").size().max()) // SMOOTH if split == "train" else 1
-    by_colour = [roles.hue, *([roles.facet] if roles.facet else [])]
-    many = frame.groupby(by_colour, dropna=False)["signature"].nunique().max() > plots.MANY_RUNS
+    many = frame.groupby(by_colour)["signature"].nunique().max() > plots.MANY_RUNS
     line = "Median over runs, in a band from the lowest to the highest; of one or two runs a line each"
     line = line if many else "One line a run"
     mixed = f" The runs of a colour differ in {', '.join(roles.others)} too." if roles.others else ""
@@ -96,9 +93,10 @@ def curves(
     mark = f" × is the last finite value of a diverged run{', drawn alone' if many else ''}." if lost else ""
     return _panels(
         f"{split}-{metric}".replace("_", "-"),
-        roles.label(frame),
+        frame,
         roles,
-        lambda part, ax: plots.curves(part, ax, hue=roles.hue, colours=roles.colours, label=label, smooth=smooth),
+        lambda lines, ax: plots.curves(lines, ax, colours=roles.colours, label=label),
+        prepare=lambda part: plots.lines(part, roles.hue, smooth),
         title=label[0].upper() + label[1:],
         caption=f"{line}.{mixed}{mean}{mark}",
         legend=True,
@@ -157,13 +155,17 @@ def _panels(
     name: str,
     frame: pd.DataFrame,
     roles: Roles,
-    draw: Callable[[pd.DataFrame, Axes], Axes],
+    draw: Callable[[Any, Axes], Axes],
     *,
+    prepare: Callable[[pd.DataFrame], Any] = lambda part: part,
     title: str,
     caption: str,
     legend: bool,
 ) -> Drawing:
-    """One panel for each level of the facet, on shared axes, at most 6; the caption names the levels left out."""
+    """One panel for each level of the facet, on shared axes, at most 6; the caption names the levels left out.
+
+    `draw` gets what `prepare` makes of a panel's rows, once for both widths.
+    """
     panels: list[tuple[str | None, pd.DataFrame]] = [(None, frame)]
     if roles.facet:
         panels = [(level, frame[frame[roles.facet] == level]) for level in roles.facet_levels]
@@ -172,6 +174,7 @@ def _panels(
         left_out = ", ".join(str(level) for level, _ in panels[PANELS:])
         caption += f" Panels for {roles.facet} = {left_out} are left out."
         panels = panels[:PANELS]
+    prepared = [(level, prepare(part)) for level, part in panels]
 
     def build(width: float) -> Figure:
         columns = 1 if width == NARROW else min(len(panels), PANELS_A_ROW)
@@ -179,7 +182,7 @@ def _panels(
         size = (width if columns > 1 else min(width, 0.7 * WIDTH), 2.9 * rows + 0.55 * legend)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for index, (level, part) in enumerate(panels):
+        for index, (level, part) in enumerate(prepared):
             ax = draw(part, grid.flat[index])
             if level is not None:
                 ax.set_title(f"{roles.facet} = {level}", loc="left")

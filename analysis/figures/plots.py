@@ -7,6 +7,7 @@ every figure. Every run is drawn, or stands in a band that spans all runs. Label
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ STYLE: Any = {
     "text.parse_math": False,  # a name with dollar signs is a name
     "font.size": 10,
     "axes.titlesize": 10,
+    "axes.titley": 1.0,  # where it is without, too; but then it is looked for, which takes a twentieth of a drawing
     "axes.labelsize": 10,
     "axes.edgecolor": FAINT,
     "axes.spines.top": False,
@@ -63,14 +65,25 @@ def colours(levels: Sequence[str], ordered: bool = False) -> dict[str, Any]:
     return {level: INK if level == BASELINE else chosen[level] for level in levels}
 
 
-def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], label: str, smooth: int = 1) -> Axes:
-    """`value` against `step`, coloured by `hue`; × where a diverged run's last finite value is.
+@dataclass(frozen=True)
+class Lines:
+    """What `curves` draws in a panel, by the levels of its hue: bands (step, median, min, max), single runs (step and
+    value), and the ends of diverged ones; `values` are all that are drawn.
+    """
 
-    One line a `signature`. With more than 2 runs of a colour, the median over the runs that did not diverge and a band
-    from the smallest to the largest of them; diverged runs keep their own lines, because a median that loses runs on
-    its way jumps. `smooth`: each run is replaced by its running mean over so many values. The value axis is logarithmic
-    when the values are positive and span a ratio of 8 or more. Values that are not finite are not drawn, and of long
-    runs only every so many steps.
+    bands: dict[str, pd.DataFrame]
+    runs: dict[str, list[pd.DataFrame]]
+    ends: dict[str, pd.DataFrame]
+    values: pd.Series
+
+
+def lines(frame: pd.DataFrame, hue: str, smooth: int = 1) -> Lines:
+    """Of rows with signature, status, step, value and the label `hue`.
+
+    A run is a line. With more than 2 runs of a colour, a band spans those that did not diverge, from the smallest to
+    the largest, about their median; diverged runs keep their own lines, because a median that loses runs on its way
+    jumps. `smooth`: each run is replaced by its running mean over so many values. Values that are not finite are left
+    out, and of long runs only every so many steps are drawn.
     """
     frame = frame[np.isfinite(frame["value"])]
     ends = frame[frame["status"] == "diverged"].sort_values("step").groupby("signature", sort=False).tail(1)
@@ -78,21 +91,32 @@ def curves(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
         running = frame.groupby("signature")["value"].rolling(smooth, min_periods=1, center=True).mean().droplevel(0)
         frame = frame.assign(value=running)
     frame = _thinned(frame)
-    rasterized = len(frame) > RASTER_POINTS
     many = len(frame) > 0 and frame.groupby(hue)["signature"].nunique().max() > MANY_RUNS
+    together = (frame["status"] != "diverged") & many
+    bands = frame[together].groupby([hue, "step"])["value"].agg(["median", "min", "max"]).reset_index("step")
+    runs: dict[str, list[pd.DataFrame]] = {}
+    for (level, _), run in frame[~together].groupby([hue, "signature"], sort=False):
+        runs.setdefault(level, []).append(run)
+    return Lines(dict(tuple(bands.groupby(hue))), runs, dict(tuple(ends.groupby(hue))), frame["value"])
+
+
+def curves(drawn: Lines, ax: Axes, *, colours: Mapping[str, Any], label: str) -> Axes:
+    """`value` against `step`; × where a diverged run's last finite value is.
+
+    The value axis is logarithmic when the values are positive and span a ratio of 8 or more.
+    """
+    rasterized = len(drawn.values) > RASTER_POINTS
     for level, colour in colours.items():
-        mine = frame[frame[hue] == level]
-        together = mine[mine["status"] != "diverged"] if many else mine.iloc[:0]
-        if len(together):
-            band = together.groupby("step")["value"].agg(["median", "min", "max"])
-            ax.plot(band.index, band["median"], color=colour, linewidth=1.4, rasterized=rasterized)
-            ax.fill_between(band.index, band["min"], band["max"], color=colour, alpha=0.2, linewidth=0)
-        for _, run in mine.drop(together.index).groupby("signature", sort=False):
+        if level in drawn.bands:
+            band = drawn.bands[level]
+            ax.plot(band["step"], band["median"], color=colour, linewidth=1.4, rasterized=rasterized)
+            ax.fill_between(band["step"], band["min"], band["max"], color=colour, alpha=0.2, linewidth=0)
+        for run in drawn.runs.get(level, ()):
             ax.plot(run["step"], run["value"], color=colour, linewidth=1.2, alpha=0.9, rasterized=rasterized)
-        at = ends[ends[hue] == level]
-        if len(at):
+        if level in drawn.ends:
+            at = drawn.ends[level]
             ax.plot(at["step"], at["value"], "x", color=colour, markersize=7, markeredgewidth=2)
-    value_axis(ax, frame["value"])
+    value_axis(ax, drawn.values)
     ax.set(xlabel="step", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     return ax

@@ -26,6 +26,7 @@ from analysis.statistics.tables import TASK, text
 POINTS, MOST, LEAST = 40_000, 200, 20  # of a metric of a task; of a run at most, and at least
 DIGITS = 5
 OPERANDS = 40  # of a run's telemetry that are listed
+NUMBERS = ("sqnr_db", "clipped", "underflowed", "swallowed")  # that are told of each
 DULL = {("train", "time_ms"), ("train", "lr")}  # of which no curve is offered
 FIRST = (("validation", "loss"), ("validation", "accuracy"), ("train", "loss"))  # the order of those that are
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161", "#949494")  # of roles
@@ -207,11 +208,15 @@ def telemetry(results: Results, runs: pd.DataFrame, sites: Sequence[str]) -> dic
     found: dict[str, Data] = {
         name: {"observed": True} for name in dict.fromkeys([*rows["signature"], *cosines["signature"]])
     }
-    rounded = _operands(rows)
     place = {operand: index for index, operand in enumerate(sites)}
-    for signature, group in rounded.groupby("signature"):
-        found[str(signature)] |= _rounding(group, place)
     if len(rows):
+        rounded = _operands(rows)
+        finite = rounded[np.isfinite(rounded["sqnr_db"])]
+        by_operand = rounded.groupby(["signature", "operand"], sort=False)[list(NUMBERS)].median().reset_index()
+        by_role = finite.groupby(["signature", "role", "step"])["sqnr_db"].median().reset_index()
+        roles = dict(tuple(by_role.groupby("signature")))
+        for signature, operands in by_operand.groupby("signature"):
+            found[str(signature)] |= _rounding(operands, roles.get(signature, by_role.iloc[:0]), place)
         for row in rows[rows["origin"] != ""].to_dict("records"):
             where = f"{row['origin']} at step {row['step']}, {row['site']}, {row['role']}"
             found[row["signature"]]["origin"] = where
@@ -223,14 +228,12 @@ def telemetry(results: Results, runs: pd.DataFrame, sites: Sequence[str]) -> dic
     return found
 
 
-def _rounding(rows: pd.DataFrame, place: dict[str, int]) -> Data:
-    """Of a run's rounded rows: roles, rounded, and how many operands there are."""
-    numbers = ["sqnr_db", "clipped", "underflowed", "swallowed"]
-    each = rows.groupby("operand", sort=False)[numbers].median().sort_values("sqnr_db", kind="stable")
-    by_role = rows[np.isfinite(rows["sqnr_db"])].groupby(["role", "step"])["sqnr_db"].median().reset_index()
-    listed = zip(each.index[:OPERANDS], each.to_numpy(), strict=False)
+def _rounding(operands: pd.DataFrame, by_role: pd.DataFrame, place: dict[str, int]) -> Data:
+    """Of a run's medians by operand, and by role and step: roles, rounded, and how many operands there are."""
+    lowest = operands.sort_values("sqnr_db", kind="stable")
+    listed = zip(lowest["operand"][:OPERANDS], lowest[list(NUMBERS)].to_numpy(), strict=False)
     return {
-        "operands": len(each),
+        "operands": len(operands),
         "rounded": [[place[operand], *map(_finite, values)] for operand, values in listed],
         "roles": [
             [role, part["step"].tolist(), [_number(value) for value in part["sqnr_db"]]]

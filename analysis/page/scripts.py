@@ -55,4 +55,4 @@ def _asset(name: str) -> str:
 
 def _packed(text: str) -> str:
     """zlib's format in base64: nothing in it can end or open an element."""
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(text.encode())).decode("ascii")

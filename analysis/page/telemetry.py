@@ -37,9 +37,13 @@ def rounding(runs: pd.DataFrame, rows: pd.DataFrame, factors: Sequence[str]) -> 
     oscillated (the largest of the sites' medians).
     """
     rounded = _with_factors(runs, rows, factors).query("rounded_to != ''")
+    groups = rounded.groupby([*factors, "role", "rounded_to"], dropna=False, sort=False)
+    numbers = ["sqnr_db", *SHARES]
+    medians = rounded.groupby([groups.ngroup().rename("place"), "site"], sort=False)[numbers].median()
+    of_sites = dict(tuple(medians.reset_index("site").groupby("place")))
     out = []
-    for key, group in rounded.groupby([*factors, "role", "rounded_to"], dropna=False, sort=False):
-        sites = group.groupby("site", sort=False)[["sqnr_db", *SHARES]].median()
+    for place, (key, group) in enumerate(groups):
+        sites = of_sites[place].set_index("site")
         out.append(
             dict(zip([*factors, "role", "rounded_to"], key, strict=True))
             | {"runs": group["signature"].nunique(), "sites": len(sites)}

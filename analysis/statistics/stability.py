@@ -26,10 +26,12 @@ def by_run(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row a run that has metrics: signature, spikes, largest_spike, weight_growth, gradient_noise (see the
     functions of this module).
     """
+    kinds = (("train", "loss"), ("weights", "norm"), ("train", "grad_norm"))
+    found = [dict(tuple(series(metrics, *kind).groupby("signature"))) for kind in kinds]
     rows = []
-    for signature, group in metrics.groupby("signature", sort=False):
-        count, largest = loss_spikes(series(group, "train", "loss")["value"].to_numpy())
-        norm, gradient = series(group, "weights", "norm"), series(group, "train", "grad_norm")
+    for signature in metrics["signature"].unique():
+        loss, norm, gradient = (each.get(signature, metrics.iloc[:0]) for each in found)
+        count, largest = loss_spikes(loss["value"].to_numpy())
         growth = weight_growth(norm["step"].to_numpy(), norm["value"].to_numpy())
         noise = gradient_noise(gradient["value"].to_numpy())
         rows.append((signature, count, largest, growth, noise))
@@ -101,10 +103,11 @@ def _spikes(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     if loss.size <= SPIKE_WINDOW:
         return np.empty(0), np.empty(0), np.empty(0, bool), np.empty(0, bool)
     before = sliding_window_view(loss, SPIKE_WINDOW)[:-1]  # (n - window, window)
-    median = np.median(before, axis=1)
-    spread = SD_PER_MAD * np.median(np.abs(before - median[:, None]), axis=1)
+    median = pd.Series(loss).rolling(SPIKE_WINDOW).median().to_numpy()[SPIKE_WINDOW - 1 : -1]  # of each window
     jump = loss[SPIKE_WINDOW:] - median
-    high = jump > np.maximum(SPIKE_THRESHOLD * spread, SPIKE_FLOOR * np.abs(median))
+    high = jump > SPIKE_FLOOR * np.abs(median)
+    spread = SD_PER_MAD * np.median(np.abs(before[high] - median[high, None]), axis=1)
+    high[high] = jump[high] > SPIKE_THRESHOLD * spread
     return median, jump, high, high & ~np.concatenate(([False], high[:-1]))
 
 

@@ -340,10 +340,10 @@ def test_plots_draw_every_run_on_the_axes_they_are_given(quick: Path) -> None:
     losses = losses.merge(runs, on="signature", suffixes=("", "_of_run"))
     ax = Figure().subplots()
     alone = losses[losses["optimizer"] == "lmd"]
-    assert plots.curves(alone, ax, hue="format", colours=colours, label="loss") is ax
+    assert plots.curves(plots.lines(alone, "format"), ax, colours=colours, label="loss") is ax
     assert len(ax.get_lines()) == alone["signature"].nunique() == 6
     ax = Figure().subplots()
-    plots.curves(losses, ax, hue="format", colours=colours, label="loss")
+    plots.curves(plots.lines(losses, "format"), ax, colours=colours, label="loss")
     for level, band in zip(made.FORMATS, ax.collections, strict=True):  # four runs of a colour: a band over all of them
         (box,) = band.get_paths()
         values = losses.loc[losses["format"] == level, "value"]
