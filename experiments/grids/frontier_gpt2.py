@@ -3,7 +3,7 @@ and stochastic rounding of the forward products?
 
     lpsim frontier frontier_gpt2 --jobs 2 --report
 
-10 arms of 2 seeds and runs of 400 steps: 6 or 7 rates a factor of at most 2.5 apart, then two bisections, about 70,000
+10 arms of 2 seeds and runs of 400 steps: 6 or 7 rates a factor of at most 2.5 apart, then one bisection, about 60,000
 steps where none diverges. A rate breaks when a seed diverges or ends 0.2 nats above its run at the arm's best rate;
 seeds of this length differ by 0.07. `lmd.for_model` is pushed by LMD's rate alone: that of its AdamW part
 stays at its default.
@@ -41,4 +41,4 @@ def frontier() -> Frontier:
         for optimizer, rates in RATES.items()
         for recipe in RECIPES
     ]
-    return Frontier(arms, seeds=(4000, 4001), margin=0.2, share=1.0, spacing=2.5, resolution=1.3)
+    return Frontier(arms, seeds=(4000, 4001), margin=0.2, share=1.0, spacing=2.5, resolution=1.6)
