@@ -138,10 +138,10 @@ def test_kernels_compile_for_gpus_that_are_not_there():
     """Through the host code of a launch, in a fresh interpreter without TRITON_INTERPRET."""
     code = """
 import torch, triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from lmd import LMD, gpu
 from tests.lmd.test_kernels import make_case
+from tests.quantization.compile_kernels import TARGETS, no_assembler
 
 class Nowhere:
     get_current_device = staticmethod(lambda: 0)
@@ -151,7 +151,8 @@ launch, compiled = triton.JITFunction.run, []
 def compile_only(kernel, *arguments, grid, warmup, **options):
     compiled.append(launch(kernel, *arguments, grid=grid, warmup=True, **options))
 triton.JITFunction.run = compile_only
-for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+targets = [name for name in TARGETS if not no_assembler(name)]
+for target in map(TARGETS.get, targets):
     Nowhere.get_current_target = staticmethod(lambda: target)
     driver.set_active(Nowhere())
     for kind in ("shared", "split"):
@@ -160,8 +161,9 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
         plan.sample(case.group, 0)
         for at_sample in (True, False):
             plan.step(case.group, [case.gradient], at_sample)
-print(len(compiled), all(kernel.asm.get("ptx") or kernel.asm.get("amdgcn") for kernel in compiled))
+assembled = [kernel for kernel in compiled if kernel.asm.get("ptx") or kernel.asm.get("amdgcn")]
+print(len(compiled) == 6 * len(targets) > 0, len(assembled) == len(compiled))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.split() == ["18", "True"], done.stderr
+    assert done.stdout.split() == ["True", "True"], done.stderr

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there, through the same host code as a launch; print the assembly.
 
 Run as `python -m tests.quantization.compile_kernels TARGET few|many` without TRITON_INTERPRET.
-TARGET: sm_90, sm_80, gfx942.
+TARGET: sm_80, sm_90, sm_100, gfx942.
 Prints one JSON object a kernel: {"kernel": name, "case": text, "assembly": PTX or GCN}.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -25,8 +26,19 @@ from tests.laws import ODD_ONES
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
+def no_assembler(target: str) -> str:
+    """Why this Triton cannot assemble for the target; empty where it can."""
+    if target == "sm_100":  # from Blackwell on, it calls another ptxas
+        try:
+            _ = knobs.nvidia.ptxas_blackwell
+        except (AttributeError, RuntimeError) as error:
+            return f"Triton {triton.__version__} cannot assemble for {target}: {error}"
+    return ""
 
 
 class Nowhere:

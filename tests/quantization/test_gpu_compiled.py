@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.quantization.compile_kernels import no_assembler
+
 UNINTERPRETED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 INEXACT = re.compile(r"\bfma\.|\bmad\.(rn\.)?f|\.ftz|\.approx|div\.full")  # in PTX
 
@@ -37,8 +39,10 @@ def test_kernels_compile_for_nvidia_to_ieee_arithmetic(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_all_kernels_compile_for_nvidia_to_ieee_arithmetic(target: str, tmp_path: Path) -> None:
+    if missing := no_assembler(target):
+        pytest.skip(missing)
     assert_ieee_arithmetic(compiled(target, "many", tmp_path))
 
 
