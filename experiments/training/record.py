@@ -165,7 +165,12 @@ class RunRecord:
             write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     def log(self, step: int, split: str, **metrics: float) -> None:
-        """Append one line to metrics.jsonl and hand it to the system."""
+        """Append one line to metrics.jsonl and hand it to the system.
+
+        Raises RunFolderError where that fails, or where a checkpoint could not be written in the background.
+        """
+        if self._written is not None and self._written.done():
+            self.flush()
         line = json.dumps(strict_json({"step": step, "split": split, **metrics}), allow_nan=False)
         path = self.folder / "metrics.jsonl"
         with writing(path):
@@ -194,8 +199,8 @@ class RunRecord:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Have checkpoint.pt replaced by `state` as it is now; the metrics up to here are on disk before it is.
 
-        The disk is written in the background while the run goes on. What goes wrong there is raised by the next call,
-        by `flush`, `finish` or `close`.
+        The disk is written in the background while the run goes on. What goes wrong there is raised by the next `log`
+        after it, and at the latest by the next checkpoint, `flush`, `finish` or `close`.
         """
         import torch
 

@@ -47,10 +47,16 @@ def test_triton_on_batches_blocks_and_layouts() -> None:
         assert torch.equal(out.cpu(), expected)
 
 
-@pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100"))]
+)
 def test_the_triton_kernel_compiles_to_ieee_arithmetic(target: str, tmp_path: Path) -> None:
     """No contracted products, no flushed subnormals, no approximations."""
     pytest.importorskip("lpsim.accumulators.gpu", exc_type=ImportError)
+    from tests.quantization.compile_kernels import no_assembler
+
+    if missing := no_assembler(target):
+        pytest.skip(missing)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.accumulators.compile_accumulators", target],

@@ -354,7 +354,8 @@ def test_a_full_disk_ends_in_one_message_and_the_same_command_goes_on(tmp_path: 
     run = next((tmp_path / "full").glob("*/config.json")).parent
     assert f"cannot write {run}/checkpoint.pt: File too large. What is on disk is kept" in done.stdout
     assert not (run / "result.json").exists() and not (run / "checkpoint.pt.tmp").exists()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6  # step 0's two lines, steps 1 to 4
+    lines = len((run / "metrics.jsonl").read_text().splitlines())
+    assert 6 <= lines <= 12  # up to step 4 before the checkpoint; at most up to step 8, where the next one is due
     run_grid([tiny_config()], tmp_path / "full", Here())
     run_grid([tiny_config()], tmp_path / "whole" / "full", Here())
     assert contents(tmp_path / "full") == contents(tmp_path / "whole" / "full")
