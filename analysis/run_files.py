@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import json as arrow_json
 
 VERSION = 1  # of config.json, env.json, result.json and grid.json; another version is another layout
 STATUSES = ("finished", "diverged", "failed", "unfinished")
@@ -46,7 +49,6 @@ FRONTIER_NUMBERS = (  # that an arm or run may lack, and so all of a grid
     *("frontier_loss", "share", "excess_above", "loss", "excess"),
 )
 METRIC_COLUMNS = {"step": "int64", "split": "str", "metric": "str", "value": "float64"}  # beside the signature
-Numbers = dict[str, list[Any]]  # of one run: each of these columns as a list
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -86,8 +88,10 @@ def grid_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Numbers]:
-    """The row of `runs`, the rows of `environment` and the numbers of one run folder. Raises Unreadable."""
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], pd.DataFrame]:
+    """The row of `runs`, the rows of `environment` and the numbers of one run folder, as METRIC_COLUMNS. Raises
+    Unreadable.
+    """
     config = with_left_out(flatten(json_object(folder / "config.json")))
     for name in REQUIRED:
         if config.get(name) is None:
@@ -117,20 +121,19 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Number
     else:
         row |= {
             "status": "unfinished",
-            "step": max(numbers["step"], default=0),
+            "step": int(numbers["step"].max()) if len(numbers) else 0,
             "cause": None,
             "traceback": None,
         }
     return row, [{"signature": folder.name, "session": place} | each for place, each in enumerate(sessions)], numbers
 
 
-def metric_frame(numbers: dict[str, Numbers]) -> pd.DataFrame:
+def metric_frame(numbers: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The long frame of the numbers of runs, by their signatures: signature, step, split, metric, value."""
-    lengths = [len(each["step"]) for each in numbers.values()]
-    columns = {"signature": pd.Series(list(numbers), dtype="str").repeat(lengths).reset_index(drop=True)}
-    for name, kind in METRIC_COLUMNS.items():
-        columns[name] = pd.Series([value for each in numbers.values() for value in each[name]], dtype=kind)
-    return pd.DataFrame(columns)
+    signatures = pd.Series(list(numbers), dtype="str").repeat([len(each) for each in numbers.values()])
+    frame = pd.concat(numbers.values(), ignore_index=True) if numbers else _metric_columns([], [], [], [])
+    frame.insert(0, "signature", signatures.reset_index(drop=True))
+    return frame
 
 
 def run_tables(
@@ -210,53 +213,90 @@ def _table(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
     return frame
 
 
-def _numbers(path: Path) -> Numbers:
+def _numbers(path: Path) -> pd.DataFrame:
     """What metrics.jsonl holds; a last line that does not parse is dropped. Raises Unreadable."""
-    numbers: Numbers = {name: [] for name in METRIC_COLUMNS}
-    steps, splits, names, values = numbers.values()
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
-        return numbers
+        content = b""
     except OSError as error:
         raise Unreadable(f"{path.name} cannot be read ({error.strerror})") from None
-    for index, entry in enumerate(_entries(lines, path.name)):
+    plain = _plain_numbers(content)
+    return _checked_numbers(content.splitlines(), path.name) if plain is None else plain
+
+
+def _plain_numbers(content: bytes) -> pd.DataFrame | None:
+    """The numbers of lines that are all whole and hold finite numbers alone, as nearly all files do; None for others.
+
+    A quarter of the time of `_checked_numbers`, whose rows these are.
+    """
+    options = arrow_json.ReadOptions(use_threads=False, block_size=len(content) + 1)
+    try:
+        table = arrow_json.read_json(pa.BufferReader(content), options)
+    except pa.ArrowInvalid:
+        return None
+    kinds = {name: table.schema.field(name).type for name in table.column_names}
+    step, split = kinds.pop("step", None), kinds.pop("split", None)
+    numeric = all(pa.types.is_float64(kind) or pa.types.is_int64(kind) for kind in kinds.values())
+    keyed = (
+        step == pa.int64() and split == pa.string() and not table["step"].null_count and not table["split"].null_count
+    )
+    if not (keyed and kinds and numeric and len(table) == len(content.splitlines())):
+        return None
+    present = np.stack([table[name].is_valid().to_numpy() for name in kinds], axis=1)
+    values = np.stack([table[name].cast(pa.float64()).to_numpy() for name in kinds], axis=1)
+    line, column = np.nonzero(present)
+    splits = table["split"].to_pandas().astype("str")
+    return _metric_columns(
+        table["step"].to_numpy()[line],
+        splits.take(line),
+        pd.Index(list(kinds), dtype="str").take(column),
+        values[present],
+    )
+
+
+def _checked_numbers(lines: list[bytes], name: str) -> pd.DataFrame:
+    """The numbers of the lines of a file of that name, one by one. Raises Unreadable."""
+    steps, splits, names, values = [], [], [], []
+    for index, entry in enumerate(_entries(lines, name)):
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("step"), int)
             or not isinstance(entry.get("split"), str)
         ):
-            raise Unreadable(f"{path.name} line {index + 1} is no object with a step and a split")
+            raise Unreadable(f"{name} line {index + 1} is no object with a step and a split")
         step, split = entry.pop("step"), entry.pop("split")
-        for name, value in entry.items():
-            if type(value) is not float:  # as nearly all are, which is quicker to see here than in a call
-                if value is None:
-                    continue
-                value = _number(value, f"{path.name} line {index + 1}", name)
-            steps.append(step)
-            splits.append(split)
-            names.append(name)
-            values.append(value)
-    return numbers
+        for metric, value in entry.items():
+            if value is not None:
+                steps.append(step)
+                splits.append(split)
+                names.append(metric)
+                values.append(_number(value, f"{name} line {index + 1}", metric))
+    return _metric_columns(steps, splits, names, values)
 
 
-def _entries(lines: list[bytes], name: str) -> list[Any]:
-    """What the lines hold; all at once where they are whole, which takes half the time."""
-    try:
-        entries = json.loads(b"[" + b",".join(lines) + b"]")
-        if len(entries) == len(lines):
-            return list(entries)
-    except (ValueError, RecursionError):
-        pass
-    entries = []
+def _metric_columns(*columns: Any) -> pd.DataFrame:
+    """The frame of METRIC_COLUMNS, of columns of any kind."""
+    kinds = METRIC_COLUMNS.items()
+    return pd.DataFrame(
+        {name: pd.Series(column, dtype=kind) for (name, kind), column in zip(kinds, map(_bare, columns), strict=True)}
+    )
+
+
+def _bare(column: Any) -> Any:
+    """Values without an index, which pandas would align by."""
+    return column.array if isinstance(column, (pd.Series, pd.Index)) else column
+
+
+def _entries(lines: list[bytes], name: str) -> Iterator[Any]:
+    """What the lines hold."""
     for index, line in enumerate(lines):
         try:
-            entries.append(json.loads(line))
+            yield json.loads(line)
         except (ValueError, RecursionError):
             if index == len(lines) - 1:
-                break
+                return
             raise Unreadable(f"{name} line {index + 1} is torn, and is not the last line") from None
-    return entries
 
 
 def _number(value: object, where: str, name: str) -> float:

@@ -37,11 +37,7 @@ class Drawing:
 
     def pdf(self) -> bytes:
         """The figure as PDF; the slowest of its forms, so it is made when it is asked for."""
-        buffer = io.BytesIO()
-        with _drawing():
-            self.figure.dpi = DPI
-            FigureCanvasPdf(self.figure).print_pdf(buffer, metadata={"CreationDate": None})
-        return buffer.getvalue()
+        return pdf(self.figure)
 
 
 def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:
@@ -64,6 +60,14 @@ def _drawing() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def pdf(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with _drawing():
+        figure.dpi = DPI
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    return buffer.getvalue()
 
 
 def svg(figure: Figure) -> bytes:

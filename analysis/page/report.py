@@ -7,13 +7,14 @@ so a reader never sees half a report, and a full disk leaves the previous one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import load
+from analysis.figures.printing import Printer
 from analysis.figures.saving import Drawing
 from analysis.load import Results
 from analysis.page import explore, explore_data, first, paper, provenance, scripts, task, terms
@@ -27,6 +28,7 @@ from analysis.statistics.sensitivity import sensitivity
 from analysis.statistics.tables import TASK
 
 LONG = ("metrics", "telemetry", "telemetry_cosines", "attribution")  # tables that are written as Parquet alone
+MANY = 50  # runs, from which on figures are printed in a process of their own; it takes a second to start
 
 
 def write_report(
@@ -55,25 +57,27 @@ def write_report(
             f"{target} is a folder; say the name of the HTML file to write, such as {target / 'report.html'}"
         )
     frames = all_tables(results)
-    text, drawings = compose(results, frames, written_at=datetime.now(UTC))
-    try:
-        (target.parent / "tables").mkdir(parents=True, exist_ok=True)
-        for name, frame in frames.items():
-            replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
-            if name not in LONG:
-                csv = frame.to_csv(index=False, lineterminator="\n")
-                replace(target.parent / "tables" / f"{name}.csv", csv.encode())
-        if figures:
-            (target.parent / "figures").mkdir(exist_ok=True)
-        for name, drawing in drawings.items() if figures else ():
-            replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
-            replace(target.parent / "figures" / f"{name}.pdf", drawing.pdf())
-        if tables_as is not None:
-            paper.write(frames, target.parent / "tables", tables_as)
-        replace(target, text.encode())
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot write the report to {target}: {reason}") from error
+    with Printer() as printer:
+        begin = printer.begin if figures and len(results.runs) >= MANY else None
+        text, drawings = compose(results, frames, datetime.now(UTC), begin)
+        try:
+            (target.parent / "tables").mkdir(parents=True, exist_ok=True)
+            for name, frame in frames.items():
+                replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
+                if name not in LONG:
+                    csv = frame.to_csv(index=False, lineterminator="\n")
+                    replace(target.parent / "tables" / f"{name}.csv", csv.encode())
+            if figures:
+                (target.parent / "figures").mkdir(exist_ok=True)
+            for name, drawing in drawings.items() if figures else ():
+                replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
+                replace(target.parent / "figures" / f"{name}.pdf", printer.pdf(drawing))
+            if tables_as is not None:
+                paper.write(frames, target.parent / "tables", tables_as)
+            replace(target, text.encode())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"cannot write the report to {target}: {reason}") from error
     return target
 
 
@@ -118,8 +122,15 @@ def render(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     return compose(results, frames, written_at)[0]
 
 
-def compose(results: Results, frames: dict[str, pd.DataFrame], written_at: datetime) -> tuple[str, dict[str, Drawing]]:
-    """The whole page as HTML, and its figures by the names of their files."""
+def compose(
+    results: Results,
+    frames: dict[str, pd.DataFrame],
+    written_at: datetime,
+    on_drawing: Callable[[Drawing], None] | None = None,
+) -> tuple[str, dict[str, Drawing]]:
+    """The whole page as HTML, and its figures by the names of their files. `on_drawing` is called with each as soon as
+    it is drawn.
+    """
     name = str(results.grid.get("grid", results.folder.name))
     sections: list[tuple[str, str, Iterable[Part]]] = []  # anchor, title, parts
     for number, (where, runs) in enumerate(results.runs.groupby(list(TASK), dropna=False, sort=False)):
@@ -130,15 +141,17 @@ def compose(results: Results, frames: dict[str, pd.DataFrame], written_at: datet
     sections.append(("where", "What ran where", provenance.provenance(results)))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
     drawings: dict[str, Drawing] = {}
-    body = [*_written("answer", first.screen(results, frames, written_at), drawings)]
+    body = [*_written("answer", first.screen(results, frames, written_at), drawings, on_drawing)]
     body.append(page.contents((anchor, title) for anchor, title, _ in sections))
     for anchor, title, parts in sections:
-        body += [page.heading(2, title, anchor), *_written(title, parts, drawings)]
+        body += [page.heading(2, title, anchor), *_written(title, parts, drawings, on_drawing)]
     explored = explore_data.data(results, frames["arms"]) if len(results.runs) else None
     return page.document(f"Grid {name}", body, style=scripts.style(), end=scripts.scripts(explored)), drawings
 
 
-def _written(title: str, parts: Iterable[Part], drawings: dict[str, Drawing]) -> Iterator[str]:
+def _written(
+    title: str, parts: Iterable[Part], drawings: dict[str, Drawing], on_drawing: Callable[[Drawing], None] | None
+) -> Iterator[str]:
     """The parts as HTML; each drawing among them joins `drawings`, by its section's title and its own name."""
     section = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]
     for part in parts:
@@ -147,6 +160,8 @@ def _written(title: str, parts: Iterable[Part], drawings: dict[str, Drawing]) ->
             while name in drawings:
                 name += "-again"
             drawings[name] = part
+            if on_drawing is not None:
+                on_drawing(part)
             yield page.figure(part)
         else:
             yield part

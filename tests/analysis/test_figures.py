@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.figures import comparisons, plots, resources, saving, weights
+from analysis.figures import comparisons, interactive, plots, printing, resources, saving, weights
 
 
 def bars(width: float) -> Figure:
@@ -27,6 +28,23 @@ def test_a_figure_is_the_same_each_time_and_its_text_is_text() -> None:
     assert (one.svg, one.narrow, one.pdf()) == (other.svg, other.narrow, other.pdf())
     assert "a − b".encode() in one.svg and b"/FontFile2" in one.pdf()
     assert b"CreationDate" not in one.pdf() and b"<dc:date>" not in one.svg
+
+
+def test_another_process_prints_the_same_bytes_and_its_death_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (saving.drawn("bars", "Bars", "Two.", bars) for _ in range(2))
+    expected = one.pdf()
+    with printing.Printer() as printer:
+        printer.begin(one)
+        assert printer.pdf(one) == printer.pdf(other) == expected
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with printing.Printer() as printer:
+        printer.begin(one)
+        assert printer.pdf(one) == expected
+
+
+def test_the_interactive_charts_are_valid_vega_lite() -> None:
+    for specification in interactive.charts().values():
+        alt.LayerChart.from_dict(specification)  # validates
 
 
 def cells(means: Iterable[float]) -> pd.DataFrame:

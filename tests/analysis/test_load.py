@@ -72,6 +72,19 @@ def test_non_finite_numbers_come_back(tmp_path: Path) -> None:
         assert last[made.signature(config), "grad_norm"] == math.inf
 
 
+def test_a_value_that_is_no_plain_number_changes_no_other_row(tmp_path: Path) -> None:
+    """Files of plain numbers alone are read as columns, all others line by line."""
+    made.write_runs(tmp_path, small())
+    before = load.metrics(tmp_path)
+    for config in small():
+        with (tmp_path / made.signature(config) / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"step": 401, "split": "train", "mine": "NaN", "loss": null, "whole": 3}\n')
+    after = load.metrics(tmp_path)
+    added = after[after["step"] == 401]
+    assert [*added["metric"].unique()] == ["mine", "whole"] and len(added) == 2 * len(small())
+    pd.testing.assert_frame_equal(after.drop(added.index).reset_index(drop=True), before)
+
+
 @pytest.mark.parametrize(
     "torn", [b'{"step": 401, "spl', b'{"step": 401, "split": "train", "loss": 1.', b"\x00\x00\xff", b"{}x"]
 )
