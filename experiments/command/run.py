@@ -106,7 +106,7 @@ def _run_grid(options: argparse.Namespace) -> int:
         if options.dry_run:
             print(plan(chosen or [], folder_of(source, options), processes(options), options.retry_failed))
             return 0
-        claims = [] if options.twin else load_claims(options.grid, formats)
+        claims = load_claims(options.grid, formats, options.twin)
         return 0 if run_all(configs, source, options, claims, chosen) else 1
 
 

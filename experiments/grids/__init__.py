@@ -57,16 +57,19 @@ def load_grid(
     return path, configs
 
 
-def load_claims(source: str, formats: Sequence[Format] | None = None) -> list[Claim]:
+def load_claims(source: str, formats: Sequence[Format] | None = None, twin: bool = False) -> list[Claim]:
     """What the file's `claims` returns; nothing where it defines none, or where `formats` replace those it is about.
+
+    twin: those about the grid's small twin, which a file makes in `def claims(twin: bool = False)`; else it makes none.
 
     Raises: SourceError with file and line.
     """
     path = find(source)
-    if formats is not None or re.search(r"^def claims\(", path.read_text(), re.MULTILINE) is None:
+    wanted = r"^def claims\([^)]*\btwin\b" if twin else r"^def claims\("
+    if formats is not None or re.search(wanted, path.read_text(), re.MULTILINE) is None:
         return []
     with blamed(path):
-        return list(function(path, "claims", "list[Claim]", None)())
+        return list(function(path, "claims", "list[Claim]", None, twin)())
 
 
 def find(source: str) -> Path:

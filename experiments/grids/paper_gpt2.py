@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from experiments.grids import paper
+from experiments.grids.claims import Claim
 from experiments.training.config import Config, model
 from experiments.training.data import TokenFiles
 from experiments.training.models.gpt2 import GPT2Config
@@ -24,7 +25,7 @@ from experiments.training.optimizers import AdamW, LMDForModel, Madam
 TWIN = GPT2Config(name="gpt2-twin", layers=2, heads=4, d_model=64, context=64, vocab_size=257)
 
 
-def grid(twin: bool = False) -> Iterator[Config]:
+def experiment(twin: bool) -> paper.Experiment:
     adamw = AdamW(lr=0.0006, betas=(0.9, 0.95))
     base = Config(
         model=model("gpt2-124m"),
@@ -43,4 +44,12 @@ def grid(twin: bool = False) -> Iterator[Config]:
         adamw = replace(adamw, lr=0.006)
         data = TokenFiles(folder="data/twin-text")
         base = paper.twin(replace(base, model=TWIN, data=data, batch_size=10, validate_every=200, micro_batches=1))
-    yield from paper.runs(base, adamw, Madam(lr=0.01), LMDForModel())
+    return paper.Experiment(base, adamw, Madam(lr=0.01), LMDForModel())
+
+
+def grid(twin: bool = False) -> Iterator[Config]:
+    yield from experiment(twin).runs()
+
+
+def claims(twin: bool = False) -> Iterator[Claim]:
+    yield from experiment(twin).claims()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from experiments.grids import paper
+from experiments.grids.claims import Claim
 from experiments.training.config import Config, model
 from experiments.training.data import ImageShards
 from experiments.training.models.vit import ViTConfig
@@ -24,7 +25,7 @@ TWIN = ViTConfig(name="vit-twin", layers=2, heads=4, d_model=64, image_size=32, 
 IMAGES, BATCH, PASSES = 1_281_167, 1024, 90
 
 
-def grid(twin: bool = False) -> Iterator[Config]:
+def experiment(twin: bool) -> paper.Experiment:
     adamw = AdamW(lr=0.001, betas=(0.9, 0.999))
     base = Config(
         model=model("vit-b/16"),
@@ -42,4 +43,12 @@ def grid(twin: bool = False) -> Iterator[Config]:
     if twin:
         data = ImageShards(folder="data/twin-images")
         base = paper.twin(replace(base, model=TWIN, data=data, batch_size=32, validate_every=400, micro_batches=1))
-    yield from paper.runs(base, adamw, Madam(lr=0.01), LMDForModel(others_lr=0.001))
+    return paper.Experiment(base, adamw, Madam(lr=0.01), LMDForModel(others_lr=0.001))
+
+
+def grid(twin: bool = False) -> Iterator[Config]:
+    yield from experiment(twin).runs()
+
+
+def claims(twin: bool = False) -> Iterator[Claim]:
+    yield from experiment(twin).claims()

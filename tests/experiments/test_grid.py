@@ -18,7 +18,8 @@ import pytest
 
 from analysis import load
 from experiments.command.run import summary
-from experiments.grids import GridError, load_grid
+from experiments.grids import GridError, load_claims, load_grid
+from experiments.grids.claims import resolve
 from experiments.grids.source_files import SourceError
 from experiments.running import grid as grids
 from experiments.running.grid import Row, labels, run_grid
@@ -391,6 +392,8 @@ def test_a_twin_has_the_arms_of_its_grid_on_the_same_kind_of_data(name: str) -> 
         for configs in (full, small)
     ]
     assert arms[0] == arms[1] and len({c.signature() for c in full}) == 78
+    for twin, configs in ((False, full), (True, small)):
+        assert len(resolve(load_claims(name, twin=twin), {c.signature(): c for c in configs}, Path(name))) == 5
     with pytest.raises(GridError, match=r"quickstart\.py: grid\(\) has no small twin"):
         load_grid("quickstart", twin=True)
 
