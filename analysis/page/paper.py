@@ -11,8 +11,11 @@ from analysis.page.summary import plain, signed
 from analysis.statistics.tables import text
 
 ENDINGS = {"latex": ".tex", "markdown": ".md"}
-PAPER = ("arms", "differences", "contrasts", "effects", "against_first", "sensitivity", "stability", "learning_rates")
-SIGNED = ("difference", "low", "high")
+PAPER = (
+    *("arms", "differences", "contrasts", "effects", "against_first", "sensitivity", "mixed", "stability"),
+    "learning_rates",
+)
+SIGNED = ("difference", "estimate", "low", "high")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -27,7 +30,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         start = name.removesuffix("low")
         if name.endswith("low") and f"{start}high" in table:
             pairs = zip(table[name], table[f"{start}high"], strict=True)
-            write = signed if "difference" in table else plain
+            write = signed if {"difference", "estimate"} & set(table) else plain
             out[f"{start}95% interval".replace("_", " ")] = [
                 "–" if pd.isna(low) else f"[{write(low)}, {write(high)}]" for low, high in pairs
             ]

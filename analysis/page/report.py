@@ -23,7 +23,7 @@ from analysis.page import html as page
 from analysis.page.files import replace
 from analysis.page.summary import task_name
 from analysis.page.task import Part
-from analysis.statistics import claims, stability, tables
+from analysis.statistics import claims, mixed, stability, tables
 from analysis.statistics.sensitivity import sensitivity
 from analysis.statistics.tables import TASK
 
@@ -97,6 +97,7 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
         "against_first": tables.against_first(runs),
         "growth_against_first": tables.against_first(runs, "weight_growth", per_run),
         "sensitivity": sensitivity(runs),
+        "mixed": mixed.effects(runs),
         "stability": stability.by_arm(runs, per_run),
         "stability_by_run": per_run,
         "learning_rates": stability.largest_stable_learning_rate(runs),

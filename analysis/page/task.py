@@ -13,7 +13,7 @@ from analysis.figures import comparisons, drawings, resources, weights
 from analysis.figures.plots import LABELS
 from analysis.figures.saving import Drawing
 from analysis.load import Results
-from analysis.page import attribution, summary, telemetry, worst
+from analysis.page import attribution, mixed, summary, telemetry, worst
 from analysis.page import html as page
 from analysis.page.first import named
 from analysis.page.html import Column
@@ -51,6 +51,8 @@ def section(
         yield from _effects(mine["effects"], roles, label)
     if len(mine["sensitivity"]):
         yield from worst.section(mine["sensitivity"])
+    if len(mine["mixed"]):
+        yield mixed.section(mine["mixed"])
     yield page.heading(3, "Training")
     yield from some(drawings.curves(runs, results.metrics, roles, "validation", "loss", "validation loss (nats)"))
     yield from some(drawings.curves(runs, results.metrics, roles, "train", "loss", "training loss (nats)"))

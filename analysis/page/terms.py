@@ -63,6 +63,13 @@ LEGEND = (
         "measured the true ones; few seeds tell both badly, so it is an order of magnitude.",
     ),
     (
+        "one model of all runs",
+        "A linear mixed model of the metric: the grid's factors as fixed effects against float32, AdamW and the levels "
+        "that the grid lists first, optimizer × format where the grid has every combination, a random intercept by "
+        "seed (REML, statsmodels). Intervals and p are Student's with the degrees of freedom that are left within "
+        "seeds; p corrected is for all effects of a task (Holm). Only counted runs enter.",
+    ),
+    (
         "diverged, failed, unfinished",
         "Diverged: the loss was no longer finite, or what else the run's cause says. Failed: an error stopped it. "
         "Unfinished: it has no result yet. The interval of a divergence rate is Wilson's, over finished and diverged "

@@ -45,7 +45,7 @@ def predictions(claims: Sequence[Mapping[str, Any]], runs: pd.DataFrame, per_run
     table = pd.DataFrame(rows, columns=[*PREDICTIONS, "p", "verdict"])
     table["p_holm"] = math.nan
     for _, group in table[table["p"].notna()].groupby(list(TASK), dropna=False):
-        table.loc[group.index, "p_holm"] = _holm(group["p"].to_numpy())
+        table.loc[group.index, "p_holm"] = holm(group["p"].to_numpy())
     needed = []
     for index, row in table.iterrows():
         if row["metric"] != STEADY:
@@ -135,7 +135,7 @@ def _verdict(row: pd.Series) -> str:
     return UNDECIDED if row["verdict"] == "diverged" else TRUE
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
     from statsmodels.stats.multitest import multipletests
 
     return np.asarray(multipletests(p, method="holm")[1])

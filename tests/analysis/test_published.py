@@ -67,7 +67,7 @@ def test_wilsons_interval_is_that_of_newcombe(k: int, n: int, low: float, high: 
 
 def test_the_correction_of_four_p_values_is_holms() -> None:
     """The example of Wikipedia's article on the Holm-Bonferroni method, 2024: at 5% the first and the last hold."""
-    np.testing.assert_allclose(claims._holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02], rtol=1e-12)
+    np.testing.assert_allclose(claims.holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02], rtol=1e-12)
 
 
 @pytest.mark.parametrize(("effect", "n"), [(0.2, 198.1507), (0.5, 33.36713), (0.8, 14.30276)])

@@ -135,6 +135,16 @@ def test_same_folders_same_bytes_and_nothing_global_is_left_behind(quick: Path) 
     assert plt.get_fignums() == []
 
 
+def test_the_model_of_all_runs_is_folded_and_has_every_effect(quick: Path) -> None:
+    text = (quick / "report.html").read_text()
+    assert text.count("<details><summary>All runs of this task in one model") == 2
+    texts = Page(text).texts
+    for effect in ("optimizer lmd against adamw, in float32", "format mxfp4_e2m1 against float32, in adamw"):
+        assert texts.count(effect) == 2
+    table = pd.read_csv(quick / "tables" / "mixed.csv", keep_default_na=False)
+    assert list(table["not_fitted"]) == [""] * (2 * 5)
+
+
 def test_every_signature_and_version_is_on_the_page(quick: Path) -> None:
     texts = set(Page((quick / "report.html").read_text()).texts)
     assert {made.signature(config) for config in made.quickstart()} <= texts
@@ -187,7 +197,7 @@ def test_tables_of_a_resumed_grid_equal_those_of_an_uninterrupted_one(quick: Pat
         made.write_json(run / "result.json", json.loads((run / "result.json").read_text()) | {"time_s": 77.0})
     report.write_report(again, figures=False)
     assert without_times(again) == without_times(quick)
-    assert len(without_times(again)) == 2 * 13
+    assert len(without_times(again)) == 2 * 14
 
 
 def test_the_files_hold_the_frames(quick: Path) -> None:
