@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from analysis.figures import plots
 from analysis.figures.drawings import PANELS, PANELS_A_ROW, levels
@@ -105,7 +105,7 @@ def panel(arms: pd.DataFrame, runs: pd.DataFrame, ax: Axes, *, colours: Mapping[
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
     ax.set_xticks([tick for tick in ticks if low / BESIDE <= tick <= high * BESIDE])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     return ax
 

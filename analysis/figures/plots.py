@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from analysis.statistics.tables import BASELINE, higher_is_better, interval
 
@@ -175,7 +175,7 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     if far_apart(frame["difference"]):
         middle = float(f"{frame['difference'].abs().median():.1g}")
         ax.set_xscale("symlog", linthresh=middle)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks(range(len(frame)), list(frame["name"]))
     ax.set(ylim=(len(frame) - 0.5, -0.5), xlabel=label)
@@ -267,7 +267,7 @@ def learning_rates(frame: pd.DataFrame, ax: Axes, *, rate: str, hue: str, colour
         ax.set_xticks(rates, [f"{value:g}" for value in rates])
     else:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if rates[-1] / rates[0] < 300 else (1,)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
@@ -278,7 +278,7 @@ def value_axis(ax: Axes, values: pd.Series) -> None:
         ax.set_yscale("log")
         decades = np.log10(values.max() / values.min())
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 

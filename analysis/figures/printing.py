@@ -18,7 +18,8 @@ from analysis.figures.saving import Drawing, pdf
 class Printer:
     """Prints drawings as PDF: the ones it was given by `begin` in another process, others when they are asked for.
 
-    Where that process cannot be had or dies, this one prints; the bytes are the same. To be used in a `with`.
+    What cannot be sent there is printed here, and all of it where that process dies; the bytes are the same. To be used
+    in a `with`.
     """
 
     def __init__(self) -> None:
@@ -27,11 +28,15 @@ class Printer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self, drawing: Drawing) -> None:
+        try:
+            figure = pickle.dumps(drawing.figure)
+        except (pickle.PicklingError, AttributeError, TypeError):  # it holds a function without a name, for one
+            return
         if self._process is None:
             command = [sys.executable, "-m", "analysis.figures.printing"]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        self._asked[id(drawing)] = self._asking.submit(_answer, self._process, pickle.dumps(drawing.figure))
+        self._asked[id(drawing)] = self._asking.submit(_answer, self._process, figure)
 
     def pdf(self, drawing: Drawing) -> bytes:
         asked = self._asked.get(id(drawing))

@@ -90,6 +90,14 @@ def histogram(frame: pd.DataFrame, ax: Axes, *, values: np.ndarray) -> Axes:
     ax.set(xlim=(max(min(places), low - 2), max(places) + width), ylim=(0, None))
     ax.set(xlabel="magnitude" + (" / scale of its block" if (frame["of"] == "rounded").any() else ""), ylabel="share")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "2" + str(round(x)).translate(SUPERSCRIPTS)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%"))
+    ax.xaxis.set_major_formatter(FuncFormatter(_power_of_two))
+    ax.yaxis.set_major_formatter(FuncFormatter(_percent))
     return ax
+
+
+def _power_of_two(exponent: float, position: int) -> str:
+    return "2" + str(round(exponent)).translate(SUPERSCRIPTS)
+
+
+def _percent(share: float, position: int) -> str:
+    return f"{100 * share:.3g}%"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from analysis.figures import comparisons, interactive, plots, printing, resources, saving, weights
 
@@ -15,6 +16,12 @@ from analysis.figures import comparisons, interactive, plots, printing, resource
 def bars(width: float) -> Figure:
     figure = Figure(figsize=(width, 2), layout="constrained")
     figure.subplots().bar(["a − b", "c"], [1, 2])
+    return figure
+
+
+def nameless_bars(width: float) -> Figure:
+    figure = bars(width)
+    figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return figure
 
 
@@ -36,6 +43,10 @@ def test_another_process_prints_the_same_bytes_and_its_death_changes_nothing(mon
     with printing.Printer() as printer:
         printer.begin(one)
         assert printer.pdf(one) == printer.pdf(other) == expected
+    nameless = saving.drawn("bars", "Bars", "Two.", nameless_bars)
+    with printing.Printer() as printer:
+        printer.begin(nameless)
+        assert printer.pdf(nameless) == nameless.pdf()
     monkeypatch.setattr("sys.executable", "/bin/false")
     with printing.Printer() as printer:
         printer.begin(one)
