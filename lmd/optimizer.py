@@ -388,7 +388,10 @@ class LMD(Optimizer):
             raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
         if finite:
             for group, plan, gradients in work:
+                still = [mean.clone() for mean in plan.means] if group["lr"] == 0.0 else []
                 plan.step(group, gradients, at_sample)
+                if still:  # a mean that is computed anew is rounded anew
+                    torch._foreach_copy_(plan.means, still)
                 plan.publish(gradients)
         for group in self.param_groups:
             group["step"] += 1
