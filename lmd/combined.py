@@ -47,7 +47,7 @@ class Combined(Optimizer):
     # Always asked of the parts, which replace theirs when one of them alone loads a state or takes a group.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups] if self.parts else self._given
 
     @param_groups.setter
@@ -55,7 +55,7 @@ class Combined(Optimizer):
         self._given = groups
 
     @property
-    def state(self) -> _States:  # type: ignore[override]
+    def state(self) -> Any:
         return _States(*(part.state for part in self.parts))
 
     @state.setter
