@@ -38,20 +38,35 @@ class Combined(Optimizer):
             raise ValueError("mc_samples averages the gradients of LMD's own parameters only; it must be 1 here")
         super().__init__([group for part in (lmd, *others) for group in part.param_groups], {})
         self.lmd, self.others = lmd, others
-        self._gather()
 
-    def _gather(self) -> None:
-        """Takes the groups and the state from the parts, which replace theirs when they load."""
-        parts = (self.lmd, *self.others)
-        self.param_groups[:] = chain.from_iterable(part.param_groups for part in parts)
-        self.state = _States(*(part.state for part in parts))  # type: ignore[assignment]
+    @property
+    def parts(self) -> tuple[Optimizer, ...]:
+        """LMD and the others; none while torch's constructor looks for parameters that are in two of them."""
+        return (self.lmd, *self.others) if "lmd" in self.__dict__ else ()
+
+    # Always asked of the parts, which replace theirs when one of them alone loads a state or takes a group.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups] if self.parts else self._given
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._given = groups
+
+    @property
+    def state(self) -> Any:
+        return _States(*(part.state for part in self.parts))
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        pass  # torch's constructor: there is none yet
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to LMD's."""
         super().add_param_group(param_group)
-        if "lmd" in self.__dict__:  # not while torch's constructor gathers the parts' groups
-            self.lmd.add_param_group(self.param_groups.pop())
-            self._gather()
+        if self.parts:
+            self.lmd.add_param_group(param_group)
 
     def sampled_params(self) -> AbstractContextManager[None]:
         """As LMD's; the others' parameters keep their values."""
@@ -71,17 +86,54 @@ class Combined(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' state dicts, in order."""
-        return {"parts": [part.state_dict() for part in (self.lmd, *self.others)]}
+        """As torch's, of all parts: their groups one after the other, the parameters numbered through.
+
+        {"parts": their state dicts, in order} where one of them holds more than torch's state dicts do.
+        """
+        owns = [part.state_dict() for part in self.parts]
+        if not all(map(_is_plain, owns)):
+            return {"parts": owns}
+        whole: dict[str, Any] = {"state": {}, "param_groups": []}
+        first = 0
+        for own in owns:
+            names = {old: first + new for new, old in enumerate(_names(own["param_groups"]))}
+            whole["state"] |= {names[old]: state for old, state in own["state"].items()}
+            whole["param_groups"] += [
+                {**group, "params": [names[old] for old in group["params"]]} for group in own["param_groups"]
+            ]
+            first += len(names)
+        return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a state of another number of parts, and as the parts do."""
-        parts, saved = (self.lmd, *self.others), state_dict.get("parts", ())
+        """Raises ValueError for a state of another number of parts or groups, and as the parts do."""
+        parts = self.parts
+        saved = state_dict["parts"] if "parts" in state_dict else self._divided(state_dict)
         if len(saved) != len(parts):
             raise ValueError(f"this state is of {len(saved)} combined optimizers, not of {len(parts)}")
         for part, own in zip(parts, saved, strict=True):
             part.load_state_dict(own)
-        self._gather()
+
+    def _divided(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts' state dicts, by the number of their groups."""
+        groups, own, found = state_dict["param_groups"], len(self.param_groups), []
+        if len(groups) != own:
+            raise ValueError(f"this state has {len(groups)} parameter groups, the combined optimizers have {own}")
+        for part in self.parts:
+            mine, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
+            names = _names(mine)
+            state = {name: state_dict["state"][name] for name in names if name in state_dict["state"]}
+            found.append({"state": state, "param_groups": mine})
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "lmd": self.lmd, "others": self.others}
+        return {"defaults": self.defaults, "lmd": self.lmd, "others": self.others}
+
+
+def _names(groups: list[dict[str, Any]]) -> list[Any]:
+    """What a state dict calls its parameters, in order."""
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _is_plain(own: dict[str, Any]) -> bool:
+    """Whether a state dict is groups and the state of their parameters, and nothing more."""
+    return own.keys() == {"state", "param_groups"} and own["state"].keys() <= set(_names(own["param_groups"]))

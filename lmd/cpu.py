@@ -1,10 +1,13 @@
 """The fused CPU backend: lmd/plain.py's Plan for contiguous float32 tensors, with the kernels of lmd/kernels.py."""
 
+from __future__ import annotations
+
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +17,9 @@ from lmd import kernels, plain
 from lmd.kernels import BLOCK, COLUMNS, COUNT, FIRST_TILE, GRADIENT, MEAN, NUMBER, OUT, TILE, Noise, Settings, f32, u64
 from lmd.priors import PRIORS
 from lmd.random import MASK
+
+if TYPE_CHECKING:
+    from lmd.sharded import Shards
 
 HUGE = 1 << 20  # elements; 4 MiB, from which on numpy asks for huge pages
 SERIAL = 1 << 17  # elements; below, starting a thread costs more than it gives
@@ -27,19 +33,30 @@ class Plan(plain.Plan):
     def serves(mean: Tensor) -> bool:
         return mean.is_cpu and mean.dtype == torch.float32 and mean.is_contiguous()
 
-    def __init__(self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        super().__init__(numbers, params, states)
-        self.table = np.zeros((len(params), len(COLUMNS)), np.int64)
-        self.table[:, COUNT] = [mean.numel() for mean in self.means]
+    def __init__(
+        self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]], shards: Shards | None = None
+    ) -> None:
+        super().__init__(numbers, params, states, shards)
+        self.table = self._rows()
         self.table[1:, FIRST_TILE] = np.cumsum(-(-self.table[:-1, COUNT] // TILE))
-        self.table[:, NUMBER] = numbers
-        self.table[:, MEAN] = [mean.data_ptr() for mean in self.means]
+        self._place(MEAN, self.means)
         for name in ("v", "v_plus", "v_minus", "log_center"):
-            self.table[:, COLUMNS.index(name)] = [state[name].data_ptr() if name in state else 0 for state in states]
+            self._place(COLUMNS.index(name), [state.get(name) for state in self.states])
         self.m0 = np.array([[state["m0"]] for state in states])
         self.prior_a = np.array([[state["prior_a"]] for state in states])
         self.rms = [state["rms"].numpy() for state in states]
         self.scales = math.nan, np.empty(0, f32)  # of a noise scale
+
+    def _rows(self) -> np.ndarray:
+        """The table of the kernels with a row for each parameter, without addresses."""
+        table = np.zeros((len(self.params), len(COLUMNS)), np.int64)
+        table[:, COUNT] = [mean.numel() for mean in self.means]
+        table[:, NUMBER] = self.numbers
+        return table
+
+    def _place(self, column: int, tensors: Sequence[Tensor | None]) -> None:
+        """Writes the parameters' addresses into the table, 0 for None."""
+        self.table[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def sample(self, group: dict[str, Any], draw: int) -> list[Tensor]:
         return self._combination(group, draw, f32(-1.0))
@@ -49,24 +66,24 @@ class Plan(plain.Plan):
 
     def _combination(self, group: dict[str, Any], draw: int, sign: np.float32) -> list[Tensor]:
         outs = [empty_like(mean) for mean in self.means]
-        self.table[:, OUT] = [out.data_ptr() for out in outs]
+        self._place(OUT, outs)
         kernel = kernels.sample_shared if group["parameterization"] == "shared" else kernels.sample_split
         self._run(kernel, self._scales(group), _noise(group, draw), sign)
         return outs
 
     def finite(self, gradients: list[Tensor | None]) -> bool:
-        self._place(gradients)
+        self._place(GRADIENT, gradients)
         return all(self._run(kernels.all_finite))
 
     def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
-        self._place(gradients)
+        self._place(GRADIENT, gradients)
         noise = _noise(group, 0)
         noise = noise if at_sample and group["weight_scaling"] else noise._replace(variance=f32(0.0))
         kernel = kernels.step_shared if group["parameterization"] == "shared" else kernels.step_split
         full, squares = self._full(group), np.zeros(self._tiles())
         self._run(kernel, self._scales(group), noise, _settings(group), full, squares)
         if group["saturation"] > 0.0:
-            self._measured(group, squares)
+            self._measured(group, squares, [gradient is not None for gradient in gradients])
 
     def _unit(self, group: dict[str, Any]) -> np.ndarray:
         """What the kernels have u in units of, by parameter."""
@@ -79,19 +96,22 @@ class Plan(plain.Plan):
             slope = group["lr"] * self._unit(group) / (group["saturation"] * np.array(self.rms, np.float64))
         return np.where((slope > 0.0) & (slope < SIGN), slope, SIGN if group["lr"] > 0.0 else 0.0).astype(f32)
 
-    def _measured(self, group: dict[str, Any], squares: np.ndarray) -> None:
+    def _measured(self, group: dict[str, Any], squares: np.ndarray, moved: list[bool]) -> None:
         """Keep the root mean square of u of each parameter that moved."""
-        rows = np.flatnonzero(self.table[:, COUNT])
+        self._keep(group, squares, self.table[:, FIRST_TILE], self.table[:, COUNT], moved)
+
+    def _keep(
+        self, group: dict[str, Any], squares: np.ndarray, tiles: np.ndarray, counts: np.ndarray, moved: list[bool]
+    ) -> None:
+        """squares: sums by tile. tiles, counts: the first tile of each parameter, and its elements."""
+        rows = np.flatnonzero(counts)
         if not rows.size:
             return
-        counts = self.table[rows, COUNT] * (2 if group["parameterization"] == "split" else 1)
-        values = self._unit(group)[rows] * np.sqrt(np.add.reduceat(squares, self.table[rows, FIRST_TILE]) / counts)
-        for i, moved, value in zip(rows, self.table[rows, GRADIENT], values, strict=True):
-            if moved:
+        sides = 2 if group["parameterization"] == "split" else 1
+        values = self._unit(group)[rows] * np.sqrt(np.add.reduceat(squares, tiles[rows]) / (counts[rows] * sides))
+        for i, value in zip(rows, values, strict=True):
+            if moved[i]:
                 self.rms[i][...] = value
-
-    def _place(self, gradients: list[Tensor | None]) -> None:
-        self.table[:, GRADIENT] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
 
     def _scales(self, group: dict[str, Any]) -> np.ndarray:
         """m0, 2 m0 exp(sigma^2 / 2) and prior_a of each parameter, float32; kept, since few steps change sigma."""

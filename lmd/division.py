@@ -242,10 +242,15 @@ def _in_a_block(model: nn.Module, name: str) -> bool:
     parent, keys = model, name.split(".")
     for key in keys[:-1]:
         child = parent.get_submodule(key)
-        alike = sum(type(other) is type(child) for other in parent.children())
+        alike = sum(_class(other) is _class(child) for other in parent.children())
         if isinstance(parent, nn.ModuleList):
             return True
         if isinstance(parent, nn.Sequential) and not isinstance(child, nn.Sequential) and alike > 1:
             return True
         parent = child
     return False
+
+
+def _class(module: nn.Module) -> type:
+    """A module's class; its own where fully_shard has derived another from it."""
+    return next(one for one in type(module).__mro__ if not one.__module__.startswith("torch.distributed.fsdp"))

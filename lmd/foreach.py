@@ -55,7 +55,7 @@ class Plan(plain.Plan):
             torch._foreach_copy_(kept, self._parts(getattr(result, name), chosen))
         if group["saturation"] > 0.0:
             for i, *us in zip(chosen, *(self._parts(u, chosen) for u in result.us), strict=True):
-                self.states[i]["rms"].copy_(update.root_mean_square(*us))
+                self.measure(i, tuple(us))
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[int], draw: int) -> update.Noise:
         pairs = [self.noise(group, i, draw) for i in chosen]

@@ -17,7 +17,7 @@ from lmd import plain
 from lmd.priors import PRIORS
 from lmd.random import MASK, MULTIPLIERS, ROUNDS, WEYL
 
-BLOCK = 1024  # elements of a program
+BLOCK = 1024  # elements of a program; blocks are those of the whole tensor, of which a part begins at `first`
 
 M0, M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 W0, W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
@@ -78,14 +78,14 @@ def direction(u, full):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=KEY)
 def combination_kernel(  # type: ignore[no-untyped-def]
-    mean, log_center, out, count, m0, scale, sign, sigma, k0, k1, number, step, draw,
+    mean, log_center, out, first, count, m0, scale, sign, sigma, k0, k1, number, step, draw,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """theta+ + sign theta-."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    inside = at < count
-    p, q = noise_factors(draw_words(first, k0, k1, number, step, draw, BLOCK), sigma)
+    block = (first // BLOCK + tl.program_id(0)).to(tl.int64) * BLOCK
+    at = block - first + tl.arange(0, BLOCK)
+    inside = (at >= 0) & (at < count)
+    p, q = noise_factors(draw_words(block, k0, k1, number, step, draw, BLOCK), sigma)
     center = tl.exp(tl.load(log_center + at, inside, 0.0)) if SPLIT else 1.0
     x = tl.load(mean + at, inside, 0.0) / (scale * center)
     s = tl.sqrt_rn(x * x + 1.0)
@@ -95,18 +95,18 @@ def combination_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=KEY)
 def step_shared_kernel(  # type: ignore[no-untyped-def]
-    mean, gradient, v, rms, squares, count, m0, scale, prior_a, sigma, k0, k1, number, step, draw,
+    mean, gradient, v, rms, squares, first, count, m0, scale, prior_a, sigma, k0, k1, number, step, draw,
     saturation, lr, decay, beta1, beta2,
     SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lmd/update.py: step_shared; `decay` = lr weight_decay prior.linear. squares: the program's sum of u^2."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    inside = at < count
+    block = (first // BLOCK + tl.program_id(0)).to(tl.int64) * BLOCK
+    at = block - first + tl.arange(0, BLOCK)
+    inside = (at >= 0) & (at < count)
     x = tl.load(mean + at, inside, 0.0) / scale
     s = tl.sqrt_rn(x * x + 1.0)
     if NOISY:
-        p, q = noise_factors(draw_words(first, k0, k1, number, step, draw, BLOCK), sigma)
+        p, q = noise_factors(draw_words(block, k0, k1, number, step, draw, BLOCK), sigma)
         total = m0 * (s * (p + q) + x * (p - q))
     else:
         total = scale * s if SCALED else 2.0 * m0
@@ -127,21 +127,21 @@ def regularizer(d, linear, power, moment, offset):  # type: ignore[no-untyped-de
 
 @triton.jit(do_not_specialize=KEY)
 def step_split_kernel(  # type: ignore[no-untyped-def]
-    mean, gradient, v_plus, v_minus, log_center, rms, squares, count, m0, scale, prior_a, sigma, k0, k1, number, step,
-    draw, saturation, lr, decay, beta1, beta2, linear, power, moment, offset,
+    mean, gradient, v_plus, v_minus, log_center, rms, squares, first, count, m0, scale, prior_a, sigma, k0, k1, number,
+    step, draw, saturation, lr, decay, beta1, beta2, linear, power, moment, offset,
     SCALED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lmd/update.py: step_split."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    inside = at < count
+    block = (first // BLOCK + tl.program_id(0)).to(tl.int64) * BLOCK
+    at = block - first + tl.arange(0, BLOCK)
+    inside = (at >= 0) & (at < count)
     c = tl.load(log_center + at, inside, 0.0)
     x = tl.load(mean + at, inside, 0.0) / (scale * tl.exp(c))
     s = tl.sqrt_rn(x * x + 1.0)
     a = half_log_ratio(x, s)
     far = tl.abs(x) + s
     if NOISY:
-        p, q = noise_factors(draw_words(first, k0, k1, number, step, draw, BLOCK), sigma)
+        p, q = noise_factors(draw_words(block, k0, k1, number, step, draw, BLOCK), sigma)
     else:
         p = scale / (2.0 * m0)
         q = p
@@ -183,8 +183,8 @@ class Plan(plain.Plan):
         for i, (mean, out, state) in enumerate(zip(self.means, outs, self.states, strict=True)):
             center = state.get("log_center", mean)
             noise = (group["noise_scale"], *self._key(group, i, draw))
-            arguments = (mean, center, out, mean.numel(), *self._scales(group, i), sign, *noise)
-            self._launch(combination_kernel, arguments, mean.numel(), SPLIT="log_center" in state)
+            arguments = (mean, center, out, self.firsts[i], mean.numel(), *self._scales(group, i), sign, *noise)
+            self._launch(combination_kernel, arguments, self._blocks(i), SPLIT="log_center" in state)
         return outs
 
     def finite(self, gradients: list[Tensor | None]) -> bool:
@@ -199,19 +199,26 @@ class Plan(plain.Plan):
         for i, (mean, gradient, state) in enumerate(zip(self.means, gradients, self.states, strict=True)):
             if gradient is None:
                 continue
-            squares = torch.empty(triton.cdiv(mean.numel(), BLOCK), dtype=mean.dtype, device=mean.device)
-            tensors = (state["rms"], squares, mean.numel(), *self._scales(group, i), state["prior_a"], sigma)
-            common = (*tensors, *self._key(group, i, 0), group["saturation"], lr)
+            squares = torch.empty(self._blocks(i), dtype=mean.dtype, device=mean.device)
+            place = (self.firsts[i], mean.numel())
+            common = (state["rms"], squares, *place, *self._scales(group, i), state["prior_a"], sigma)
+            common = (*common, *self._key(group, i, 0), group["saturation"], lr)
             if group["parameterization"] == "shared":
                 arguments = (mean, gradient, state["v"], *common, decay * prior.linear, *group["betas"])
-                self._launch(step_shared_kernel, arguments, mean.numel(), **constants)
+                self._launch(step_shared_kernel, arguments, self._blocks(i), **constants)
             else:
                 moments = (state["v_plus"], state["v_minus"], state["log_center"])
                 arguments = (mean, gradient, *moments, *common, decay, *group["betas"], *terms)
-                self._launch(step_split_kernel, arguments, mean.numel(), **constants)
-            if group["saturation"] > 0.0 and mean.numel() > 0:
+                self._launch(step_split_kernel, arguments, self._blocks(i), **constants)
+            count = mean.numel() if self.shards is None else self.shards.counts[i]
+            if group["saturation"] > 0.0 and count > 0:
                 sides = 1 if group["parameterization"] == "shared" else 2
-                state["rms"].copy_((squares.sum() / (sides * mean.numel())).sqrt())
+                total = squares.sum() if self.shards is None else self.shards.sum(squares.sum(dtype=torch.float64))
+                state["rms"].copy_((total / (sides * count)).sqrt())
+
+    def _blocks(self, i: int) -> int:
+        first, count = self.firsts[i], self.means[i].numel()
+        return triton.cdiv(first + count, BLOCK) - first // BLOCK if count > 0 else 0
 
     def _scales(self, group: dict[str, Any], i: int) -> tuple[float, float]:
         """m0 and 2 m0 exp(sigma^2 / 2)."""
@@ -221,7 +228,7 @@ class Plan(plain.Plan):
     def _key(self, group: dict[str, Any], i: int, draw: int) -> tuple[int, ...]:
         return group["seed"] & MASK, group["seed"] >> 32, self.numbers[i], group["step"], draw
 
-    def _launch(self, kernel: Any, arguments: tuple[Any, ...], count: int, **constants: bool) -> None:
-        if count > 0:
+    def _launch(self, kernel: Any, arguments: tuple[Any, ...], blocks: int, **constants: bool) -> None:
+        if blocks > 0:
             with torch.cuda.device_of(arguments[0]):
-                kernel[(triton.cdiv(count, BLOCK),)](*arguments, **constants, BLOCK=BLOCK)
+                kernel[(blocks,)](*arguments, **constants, BLOCK=BLOCK)

@@ -71,8 +71,12 @@ class Settings(NamedTuple):
 
 
 # A row of the table is a tensor; its tiles are numbered on from those of the row before. The address 0 stands for none.
-COLUMNS = ("first_tile", "count", "number", "mean", "gradient", "out", "v", "v_plus", "v_minus", "log_center")
-FIRST_TILE, COUNT, NUMBER, MEAN, GRADIENT, OUT, V, V_PLUS, V_MINUS, LOG_CENTER = range(len(COLUMNS))
+# `first`: the place of the row's first element in its tensor. `edge`: where a row that is a part of a tile puts its u.
+COLUMNS = (
+    *("first_tile", "count", "number", "mean", "gradient", "out", "v", "v_plus", "v_minus", "log_center"),
+    *("first", "edge"),
+)
+FIRST_TILE, COUNT, NUMBER, MEAN, GRADIENT, OUT, V, V_PLUS, V_MINUS, LOG_CENTER, FIRST, EDGE = range(len(COLUMNS))
 
 
 @njit
@@ -155,6 +159,19 @@ def fill_noise(plus: Any, minus: Any, begin: Any, count: Any, number: Any, noise
             store(minus, i, noise.expectation)
 
 
+@inlined
+def noise_of_tile(scratch: Any, table: Any, row: Any, begin: Any, count: Any, noise: Any) -> Any:
+    """The addresses of exp(sigma eps+) and, TILE further on, exp(sigma eps-) of the elements of a tile.
+
+    Words come in fours: a tile that begins within four of them, as the first of a part of a tensor may, skips some.
+    """
+    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
+    first = table[row, FIRST] + begin
+    skipped = first & 3
+    fill_noise(plus, minus, first - skipped, count + skipped, table[row, NUMBER], noise)
+    return plus + 4 * skipped, minus + 4 * skipped
+
+
 # --- update.sample ---
 
 
@@ -173,9 +190,8 @@ def sample_shared_block(
 
 @compiled
 def sample_shared(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
-    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
     for row, begin, count in tiles(table, OUT, first, last):
-        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        plus, minus = noise_of_tile(scratch, table, row, begin, count, noise)
         m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
         for start in range(0, count, BLOCK):
             mean, out = table[row, MEAN] + 4 * (begin + start), table[row, OUT] + 4 * (begin + start)
@@ -201,9 +217,8 @@ def sample_split_block(
 
 @compiled
 def sample_split(first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, sign: Any) -> Any:
-    plus, minus = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE
     for row, begin, count in tiles(table, OUT, first, last):
-        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        plus, minus = noise_of_tile(scratch, table, row, begin, count, noise)
         m0, inverse = scales[row, 0], f32(1.0) / scales[row, 1]
         offset = 4 * begin
         mean, log_center, out = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset, table[row, OUT] + offset
@@ -242,6 +257,23 @@ def sum_of(lanes: Any) -> Any:
 
 
 @inlined
+def copy(source: Any, target: Any, count: Any) -> Any:
+    use_wide_vectors()
+    for i in range(count):
+        store(target, i, load(source, i))
+
+
+@compiled
+def sum_of_squares(us: Any, scratch: Any) -> Any:
+    """What a step sums up of a tile: `us` holds its u, in the split parameterization those of both sides, and zeros."""
+    lanes = scratch.ctypes.data
+    clear(lanes)
+    for start in range(0, us.size, BLOCK):
+        add_squares(us.ctypes.data + 4 * start, lanes, BLOCK)
+    return sum_of(lanes)
+
+
+@inlined
 def step_shared_block(
     mean: Any, gradient: Any, v: Any, factors: Any, count: Any, scales: Any, full: Any, settings: Any
 ) -> Any:
@@ -270,9 +302,9 @@ def step_shared(
     first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any, full: Any, squares: Any
 ) -> Any:
     """full: lr for each (1 - beta1) m0 in u from which a step has that length, by row. squares: sums, by tile."""
-    plus, minus, lanes = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE, scratch.ctypes.data + 8 * TILE
+    lanes = scratch.ctypes.data + 8 * TILE
     for row, begin, count in tiles(table, GRADIENT, first, last):
-        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        plus, _ = noise_of_tile(scratch, table, row, begin, count, noise)
         clear(lanes)
         for start in range(0, count, BLOCK):
             offset = 4 * (begin + start)
@@ -285,6 +317,8 @@ def step_shared(
             step_shared_block(mean, gradient, v, plus + 4 * start, here, scales[row], full[row], settings)
             if settings.measured:
                 add_squares(plus + 4 * start, lanes, here)
+        if table[row, EDGE] != 0:
+            copy(plus, table[row, EDGE], count)
         squares[table[row, FIRST_TILE] + begin // TILE] = sum_of(lanes)
 
 
@@ -338,6 +372,7 @@ def split_side(
     v: Any,
     factor: Any,
     lanes: Any,
+    edge: Any,
     count: Any,
     scales: Any,
     full: Any,
@@ -345,6 +380,8 @@ def split_side(
 ) -> Any:
     """One side: its momentum, and in place of `factor`, exp(sigma eps), what its log m goes down by."""
     split_momentum(sign, mean, log_center, gradient, v, factor, count, scales, settings)
+    if edge != 0:
+        copy(factor, edge, count)
     if settings.measured:
         for start in range(0, count, BLOCK):
             add_squares(factor + 4 * start, lanes, min(BLOCK, count - start))
@@ -370,17 +407,18 @@ def step_split(
     first: Any, last: Any, scratch: Any, table: Any, scales: Any, noise: Any, settings: Any, full: Any, squares: Any
 ) -> Any:
     """Some passes a tile: one would have more pointers than LLVM checks for overlap, and stay scalar."""
-    plus, minus, lanes = scratch.ctypes.data, scratch.ctypes.data + 4 * TILE, scratch.ctypes.data + 8 * TILE
+    lanes = scratch.ctypes.data + 8 * TILE
     for row, begin, count in tiles(table, GRADIENT, first, last):
-        fill_noise(plus, minus, begin, count, table[row, NUMBER], noise)
+        plus, minus = noise_of_tile(scratch, table, row, begin, count, noise)
         clear(lanes)
         offset = 4 * begin
         mean, log_center = table[row, MEAN] + offset, table[row, LOG_CENTER] + offset
         gradient, v_plus = table[row, GRADIENT] + offset, table[row, V_PLUS] + offset
         v_minus = table[row, V_MINUS] + offset
-        one, numbers = f32(1.0), scales[row]
-        split_side(one, mean, log_center, gradient, v_plus, plus, lanes, count, numbers, full[row], settings)
-        split_side(-one, mean, log_center, gradient, v_minus, minus, lanes, count, numbers, full[row], settings)
+        one, numbers, edge = f32(1.0), scales[row], table[row, EDGE]
+        other = edge + 4 * TILE if edge != 0 else edge
+        split_side(one, mean, log_center, gradient, v_plus, plus, lanes, edge, count, numbers, full[row], settings)
+        split_side(-one, mean, log_center, gradient, v_minus, minus, lanes, other, count, numbers, full[row], settings)
         squares[table[row, FIRST_TILE] + begin // TILE] = sum_of(lanes)
         split_move(mean, log_center, plus, minus, count, scales[row, 1])
 

@@ -101,6 +101,7 @@ class LMD(Optimizer):
         self.fused = fused
         self.foreach = foreach
         self._sampling = False  # a sample or the median is in place of the means
+        self._sharded = False  # whether some parameter is a DTensor, as after fully_shard
         self._draws = 0  # samples taken since the last step
         self._plans: list[tuple[int, plain.Plan]] = []  # with the numbers of their groups
         self._signature: list[int] = []  # of the parameters and states that the plans were made for
@@ -124,12 +125,18 @@ class LMD(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as torch does.
 
-        Raises ValueError for a setting out of range, TypeError for a parameter of an integer or complex dtype.
+        Raises ValueError for a setting out of range and for a parameter that is sharded in another way than
+        fully_shard's, TypeError for a parameter of an integer or complex dtype.
         """
         super().add_param_group(param_group)
         try:
             _check_dtypes(self.param_groups[-1])
             _check_settings(self.param_groups[-1], self.mc_samples)
+            for p in filter(_is_sharded, self.param_groups[-1]["params"]):
+                from lmd import sharded
+
+                sharded.check(p)
+                self._sharded = True
         except Exception:
             self.param_groups.pop()
             raise
@@ -201,12 +208,12 @@ class LMD(Optimizer):
                     if group["noise_scale"] > 0.0:
                         found = plan.rounded(values(group, plan))
                         changed.append(plan)
-                        plan.point(found)
+                        plan.replace(found)
             yield
         finally:
             with OUTSIDE_MODES():
                 for plan in changed:
-                    plan.point(plan.memory)
+                    plan.restore()
             self._sampling = False
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
@@ -226,6 +233,8 @@ class LMD(Optimizer):
             for i, (p, total) in enumerate(zip(plan.params, totals, strict=True)):
                 if p.grad is not None:
                     ratio = 1.0 if total is None else total / update.total(plan.means[i], plan.center(i), sigma, None)
+                    if plan.shards is not None and isinstance(ratio, Tensor):
+                        ratio = plan.shards.joined(i, ratio)
                     gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
                     p.grad = (gradient * (ratio / self.mc_samples)).to(p.dtype)
         for p, gradient in earlier.items():
@@ -246,28 +255,40 @@ class LMD(Optimizer):
     def _sign(self) -> list[int]:
         lists = [group["params"] for group in self.param_groups]
         params, states = [*chain.from_iterable(lists)], map(dict.values, self.state.values())
-        where, trained = map(Tensor.data_ptr, params), map(attrgetter("requires_grad"), params)
+        where = map(Tensor.data_ptr, map(_local, params) if self._sharded else params)
+        trained = map(attrgetter("requires_grad"), params)
         return [*map(len, lists), *where, *trained, *map(id, chain.from_iterable(states))]
 
     def _make_plans(self, group: Group, first: int) -> list[plain.Plan]:
         """The group's parameters that are not frozen, numbered from `first` on, divided among the backends."""
-        chosen: dict[tuple[type[plain.Plan], torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+        chosen: dict[tuple[type[plain.Plan], torch.dtype, torch.device, Any], list[tuple[int, Tensor]]] = {}
         for number, p in enumerate(group["params"], first):
             if p.requires_grad:
                 self._prepare(p, group)
-                dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
-                chosen.setdefault((self._backend(p), dtype, p.device), []).append((number, p))
-        return [
-            backend([number for number, _ in taken], [p for _, p in taken], [self.state[p] for _, p in taken])
-            for (backend, _, _), taken in chosen.items()
-        ]
+                dtype, layout = MASTER_DTYPE.get(p.dtype, p.dtype), _layout(p) if self._sharded else None
+                chosen.setdefault((self._backend(p), dtype, p.device, layout), []).append((number, p))
+        plans = []
+        for (backend, _, _, layout), taken in chosen.items():
+            numbers, params = map(list, zip(*taken, strict=True))
+            states = [self.state[p] for p in params]
+            if layout is None:
+                plans.append(backend(numbers, params, states))
+            else:
+                from lmd.sharded import Shards
+
+                plans.append(backend(numbers, params, states, Shards(params)))
+        return plans
 
     def _backend(self, p: Tensor) -> type[plain.Plan]:
         """The fused backend that serves p, loaded when it is first needed, or the readable one."""
-        mean = self.state[p].get("master", p)
+        mean = _local(self.state[p].get("master", p))
         if self.fused and mean.is_cpu:
             from lmd import cpu
 
+            if cpu.Plan.serves(mean) and _is_sharded(p):
+                from lmd import sharded_cpu
+
+                return sharded_cpu.Plan
             if cpu.Plan.serves(mean):
                 return cpu.Plan
         elif self.fused and mean.is_cuda and importlib.util.find_spec("triton"):
@@ -286,7 +307,9 @@ class LMD(Optimizer):
         state = self.state[p]
         if not state:
             dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
-            state["m0"], state["prior_a"] = update.start(p, group["kappa"])
+            weights: Any = p.detach()
+            weights = weights.full_tensor() if _is_sharded(p) else weights
+            state["m0"], state["prior_a"] = update.start(weights, group["kappa"])
             shared = group["parameterization"] == "shared"
             for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
                 state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
@@ -337,11 +360,15 @@ class LMD(Optimizer):
         for saved_id, p in zip(saved_ids, ours_in_order, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
+                    if _is_sharded(p) and value.ndim:
+                        from lmd import sharded
+
+                        value = sharded.laid_out(value, p)
                     self.state[p][name] = value.detach().to(p.device, copy=True)
         self._draws = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("mc_samples", "nonfinite", "fused", "foreach", "_sampling", "_draws")
+        names = ("mc_samples", "nonfinite", "fused", "foreach", "_sampling", "_sharded", "_draws")
         own = {name: self.__dict__[name] for name in names}
         return {**super().__getstate__(), **own, "_plans": [], "_signature": []}
 
@@ -383,12 +410,16 @@ class LMD(Optimizer):
         work = [(group, plan, plan.gradients()) for group, plan in self._planned()]
         if all(gradient is None for _, _, gradients in work for gradient in gradients):
             raise RuntimeError("no parameter has a gradient: call backward() before step()")
-        finite = all(plan.finite(gradients) for _, plan, gradients in work)
+        # all plans are asked, whatever the first says: processes that share parameters wait for each other
+        finite = all([plan.agreed(plan.finite(gradients)) for _, plan, gradients in work])
         if not finite and self.nonfinite == "raise":
             raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
         if finite:
             for group, plan, gradients in work:
+                still = [mean.clone() for mean in plan.means] if group["lr"] == 0.0 else []
                 plan.step(group, gradients, at_sample)
+                if still:  # a mean that is computed anew is rounded anew
+                    torch._foreach_copy_(plan.means, still)
                 plan.publish(gradients)
         for group in self.param_groups:
             group["step"] += 1
@@ -397,6 +428,21 @@ class LMD(Optimizer):
 
 def _sample(draw: int) -> Values:
     return lambda group, plan: plan.sample(group, draw)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose class need not be imported for this."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor._local_tensor if _is_sharded(tensor) else tensor
+
+
+def _layout(tensor: Any) -> Any:
+    """How a tensor is sharded; None where it is not."""
+    return (tensor.device_mesh, tensor.placements) if _is_sharded(tensor) else None
 
 
 def _check_dtypes(group: Group) -> None:

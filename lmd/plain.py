@@ -3,7 +3,9 @@
 Serves every device, dtype and layout. lmd/cpu.py and lmd/gpu.py have the same Plan, fused.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from lmd import update
 from lmd.priors import PRIORS
 from lmd.random import NoiseKey, normal_pair
 
+if TYPE_CHECKING:
+    from lmd.sharded import Shards
+
 MASTER_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -20,17 +25,37 @@ class Plan:
     """Parameters of one group that are handled together, kept from call to call.
 
     `numbers` number the parameters through all groups, and key their noise. The lists that methods take and return are
-    in the parameters' order.
+    in the parameters' order. `shards`: how the parameters are sharded, where they are; means, states, samples and
+    gradients are then this process's rows.
     """
 
-    def __init__(self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        self.numbers, self.params, self.states = numbers, params, states
-        self.memory = [p.data for p in params]  # what the parameters point at, except while a sample is in place
-        self.means = [state.get("master", own) for state, own in zip(states, self.memory, strict=True)]
+    def __init__(
+        self, numbers: list[int], params: list[Tensor], states: list[dict[str, Any]], shards: Shards | None = None
+    ) -> None:
+        self.numbers, self.params, self.shards = numbers, params, shards
+        self.states = states if shards is None else [shards.rows_of(state) for state in states]
+        # what the parameters point at, except while a sample is in place
+        self.memory = [p.data for p in params] if shards is None else shards.memory
+        self.firsts = [0] * len(params) if shards is None else shards.firsts  # the places of the first elements
+        self.means = [state.get("master", own) for state, own in zip(self.states, self.memory, strict=True)]
         self.kept = [tuple(state.values()) for state in states]  # alive as long as their addresses are used
         self.masters = [i for i, state in enumerate(states) if "master" in state]
 
-    def point(self, values: list[Tensor]) -> None:
+    def replace(self, values: list[Tensor]) -> None:
+        """Puts values in place of the means, until `restore`."""
+        if self.shards is None:
+            self._point(values)
+        else:
+            self.shards.replace(values)
+
+    def restore(self) -> None:
+        """Puts the means back, exactly."""
+        if self.shards is None:
+            self._point(self.memory)
+        else:
+            self.shards.restore()
+
+    def _point(self, values: list[Tensor]) -> None:
         """Points the parameters at other memory; graphs that have saved one are told, so that their backward raises."""
         for p, value in zip(self.params, values, strict=True):
             p.data = value
@@ -45,21 +70,24 @@ class Plan:
     def gradients(self) -> list[Tensor | None]:
         """The parameters' gradients, in the dtype and the layout of the means; None where there is none."""
         found: list[Tensor | None] = []
-        for p in self.params:
+        for p, own in zip(self.params, self.memory, strict=True):
             gradient = p.grad
             if gradient is not None:
+                if self.shards is not None:
+                    gradient = self.shards.rows(gradient)
                 if gradient.is_sparse:
                     gradient = gradient.to_dense()  # a row without a gradient moves on by its momentum and its prior
                 if gradient.dtype in MASTER_DTYPE:
                     gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
-                if not gradient.is_contiguous() and p.is_contiguous():
+                if not gradient.is_contiguous() and own.is_contiguous():
                     gradient = gradient.contiguous()
             found.append(gradient)
         return found
 
     def noise(self, group: dict[str, Any], i: int, draw: int) -> update.Noise:
         """(eps+, eps-) of parameter i in the group's present step."""
-        return normal_pair(NoiseKey(group["seed"], self.numbers[i], group["step"], draw), self.means[i])
+        key = NoiseKey(group["seed"], self.numbers[i], group["step"], draw)
+        return normal_pair(key, self.means[i], self.firsts[i])
 
     def center(self, i: int) -> update.Center:
         """sqrt(m+ m-) of parameter i: a number in the shared parameterization, a tensor in the split one."""
@@ -84,6 +112,10 @@ class Plan:
         """Whether every element of every gradient is finite."""
         return all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
+    def agreed(self, finite: bool) -> bool:
+        """Whether `finite` holds in all processes that have a part of these parameters."""
+        return finite if self.shards is None else self.shards.all(finite)
+
     def step(self, group: dict[str, Any], gradients: list[Tensor | None], at_sample: bool) -> None:
         """One step of every parameter that has a gradient, in place.
 
@@ -98,7 +130,16 @@ class Plan:
                     if name in result._fields:
                         kept.copy_(getattr(result, name))
                 if group["saturation"] > 0.0:
-                    state["rms"].copy_(update.root_mean_square(*result.us))
+                    self.measure(i, result.us)
+
+    def measure(self, i: int, us: tuple[Tensor, ...]) -> None:
+        """Keeps the root mean square of parameter i's u."""
+        if self.shards is None:
+            value = update.root_mean_square(*us)
+        else:
+            squares = torch.stack([u.double().square().sum() for u in us]).sum()
+            value = (self.shards.sum(squares) / (len(us) * self.shards.counts[i])).sqrt()
+        self.states[i]["rms"].copy_(value)
 
     def publish(self, gradients: list[Tensor | None]) -> None:
         """After a step: masters are rounded into their parameters, and graphs that have saved a parameter are told."""

@@ -48,15 +48,17 @@ def philox4x32(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Wo
     return c0, c1, c2, c3
 
 
-def words(key: NoiseKey, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """One 32-bit word for each of `count` elements, as an int64 tensor of shape (count,).
+def words(key: NoiseKey, count: int, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
+    """One 32-bit word for each of `count` elements from `first` on, as an int64 tensor of shape (count,).
 
     Element i takes word i % 4 of the counter (i // 4, draw, step, parameter) under the key (low, high half of the
     seed).
     """
-    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    block = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=device)
     output = philox4x32((block, key.draw, key.step, key.parameter), (key.seed & MASK, key.seed >> 32))
-    return torch.stack([torch.as_tensor(word, device=device) for word in output], dim=1).reshape(-1)[:count]
+    return torch.stack([torch.as_tensor(word, device=device) for word in output], dim=1).reshape(-1)[first % 4 :][
+        :count
+    ]
 
 
 def box_muller(word: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,10 @@ def box_muller(word: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return torch.where(word >> 31 == 1, -plus, plus), torch.where(word >> 30 & 1 == 1, -minus, minus)
 
 
-def normal_pair(key: NoiseKey, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Independent standard normal tensors (eps+, eps-) with the shape, dtype and device of `like`."""
-    plus, minus = box_muller(words(key, like.numel(), like.device), like.dtype)
+def normal_pair(key: NoiseKey, like: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Independent standard normal tensors (eps+, eps-) with the shape, dtype and device of `like`.
+
+    first: the place that the first element of `like` has in the tensor that the key names, where `like` is a part.
+    """
+    plus, minus = box_muller(words(key, like.numel(), like.device, first), like.dtype)
     return plus.view(like.shape), minus.view(like.shape)

@@ -424,6 +424,38 @@ def test_a_state_continues_bit_for_bit_in_an_equal_model():
     assert equal(values(whole), values(second))
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["lmd", "adamw"])
+def test_a_part_that_is_loaded_by_itself_shows_in_the_whole(which):
+    """Groups, state and a copy; as torch.distributed.checkpoint does with a list of the parts."""
+    model = gpt2.MICRO.build()
+    optimizer = lmd.for_model(model, 0.04, others_lr=0.008)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.parts[which].state_dict())
+    fresh = lmd.for_model(model, 0.02, others_lr=0.004)
+    fresh.parts[which].load_state_dict(saved)
+
+    def check(whole: Combined) -> None:
+        assert [id(group) for group in whole.param_groups] == [
+            id(group) for part in whole.parts for group in part.param_groups
+        ]
+        rates = [[0.04, 0.004, 0.004], [0.02, 0.008, 0.008]][which]
+        assert [group["lr"] for group in whole.param_groups] == rates
+        for group in whole.parts[which].param_groups:
+            assert all(whole.state[p] is whole.parts[which].state[p] for p in group["params"])
+        for group in whole.param_groups:  # as a schedule does
+            group["lr"] /= 2
+        assert [group["lr"] for part in whole.parts for group in part.param_groups] == [rate / 2 for rate in rates]
+
+    check(copy.deepcopy(fresh))
+    check(fresh)
+    bare = nn.Parameter(torch.ones(3, 4))
+    fresh.lmd.add_param_group({"params": [bare]})
+    assert len(fresh.param_groups) == 4 and fresh.param_groups[1]["params"][0] is bare
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        fresh.add_param_group({"params": [model.tokens.weight]})
+    assert len(fresh.param_groups) == 4
+
+
 def test_grad_scaler_skips_and_unscales():
     """Powers of two scale exactly: two steps, the one between them skipped, are the two without a scaler."""
     model, plain = mlp(), mlp()

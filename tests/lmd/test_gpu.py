@@ -91,6 +91,41 @@ def test_an_unscaled_step_is_the_readable_one_to_the_stated_ulp(kind, at_sample)
     check_step(case, at_sample, plans(case)[1])
 
 
+class Part:
+    """Rows `first` and on of a tensor that other processes have the rest of."""
+
+    def __init__(self, first: int, mean: Tensor, count: int) -> None:
+        self.firsts, self.counts, self.memory, self.sums = [first], [count], [mean], []
+
+    def rows_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state
+
+    def sum(self, number: Tensor) -> Tensor:
+        self.sums.append(number)
+        return number
+
+
+@KINDS
+@pytest.mark.parametrize("first", [1, 6, gpu.BLOCK, gpu.BLOCK + 515])
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(kind, first):
+    """Samples and a step; what the parts add up for the root mean square is the whole's to the stated 1e-6."""
+    case = make_case(kind, count=COUNT, sigma=0.3)
+    _, whole = plans(case)
+    sample, total = whole.sample(case.group, 7)[0], 0.0
+    whole.step(case.group, [case.gradient.to(DEVICE)], True)
+    for rows in (slice(0, first), slice(first, COUNT)):
+        state = {k: x[rows] if isinstance(x, Tensor) and x.ndim else x for k, x in case.state.items()}
+        state = {k: x.to(DEVICE, copy=True) if isinstance(x, Tensor) else x for k, x in state.items()}
+        mean = torch.nn.Parameter(case.mean[rows].to(DEVICE, copy=True))
+        part = gpu.Plan([3], [mean], [state], Part(rows.start, mean.data, COUNT))
+        torch.testing.assert_close(part.sample(case.group, 7)[0], sample[rows], rtol=1e-6, atol=1e-8)
+        part.step(case.group, [case.gradient[rows].to(DEVICE, copy=True)], True)
+        torch.testing.assert_close(mean.data, whole.means[0][rows], rtol=1e-5, atol=1e-7)
+        total += part.shards.sums[0]
+    rms = (total / (COUNT * (1 if kind == "shared" else 2))).sqrt()
+    torch.testing.assert_close(rms.float(), whole.states[0]["rms"], rtol=1e-6, atol=0.0)
+
+
 @KINDS
 def test_a_nan_stays_a_nan(kind):
     for name in ("mean", "gradient", "momentum"):

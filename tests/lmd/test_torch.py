@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from lmd import LMD, Combined, update
-from tests.lmd.small_nets import KINDS, equal, make_batch, make_net, one, same, train, values
+from tests.lmd.small_nets import BACKENDS, DTYPES, KINDS, equal, make_batch, make_net, one, same, train, values
 
 # --- groups and schedules ---
 
@@ -139,6 +139,38 @@ def test_combined_resumes_bit_for_bit(clone):
     assert all(optimizer.state[p] for p in parts.parameters())
 
 
+class Counting(torch.optim.SGD):
+    """Its state dict holds more than torch's do."""
+
+    count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict.pop("count")
+        super().load_state_dict(state_dict)
+
+
+def test_combined_saves_as_torch_does_and_loads_what_earlier_versions_saved():
+    """Numbered through as torch numbers the parameters of one optimizer; parts in a list, where they have more."""
+    net = make_net()
+    optimizer = combine(net)
+    train_combined(net, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [i for group in saved["param_groups"] for i in group["params"]] == list(range(len(ordered)))
+    assert all(same(saved["state"][i], dict(optimizer.state[p])) for i, p in enumerate(ordered))
+    again = combine(net)
+    again.load_state_dict({"parts": [copy.deepcopy(part.state_dict()) for part in optimizer.parts]})
+    assert same(again.state_dict(), saved)
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    counting, fresh = (Combined(LMD([p]), Counting([q], lr=0.1)) for _ in range(2))
+    counting.others[0].count = 3
+    fresh.load_state_dict(counting.state_dict())
+    assert fresh.others[0].count == 3
+
+
 def test_combined_skips_what_lmd_skips():
     net = make_net()
     optimizer = combine(net)
@@ -161,8 +193,10 @@ def test_combined_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="must be 1 here"):
         Combined(LMD([p], mc_samples=2), torch.optim.SGD([q], lr=0.1))
     optimizer = Combined(LMD([p]), torch.optim.SGD([q], lr=0.1))
-    with pytest.raises(ValueError, match="of 0 combined optimizers, not of 2"):
+    with pytest.raises(ValueError, match="has 1 parameter groups, the combined optimizers have 2"):
         optimizer.load_state_dict(LMD([p]).state_dict())
+    with pytest.raises(ValueError, match="of 1 combined optimizers, not of 2"):
+        optimizer.load_state_dict({"parts": [LMD([p]).state_dict()]})
 
 
 def test_torch_schedules_set_the_step():
@@ -239,6 +273,21 @@ def test_a_schedule_out_of_range_is_an_error_at_the_step():
 
 
 # --- the rest of torch ---
+
+
+@BACKENDS
+@KINDS
+@DTYPES
+def test_a_rate_of_zero_moves_no_weight_by_a_bit(kind, dtype, fused):
+    """torch.distributed.checkpoint makes the state of a new optimizer by such a step, after the weights are loaded."""
+    net = make_net(dtype)
+    optimizer = LMD(net.parameters(), parameterization=kind, fused=fused)
+    train(net, optimizer, range(3))
+    before, masters = values(net), [state["master"].clone() for state in optimizer.state.values() if "master" in state]
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(net, optimizer, range(3, 6))
+    assert equal(values(net), before)
+    assert equal([state["master"] for state in optimizer.state.values() if "master" in state], masters)
 
 
 def test_clipping_scales_and_the_step_follows():
