@@ -167,7 +167,6 @@ class Simulation:
         if any(isinstance(mode, _Mode) for mode in torch.overrides._get_current_function_mode_stack()):
             raise RuntimeError("a simulation is already running here; its ops would be simulated twice")
         with ExitStack() as stack:
-            stack.callback(self._handlers.clear)
             run_uncompiled(stack)
             stack.enter_context(precision.pinned())
             self._paths.follow(stack)
@@ -177,6 +176,7 @@ class Simulation:
                 stack.callback(self._stop_audit)
                 self._auditor.__enter__()
                 self._counting = self._auditor
+                self._handlers.clear()
             stack.enter_context(self._mode)
             self._stack = stack.pop_all()
         return self
@@ -186,6 +186,7 @@ class Simulation:
         assert stack is not None
         self._stepping.resume()
         if exc_type is not None:
+            self._handlers.clear()  # an op that was missing in the table may be there when this is entered again
             stack.__exit__(exc_type, exc, traceback)
             return
         with stack:
