@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+
 from experiments.training import own
 from experiments.training.data import DATA, DataConfig, ModelConfig
 from experiments.training.models import gpt2, huggingface, vit
@@ -199,6 +201,9 @@ class Config(Settings):
     autocast: str | None = None
     micro_batches: int = 1  # so many equal parts of the batch, one after another, whose gradients add up to the batch's
     recompute: bool = False  # blocks keep no activations: the backward pass computes them again, with the same bits
+    # the training step's forward and backward pass compiled by torch.compile with this backend ("inductor"), as a
+    # baseline for time and memory; only where nothing is rounded, since compiled code cannot be simulated
+    compile: str | None = None
 
     later: ClassVar[Mapping[str, Any]] = {
         "schedule": Cosine().to_dict(),
@@ -207,6 +212,7 @@ class Config(Settings):
         "autocast": None,
         "micro_batches": 1,
         "recompute": False,
+        "compile": None,
     }
 
     sections: ClassVar[dict[str, tuple[dict[str, type[Settings]], str]]] = {
@@ -236,6 +242,14 @@ class Config(Settings):
             self.batch_size % self.micro_batches == 0,
             f"micro_batches must divide batch_size; {self.micro_batches} does not divide {self.batch_size}",
         )
+        if self.compile is not None:
+            known = torch.compiler.list_backends(exclude_tags=())
+            self.require(self.compile in known, f"compile must be {', '.join(known)}, or None, is {self.compile!r}")
+            self.require(
+                self.recipe.build().plain and self.telemetry_every is None,
+                "compile needs a recipe that rounds nothing, such as float32, and no telemetry: compiled code cannot "
+                "be simulated",
+            )
         self.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), is {self.seed}")
         for section, part in self._own_sections().items():
             table, what = self.sections[section]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,7 @@ from experiments.training.parallel import Alone, Peers
 from experiments.training.record import RunRecord
 from experiments.training.weights import weight_statistics
 from lpsim import simulate
+from lpsim.machine import precision
 from lpsim.machine.simulate import Simulation
 from lpsim.machine.telemetry import Telemetry
 
@@ -55,7 +56,7 @@ def train(
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step, time_before, final = saved["step"], saved["time_s"], saved["final"]
-        network = peers.network(model)
+        network = compiled(config, peers.network(model))
         record.keep_metrics_until(step if saved is not None else -1)
         started = time.perf_counter()
 
@@ -72,8 +73,9 @@ def train(
                 "time_s": time_s(),
             }
 
-        with simulate(model, config.recipe.build(), seed=config.seed) as simulation:
-            simulation.step = step
+        simulation = simulate(model, config.recipe.build(), seed=config.seed)
+        simulation.step = step
+        with precision.pinned() if config.compile else simulation:
             if saved is None:
                 measure(config, model, data, record, simulation, step)
             telemetry = None if config.telemetry_every is None else Telemetry(simulation, config.telemetry_every)
@@ -93,7 +95,7 @@ def train(
                 if cause is None:
                     optimizer.step()
                 optimizer.zero_grad()
-                if step == first and (escaped := simulation.audit().escaped):
+                if step == first and config.compile is None and (escaped := simulation.audit().escaped):
                     raise RuntimeError(f"matrix products ran outside the recipe: {', '.join(escaped)}")
                 step += 1
                 last = step == config.steps
@@ -139,6 +141,14 @@ def build(config: Config) -> tuple[nn.Module, Optimizer]:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return model, optimizer
+
+
+def compiled(config: Config, network: nn.Module) -> nn.Module:
+    """What to call for gradients, compiled where the config says so."""
+    if config.compile is None:
+        return network
+    torch.compiler.reset()  # a worker's earlier runs count against the number of times that a function is compiled
+    return cast(nn.Module, torch.compile(network, backend=config.compile))
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -145,3 +145,8 @@ class Recipe:
     def products_plain(self) -> bool:
         """Whether all three products are left as the compute dtype does them."""
         return self.fprop.plain and self.dgrad.plain and self.wgrad.plain
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is rounded anywhere, by an override neither: the machine is the compute dtype's."""
+        return all(each.products_plain and each.vector is None for each in (self, *self.overrides.values()))

@@ -150,8 +150,7 @@ class Simulation:
         self._step = 0
         self._steps: OptimizerSteps | None = OptimizerSteps(model)  # None: the loop sets the step
         self._resumed = False  # whether the step was looked up in the optimizers' states
-        changes_nothing = all(r.products_plain and r.vector is None for r in (recipe, *recipe.overrides.values()))
-        self._paths = ModulePaths(model, self._fused if changes_nothing else None)
+        self._paths = ModulePaths(model, self._fused if recipe.plain else None)
         self._places = Places(recipe, (path for path, _ in model.named_modules(remove_duplicate=False)))
         self._rounds_vectors = any(r.vector is not None for r in (recipe, *recipe.overrides.values()))
         self._handlers: dict[Any, Handler] = {}

@@ -48,6 +48,30 @@ def gradients(config: Config) -> tuple[tuple[float, float], list[Tensor]]:
     return measured, [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize(
+    ("backend", "exact"), [("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.full)]
+)
+def test_a_compiled_run_is_the_run(backend: str, exact: bool, tmp_path: Path) -> None:
+    """To the bit where the compiled code is torch's operations one by one, else its losses to rounding."""
+    plain = run(tiny_config(optimizer=LMD(lr=0.03), steps=5), tmp_path / "plain")
+    compiled = run(tiny_config(optimizer=LMD(lr=0.03), steps=5, compile=backend), tmp_path / "compiled")
+    if exact:
+        assert compiled[0] == plain[0]
+        assert all(torch.equal(compiled[1][name], value) for name, value in plain[1].items())
+    else:
+        losses = [[line["loss"] for line in lines if "loss" in line] for lines in (compiled[0], plain[0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_simulated_or_observed_is_not_compiled() -> None:
+    for fields in ({"recipe": STOCHASTIC}, {"telemetry_every": 2}):
+        with pytest.raises(ValueError, match="compiled code cannot be simulated"):
+            tiny_config(compile="inductor", **fields)
+    with pytest.raises(ValueError, match=r"compile must be .*inductor.*, is 'indctor'"):
+        tiny_config(compile="indctor")
+
+
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
 def test_recomputed_activations_give_the_same_bits(autocast: str | None, tmp_path: Path) -> None:
     """Metrics and weights of a whole run, with stochastic rounding in all products and LMD's noise."""

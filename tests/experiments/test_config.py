@@ -50,6 +50,7 @@ EVERY_PART = [
     *(text_config(recipe=GivenRecipe("ours", Recipe(Gemm(accumulate=a)))) for a in ACCUMULATORS),
     text_config(clip_norm=None, grid="a", telemetry_every=10),
     text_config(autocast="bfloat16", micro_batches=4, recompute=True),
+    text_config(compile="aot_eager"),
     text_config(data=StdlibText(half=2), begin_with="0123456789abcdef"),
 ]
 
@@ -100,7 +101,7 @@ def test_every_field_enters_the_signature() -> None:
         if name == "metrics":  # classes of one's own: test_own_metric.py
             continue
         value = {"divergence_factor": 8.0, "telemetry_every": 3, "begin_with": "0123456789abcdef"}.get(name, value)
-        other = {"checkpoint_every": 7, "autocast": "bfloat16"}.get(name) or changed(value)
+        other = {"checkpoint_every": 7, "autocast": "bfloat16", "compile": "inductor"}.get(name) or changed(value)
         add(dataclasses.replace(base, **{name: other}))
     for name, value in leaves(base.optimizer):
         other = "flat" if name == "prior" else changed(value)
