@@ -251,26 +251,3 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
             write_out(out, batch, low, columns, top, bottom, sums, place)
 
     return kernel
-
-
-@njit(types.UniTuple(types.int64, 3)(types.int32[::1]), nogil=True, cache=True)
-def extremes(words):
-    """The largest magnitude as bits; the smallest exponent of a last bit; the most significant bits.
-
-    words: float32 numbers as bit patterns. The last bit of a number is the largest power of two that divides it; zeros
-    count for nothing.
-    """
-    one = np.int32(1)
-    largest, smallest, most = np.int32(0), np.int32(2000), np.int32(0)
-    for i in range(words.size):
-        word = np.int32(words[i] & np.int32(0x7FFFFFFF))
-        field = np.int32(word >> np.int32(23))
-        hidden = np.int32(min(field, one) << np.int32(23))
-        whole = np.int32((word & np.int32(0x7FFFFF)) | hidden)
-        last = np.int32(np.float32(np.int32(whole & np.int32(-whole))).view(np.int32) >> np.int32(23))
-        top = np.int32(np.float32(whole).view(np.int32) >> np.int32(23))
-        place = np.int32(max(field, one) + last + (np.int32(2000) if word == 0 else np.int32(0)))
-        largest = max(largest, word)
-        smallest = min(smallest, place)
-        most = max(most, np.int32(top - last + one))
-    return np.int64(largest), np.int64(smallest) - (127 + 127 + 23), np.int64(most)
