@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from lpsim.accumulators.tiles import (
 from lpsim.accumulators.unit import Unit
 from lpsim.formats import FloatFormat
 
+_BYTES = 0x01010101  # a byte four times
+_KEPT = 1 << 22  # numbers of scratch memory
 _SERIAL = 1 << 19  # below this many multiply-adds a second thread costs more than it gains
 
 
@@ -111,17 +114,37 @@ def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors, fi
 def _pinned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, plan: Plan) -> bool:
     """Whether no sum was too large for the tile of pinned."""
     words = lhs.contiguous().view(torch.int32).numpy()
-    exponents, lasts = np.empty_like(words), np.empty_like(words)
+    exponents, lasts = (_scratch(name, words.size).reshape(words.shape) for name in ("exponents", "lasts"))
     least_lhs, least_rhs = (emin + 127 for emin in unit.operand_emin)
-    operands.lhs_codes(words.reshape(-1), least_lhs, plan.top, plan.bottom, exponents.reshape(-1), lasts.reshape(-1))
+    codes = (-1, plan.top, 255) if plan.saturating else (1, plan.rise - 127, 0)
+    numbers = np.array([least_lhs, *codes, plan.bottom], np.int32)
+    operands.lhs_codes(words.reshape(-1), numbers, exponents.reshape(-1), lasts.reshape(-1))
     fraction, failed = unit.fraction_bits, np.zeros(1, np.int32)
     pin = ((948 - fraction) << 20) + (1 << 19) if plan.double else ((23 - fraction) << 23) + (1 << 22)
     mask, scale = -(1 << (23 - unit.mantissa_bits)), (254 + fraction) << 23
-    numbers = np.array([plan.least * 0x01010101, pin, mask, scale, fraction << 23], np.int64).astype(np.int32)
-    places = least_rhs, plan.top - 127, fraction + plan.bottom - 173
-    kernel = pinned.tiles(plan.double, plan.checked)
-    _run(kernel, [lhs, rhs, out], BLOCK, (exponents, lasts, *places, unit.chunk, numbers, failed))
+    step = [plan.least * _BYTES, pin, mask, scale, fraction << 23, _BYTES]
+    places = least_rhs, plan.top - 127 if plan.saturating else -plan.rise, fraction + plan.bottom - 173
+    kernel = pinned.tiles(plan.double, plan.checked, plan.saturating)
+    arguments = exponents, lasts, *places, unit.chunk, np.array(step, np.int64).astype(np.int32), failed
+    own = lhs.numpy()
+    if plan.double:
+        own = _scratch("own", 2 * words.size).view(np.float64).reshape(words.shape)
+        np.copyto(own, lhs.numpy())
+    _run(kernel, [own, rhs.numpy(), out.numpy()], BLOCK, arguments)
     return not failed[0]
+
+
+_kept = threading.local()
+
+
+def _scratch(name: str, numbers: int) -> np.ndarray:
+    """int32 numbers, in a thread's memory that is kept for the next call while it is not large: new pages cost more."""
+    known = getattr(_kept, name, None)
+    if known is None or known.size < numbers:
+        known = np.empty(numbers, np.int32)
+        if numbers <= _KEPT:
+            setattr(_kept, name, known)
+    return known[:numbers]
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
@@ -129,9 +152,9 @@ def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
     _run(kernels.any_unit, [lhs, rhs, out], kernels.BLOCK, _any_numbers(unit))
 
 
-def _run(kernel: Any, tensors: list[Tensor], block: int, arguments: tuple[Any, ...]) -> None:
+def _run(kernel: Any, tensors: list[Any], block: int, arguments: tuple[Any, ...]) -> None:
     """The kernel over all tasks, of `block` rows each, on torch's number of threads."""
-    lhs, rhs, out = (x.numpy() for x in tensors)
+    lhs, rhs, out = (x if isinstance(x, np.ndarray) else x.numpy() for x in tensors)
     batch, rows, depth = lhs.shape
     columns = rhs.shape[2]
     tasks = batch * -(-rows // block) * -(-columns // WIDTH)
@@ -215,14 +238,18 @@ class Plan(NamedTuple):
     """A tile of pinned: whether its sums are float64, and are checked; what its codes are counted from.
 
     top: the largest field of an exponent in lhs; bottom: log2 of the smallest last bit there, plus 150; least: what
-    the exponents of products other than zero are not less than, plus 127.
+    the exponents of products other than zero are not less than, plus 127. saturating: codes of exponents are
+    subtracted, where zeros make 0; else those of rhs are fields − rise, those of lhs fields + rise − 127, and of zeros
+    0, of which all sums that count for nothing are at most `least`.
     """
 
     double: bool
     checked: bool
+    saturating: bool
     top: int
     bottom: int
     least: int
+    rise: int
 
 
 def choose_pinned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> Plan | None:
@@ -245,7 +272,11 @@ def choose_pinned(unit: Unit, depth: int, find: Callable[[], Facts | None], has:
     fits_bytes = tops[0] + bottoms[1] >= -126 and tops[0] - known.sides[0].last <= 254 and least - fraction >= -126
     if not fits_bytes or max(tops) - 126 > least:  # a zero counts with the exponent -126: that must never matter
         return None
-    return Plan(double, products + own > 2**31, tops[0] + 127, known.sides[0].last + 150, least + 127)
+    spans = [top - bottom for top, bottom in zip(tops, bottoms, strict=True)]
+    rise = bottoms[1] + 127 - spans[0]
+    saturating = 127 - rise > bottoms[0] + 127 - spans[1]
+    checked, bottom = products + own > 2**31, known.sides[0].last + 150
+    return Plan(double, checked, saturating, tops[0] + 127, bottom, least + 127, rise)
 
 
 def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> bool | None:

@@ -79,26 +79,23 @@ def _vector_extremes(typingctx: Any, words: Any, vectors: Any, found: Any) -> An
 
 
 @intrinsic
-def _vector_lhs(
-    typingctx: Any, words: Any, vectors: Any, least: Any, top: Any, bottom: Any, exponents: Any, places: Any
-) -> Any:
+def _vector_lhs(typingctx: Any, words: Any, vectors: Any, numbers: Any, exponents: Any, places: Any) -> Any:
     """lhs_codes of words[: 16 · vectors]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, *targets = (_array(context, builder, signature, args, n) for n in (0, 5, 6))
+        source, given, *targets = (_array(context, builder, signature, args, n) for n in (0, 2, 3, 4))
         emit, b = Emitter(builder), builder
-        least, top, bottom = (emit.splat(b.trunc(args[n], I32), VI) for n in (2, 3, 4))
+        least, factor, offset, of_zero, bottom = (emit.splat(emit.load(given, i64(4 * n), I32), VI) for n in range(5))
         with cgutils.for_range_slice(b, i64(0), args[1], i64(1), I64, inc=True) as (i, _):
-            offset = b.mul(i, i64(4 * LANES))
-            x = _Words(b, emit.load(source, offset, VI))
-            codes = b.sub(top, x.larger(x.field, least)), b.sub(x.place, bottom)
+            at = b.mul(i, i64(4 * LANES))
+            x = _Words(b, emit.load(source, at, VI))
+            exponent = b.add(b.mul(factor, x.larger(x.field, least)), offset)
+            codes = b.select(x.zero, of_zero, exponent), x.unless(x.zero, b.sub(x.place, bottom), 255)
             for code, target in zip(codes, targets, strict=True):
-                spread = b.mul(x.unless(x.zero, code, 255), integer(0x01010101))
-                b.store(spread, emit.at(target, offset, VI), align=4)
+                b.store(b.mul(code, integer(0x01010101)), emit.at(target, at, VI), align=4)
         return context.get_dummy_value()
 
-    number = types.int64
-    return types.void(words, number, number, number, number, exponents, places), codegen
+    return types.void(words, types.int64, numbers, exponents, places), codegen
 
 
 @intrinsic
@@ -131,19 +128,22 @@ def _vector_rhs(
 
 
 _WORDS = types.int32[::1]
-_SIGNATURE = types.void(_WORDS, types.int64, types.int64, types.int64, _WORDS, _WORDS)
+_SIGNATURE = types.void(_WORDS, _WORDS, _WORDS, _WORDS)
 
 
 @njit(_SIGNATURE, nogil=True, cache=True)
-def lhs_codes(words, least, top, bottom, exponents, places):
-    """Of each number, in all bytes: top − its field, at least `least`; its place − bottom; 255 for zero."""
+def lhs_codes(words, numbers, exponents, places):
+    """Of each number, in all bytes: factor · its field + offset; its place − bottom, 255 for zero.
+
+    numbers: the least field, factor, offset, the exponent's code of zero, bottom.
+    """
     whole = words.size // LANES
-    _vector_lhs(words, whole, least, top, bottom, exponents, places)
+    _vector_lhs(words, whole, numbers, exponents, places)
     rest = words.size - whole * LANES
     if rest > 0:
         source, first, second = np.zeros(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int32)
         source[:rest] = words[whole * LANES :]
-        _vector_lhs(source, 1, least, top, bottom, first, second)
+        _vector_lhs(source, 1, numbers, first, second)
         exponents[whole * LANES :], places[whole * LANES :] = first[:rest], second[:rest]
 
 

@@ -62,13 +62,13 @@ _HALVES = tuple([4 * i + 2 * half + j for i in range(4) for j in range(2)] for h
 class _Step(Emitter):
     """The code of one step of ROWS rows and WIDTH columns (see _step)."""
 
-    def __init__(self, builder: ir.IRBuilder, double: bool, checked: bool, arrays: Any, places: Any) -> None:
+    def __init__(self, builder: ir.IRBuilder, kinds: Any, arrays: Any, places: Any) -> None:
         super().__init__(builder)
-        self.double, self.checked = double, checked
+        self.double, self.checked, self.saturating = kinds
         lhs, exponents, lasts, self.panel, self.codes, numbers, sums, self.overflows = arrays
         batch, row, self.low, self.high, self.at_panel, self.at_codes, place = places
-        self.least_exponent, self.pin, self.mask, self.upward, self.downward = (
-            self.splat(self.load(numbers.data, i64(4 * n), I32), VI) for n in range(5)
+        self.least_exponent, self.pin, self.mask, self.upward, self.downward, self.ones = (
+            self.splat(self.load(numbers.data, i64(4 * n), I32), VI) for n in range(6)
         )
         self.lhs, self.lhs_exponents, self.lhs_lasts = (
             Rows(self, array, batch, row, ROWS) for array in (lhs, exponents, lasts)
@@ -97,11 +97,12 @@ class _Step(Emitter):
     def exponents(self) -> list[ir.Value]:
         """The largest exponent of each cell's accumulator and products plus 127, as the bytes of each row."""
         b = self.b
+        together = self.minus if self.saturating else b.add
         largest = [cgutils.alloca_once_value(b, self.bytes(self.own_exponents(i))) for i in range(ROWS)]
         with self.steps() as (k, _):
             theirs = self.load(self.codes.data, self.codes_at(k), VB)
             for kept, own in zip(largest, self.lhs_exponents.load(k, I32, VI), strict=True):
-                b.store(self.larger(b.load(kept, typ=VB), self.minus(theirs, self.bytes(own))), kept)
+                b.store(self.larger(b.load(kept, typ=VB), together(theirs, self.bytes(own))), kept)
         return [b.load(kept, typ=VB) for kept in largest]
 
     def own_exponents(self, i: int) -> ir.Value:
@@ -116,12 +117,13 @@ class _Step(Emitter):
     def counts(self, exponents: list[ir.Value]) -> list[ir.Value]:
         """How many products of each cell are negative and no multiples of the quantum."""
         b, none = self.b, ir.Constant(VB, [0] * WIDTH)
-        one = ir.Constant(VB, [1] * WIDTH)
+        one = self.bytes(self.ones)  # not a constant: LLVM would not add under a mask then
         counts = [cgutils.alloca_once_value(b, none) for _ in range(ROWS)]
         with self.steps() as (k, _):
             at = self.codes_at(k)
             for i, own in enumerate(self.lhs_lasts.load(k, I32, VI)):
-                bits = self.load(self.lhs.data, b.add(self.lhs.starts[i], b.mul(k, self.lhs.along)), I32)
+                high = b.add(self.lhs.starts[i], b.mul(k, self.lhs.along))
+                bits = self.load(self.lhs.data, b.add(high, i64(4)) if self.double else high, I32)
                 opposite = b.shl(b.add(b.zext(b.lshr(bits, ir.Constant(I32, 31)), I64), i64(1)), i64(6))
                 theirs = self.load(self.codes.data, b.add(at, opposite), VB)
                 lost = b.icmp_unsigned(">", self.minus(exponents[i], self.bytes(own)), theirs)
@@ -159,15 +161,10 @@ class _Step(Emitter):
             theirs = {
                 v: self.load(self.panel.data, b.mul(b.add(down, i64(v * kind.count)), i64(size)), kind) for v in vectors
             }
-            for i, own in enumerate(self.own_numbers(k, element, kind)):
+            for i, own in enumerate(self.lhs.load(k, element, kind)):
                 for v in vectors:
                     total = b.load(totals[i, v], typ=kind)
                     b.store(self.call(name, own, theirs[v], total, ir.Constant(I32, DOWN), result=kind), totals[i, v])
-
-    def own_numbers(self, k: ir.Value, element: Any, kind: Any) -> list[ir.Value]:
-        b, offset = self.b, self.b.mul(k, self.lhs.along)
-        loaded = [self.load(self.lhs.data, b.add(start, offset), F32) for start in self.lhs.starts]
-        return [self.splat(x if element == F32 else b.fpext(x, element), kind) for x in loaded]
 
     def all(self) -> None:
         exponents = self.exponents()
@@ -230,8 +227,8 @@ class _Step(Emitter):
 
 @intrinsic(prefer_literal=True)
 def _step(
-    typingctx: Any, double: Any, checked: Any, lhs: Any, exponents: Any, lasts: Any, batch: Any, row: Any,
-    begin: Any, end: Any, panel: Any, at: Any, codes: Any, at_codes: Any, numbers: Any, sums: Any, place: Any,
+    typingctx: Any, double: Any, checked: Any, saturating: Any, lhs: Any, exponents: Any, lasts: Any, batch: Any,
+    row: Any, begin: Any, end: Any, panel: Any, at: Any, codes: Any, at_codes: Any, numbers: Any, sums: Any, place: Any,
     overflows: Any,
 ) -> Any:  # fmt: skip
     """One step of ROWS rows and WIDTH columns: the products of k in [begin, end) added to sums[place :].
@@ -239,20 +236,20 @@ def _step(
     exponents, lasts: see lhs_codes. panel[at :]: [K, WIDTH]; codes[at_codes :]: see rhs_codes. numbers: cpu's.
     overflows: 16 words, of which one becomes negative where a sum does not fit 32 bits.
     """
-    is_double, is_checked = bool(double.literal_value), bool(checked.literal_value)
+    kinds = [bool(t.literal_value) for t in (double, checked, saturating)]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        which = (2, 3, 4, 9, 11, 13, 14, 16)
+        which = (3, 4, 5, 10, 12, 14, 15, 17)
         arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in which]
-        step = _Step(builder, is_double, is_checked, arrays, [args[i] for i in (5, 6, 7, 8, 10, 12, 15)])
+        step = _Step(builder, kinds, arrays, [args[i] for i in (6, 7, 8, 9, 11, 13, 16)])
         step.all()
-        if is_checked:
+        if step.checked:
             step.report()
         return context.get_dummy_value()
 
     number = types.int64
     places = (number, number, number, number, panel, number, codes, number, numbers, sums, number, overflows)
-    return types.void(double, checked, lhs, exponents, lasts, *places), codegen
+    return types.void(double, checked, saturating, lhs, exponents, lasts, *places), codegen
 
 
 _A3 = types.Array(types.float32, 3, "A")
@@ -272,13 +269,15 @@ def _widened(panel, start, wide, begin, depth):
 
 
 @functools.cache
-def tiles(double: bool, checked: bool) -> Any:
+def tiles(double: bool, checked: bool, saturating: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
-    is_double, is_checked, files = int(double), int(checked), FINGERPRINT
+    is_double, is_checked, is_saturating, files = int(double), int(checked), int(saturating), FINGERPRINT
     number = types.int64
     integers = (_I3, _I3, number, number, number, number, types.int32[::1], types.int32[::1], number, number)
 
-    @njit(types.void(_A3, _A3, _A3, *integers), nogil=True, cache=True)
+    own = types.Array(types.float64 if double else types.float32, 3, "A")
+
+    @njit(types.void(own, _A3, _A3, *integers), nogil=True, cache=True)
     def kernel(lhs, rhs, out, exponents, lasts, least, shift, rise, chunk, numbers, failed, first_task, last_task):
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
@@ -304,7 +303,7 @@ def tiles(double: bool, checked: bool) -> Any:
                     for begin in range(block, min(block + step, depth), chunk):
                         end = min(begin + chunk, depth)
                         _step(
-                            is_double, is_checked, lhs, exponents, lasts, batch, row, begin, end,
+                            is_double, is_checked, is_saturating, lhs, exponents, lasts, batch, row, begin, end,
                             wide if is_double else panel, begin_wide if is_double else start,
                             codes, begin_codes, numbers, sums, place + (row - top) * WIDTH, overflows,
                         )  # fmt: skip

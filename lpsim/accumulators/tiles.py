@@ -23,7 +23,6 @@ import functools
 from functools import partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
