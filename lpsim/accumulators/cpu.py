@@ -84,7 +84,8 @@ def matmul(
     if chosen is None:
         any_unit(lhs, rhs, unit, out)
         return
-    kernel = tiles.tiles(*chosen, unit.chunk > 1)
+    leaves = min(1 << (unit.chunk - 1).bit_length(), tiles.LEAVES) if unit.pairwise else 0
+    kernel = tiles.tiles(*chosen, unit.chunk > 1, leaves)
     arguments = unit.chunk, _tile_numbers(unit)
     if chosen[0] != HALF:
         _run(kernel, [lhs, rhs, out], BLOCK, arguments)
@@ -301,7 +302,7 @@ def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has
 def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> tuple[int, int, int] | None:
     """(add, into, guard) of the tile that is exact for these numbers, see tiles; None: any_unit."""
     m, chunked = unit.mantissa_bits, unit.chunk > 1
-    if unit.pairwise or not unit.negative_zero:
+    if not unit.negative_zero:
         return None
     inf = math.isinf(unit.infinite)
     like_float32 = unit.emin == -126 and unit.emax == 127 and inf
