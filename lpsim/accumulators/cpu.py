@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -37,7 +36,6 @@ from lpsim.accumulators.unit import Unit
 from lpsim.formats import FloatFormat
 
 _BYTES = 0x01010101  # a byte four times
-_KEPT = 1 << 22  # numbers of scratch memory
 _SERIAL = 1 << 19  # below this many multiply-adds a second thread costs more than it gains
 
 
@@ -114,38 +112,17 @@ def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors, fi
 
 def _pinned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, plan: Plan) -> bool:
     """Whether no sum was too large for the tile of pinned."""
-    words = lhs.contiguous().view(torch.int32).numpy()
-    exponents, lasts = (_scratch(name, words.size).reshape(words.shape) for name in ("exponents", "lasts"))
     least_lhs, least_rhs = (emin + 127 for emin in unit.operand_emin)
-    codes = (-1, plan.top, 255) if plan.saturating else (1, plan.rise - 127, 0)
-    numbers = np.array([least_lhs, *codes, plan.bottom], np.int32)
-    operands.lhs_codes(words.reshape(-1), numbers, exponents.reshape(-1), lasts.reshape(-1))
     fraction, failed = unit.fraction_bits, np.zeros(1, np.int32)
+    codes = (-1, plan.top, 255) if plan.saturating else (1, plan.rise - 127, 0)
+    own = np.array([least_lhs, *codes, plan.bottom], np.int32)
+    theirs = least_rhs, plan.top - 127 if plan.saturating else -plan.rise, fraction + plan.bottom - 173
     pin = ((948 - fraction) << 20) + (1 << 19) if plan.double else ((23 - fraction) << 23) + (1 << 22)
     mask, scale = -(1 << (23 - unit.mantissa_bits)), (254 + fraction) << 23
-    step = [plan.least * _BYTES, pin, mask, scale, fraction << 23, _BYTES]
-    places = least_rhs, plan.top - 127 if plan.saturating else -plan.rise, fraction + plan.bottom - 173
+    step = np.array([plan.least * _BYTES, pin, mask, scale, fraction << 23, _BYTES], np.int64).astype(np.int32)
     kernel = pinned.tiles(plan.double, plan.checked, plan.saturating)
-    arguments = exponents, lasts, *places, unit.chunk, np.array(step, np.int64).astype(np.int32), failed
-    own = lhs.numpy()
-    if plan.double:
-        own = _scratch("own", 2 * words.size).view(np.float64).reshape(words.shape)
-        np.copyto(own, lhs.numpy())
-    _run(kernel, [own, rhs.numpy(), out.numpy()], BLOCK, arguments)
+    _run(kernel, [lhs, rhs, out], BLOCK, (own, *theirs, unit.chunk, step, failed))
     return not failed[0]
-
-
-_kept = threading.local()
-
-
-def _scratch(name: str, numbers: int) -> np.ndarray:
-    """int32 numbers, in a thread's memory that is kept for the next call while it is not large: new pages cost more."""
-    known = getattr(_kept, name, None)
-    if known is None or known.size < numbers:
-        known = np.empty(numbers, np.int32)
-        if numbers <= _KEPT:
-            setattr(_kept, name, known)
-    return known[:numbers]
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
@@ -153,9 +130,9 @@ def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
     _run(kernels.any_unit, [lhs, rhs, out], kernels.BLOCK, _any_numbers(unit))
 
 
-def _run(kernel: Any, tensors: list[Any], block: int, arguments: tuple[Any, ...]) -> None:
+def _run(kernel: Any, tensors: list[Tensor], block: int, arguments: tuple[Any, ...]) -> None:
     """The kernel over all tasks, of `block` rows each, on torch's number of threads."""
-    lhs, rhs, out = (x if isinstance(x, np.ndarray) else x.numpy() for x in tensors)
+    lhs, rhs, out = (x.numpy() for x in tensors)
     batch, rows, depth = lhs.shape
     columns = rhs.shape[2]
     tasks = batch * -(-rows // block) * -(-columns // WIDTH)

@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
-from lpsim.accumulators.operands import CODES, rhs_codes
+from lpsim.accumulators.operands import CODES, lhs_codes, rhs_codes
 from lpsim.accumulators.registers import (
     BLOCK,
     DOWN,
@@ -43,6 +43,7 @@ from lpsim.accumulators.registers import (
     Rows,
     V,
     aligned_array,
+    copy_rows,
     i64,
     integer,
     pack,
@@ -52,6 +53,7 @@ from lpsim.accumulators.registers import (
 
 ROWS, VECTORS = 4, WIDTH // LANES
 DEPTH = 64  # of the columns that stay in the nearest cache while all rows of a task pass by
+_PANELS = 1 << 12  # how many k of columns, with their codes, stay in the second cache: 256 · 3 bytes each
 F64 = ir.DoubleType()
 V64, VB = ir.VectorType(F64, 8), ir.VectorType(ir.IntType(8), WIDTH)
 _TOP = 0xFF000000 - (1 << 32)
@@ -75,6 +77,7 @@ class _Step(Emitter):
         )
         self.cells = Cells(self, sums, place, ROWS, VECTORS)
         self.before = self.cells.load()
+        self.overflow: ir.Value = integer(0)
 
     def bytes(self, x: ir.Value) -> ir.Value:
         return self.b.bitcast(x, VB)
@@ -167,6 +170,7 @@ class _Step(Emitter):
                     b.store(self.call(name, own, theirs[v], total, ir.Constant(I32, DOWN), result=kind), totals[i, v])
 
     def all(self) -> None:
+        """The whole step."""
         exponents = self.exponents()
         counts = self.counts(exponents)
         finish = self.finish_double if self.double else self.finish_single
@@ -213,7 +217,7 @@ class _Step(Emitter):
         total = b.add(products, own)
         if self.checked:
             wrong = b.and_(b.xor(products, total), b.xor(own, total))
-            self.overflow = b.or_(self.overflow, wrong) if hasattr(self, "overflow") else wrong
+            self.overflow = b.or_(self.overflow, wrong)
         name = "llvm.x86.avx512.sitofp.round.v16f32.v16i32"
         result = self.call(name, total, ir.Constant(I32, TOWARD_ZERO))
         result = self.float(b.and_(self.bits(result), self.mask))
@@ -253,7 +257,6 @@ def _step(
 
 
 _A3 = types.Array(types.float32, 3, "A")
-_I3 = types.int32[:, :, ::1]
 
 
 @njit(nogil=True, cache=True)
@@ -268,44 +271,70 @@ def _widened(panel, start, wide, begin, depth):
                 wide[target + 8 + j] = panel[source + 2 + j]
 
 
+@njit(nogil=True, cache=True)
+def _in_groups(task, height, across, group):
+    """The task that comes in this place if a block of rows meets `group` panels before the next block does."""
+    row_blocks, panels = -(-height // BLOCK), -(-across // WIDTH)
+    batch, at = task // (panels * row_blocks), task % (panels * row_blocks)
+    first = at // (group * row_blocks) * group
+    width, within = min(group, panels - first), at % (group * row_blocks)
+    return (batch * panels + first + within % width) * row_blocks + within // width
+
+
 @functools.cache
 def tiles(double: bool, checked: bool, saturating: bool) -> Any:
     """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
     is_double, is_checked, is_saturating, files = int(double), int(checked), int(saturating), FINGERPRINT
     number = types.int64
-    integers = (_I3, _I3, number, number, number, number, types.int32[::1], types.int32[::1], number, number)
+    words = types.int32[::1]
+    integers = (words, number, number, number, number, words, words, number, number)
 
-    own = types.Array(types.float64 if double else types.float32, 3, "A")
-
-    @njit(types.void(own, _A3, _A3, *integers), nogil=True, cache=True)
-    def kernel(lhs, rhs, out, exponents, lasts, least, shift, rise, chunk, numbers, failed, first_task, last_task):
+    @njit(types.void(_A3, _A3, _A3, *integers), nogil=True, cache=True)
+    def kernel(lhs, rhs, out, own, least, shift, rise, chunk, numbers, failed, first_task, last_task):
         _ = files
         height, depth, across = lhs.shape[1], lhs.shape[2], rhs.shape[2]
-        panel, start = aligned_array(depth * WIDTH, rhs)
+        group = max(1, min(_PANELS // max(depth * (2 + is_double), 1), -(-across // WIDTH)))
+        panel, start = aligned_array(depth * WIDTH * (1 if is_double else group), rhs)
         numbers64 = np.empty(1 if is_double else 0, np.float64)
-        wide, begin_wide = aligned_array(depth * WIDTH * is_double, numbers64)
-        codes, begin_codes = aligned_array(depth * CODES, numbers)
+        wide, begin_wide = aligned_array(depth * WIDTH * group * is_double, numbers64)
+        codes, begin_codes = aligned_array(depth * CODES * group, numbers)
         sums, place = aligned_array(BLOCK * WIDTH, rhs)
         overflows = np.zeros(LANES, np.int32)
         step = max(DEPTH // chunk, 1) * chunk
-        packed = -1, -1
+        rows, rows64 = np.zeros(BLOCK * depth, np.float32), np.zeros(BLOCK * depth * is_double, np.float64)
+        exponents, lasts = np.zeros(BLOCK * depth, np.int32), np.zeros(BLOCK * depth, np.int32)
+        shape = 1, BLOCK, depth
+        tile_rows = (rows64 if is_double else rows).reshape(shape)
+        tile_exponents, tile_lasts = exponents.reshape(shape), lasts.reshape(shape)
+        tile_panel, row_words = wide if is_double else panel, rows.view(np.int32)
+        at_hand, packed = -1, np.full(group, -1, np.int64)
         for task in range(first_task, last_task):
-            batch, low, columns, top, bottom = part_of(task, height, across)
-            if (batch, low) != packed:
-                pack(rhs, batch, low, columns, WIDTH, panel, start)
-                rhs_codes(panel, start, depth, least, shift, rise, codes, begin_codes)
+            number = _in_groups(task, height, across, group)
+            batch, low, columns, top, bottom = part_of(number, height, across)
+            this, slot = number // -(-height // BLOCK), low // WIDTH % group
+            at_codes, at = begin_codes + slot * depth * CODES, slot * depth * WIDTH
+            at_numbers, at_panel = begin_wide + at, start + (0 if is_double else at)
+            if packed[slot] != this:
+                pack(rhs, batch, low, columns, WIDTH, panel, at_panel)
+                rhs_codes(panel, at_panel, depth, least, shift, rise, codes, at_codes)
                 if is_double:
-                    _widened(panel, start, wide, begin_wide, depth)
-                packed = batch, low
+                    _widened(panel, at_panel, wide, at_numbers, depth)
+                packed[slot] = this
+            if at_hand != batch * height + top:
+                copy_rows(lhs, batch, top, bottom, rows)
+                lhs_codes(row_words, own, exponents, lasts)
+                if is_double:
+                    rows64[:] = rows
+                at_hand = batch * height + top
             sums[:] = 0
             for block in range(0, depth, step):
                 for row in range(top, bottom, ROWS):
                     for begin in range(block, min(block + step, depth), chunk):
                         end = min(begin + chunk, depth)
                         _step(
-                            is_double, is_checked, is_saturating, lhs, exponents, lasts, batch, row, begin, end,
-                            wide if is_double else panel, begin_wide if is_double else start,
-                            codes, begin_codes, numbers, sums, place + (row - top) * WIDTH, overflows,
+                            is_double, is_checked, is_saturating, tile_rows, tile_exponents, tile_lasts,
+                            0, row - top, begin, end, tile_panel, at_numbers if is_double else at_panel,
+                            codes, at_codes, numbers, sums, place + (row - top) * WIDTH, overflows,
                         )  # fmt: skip
             write_out(out, batch, low, columns, top, bottom, sums, place)
         for lane in range(LANES):

@@ -171,6 +171,19 @@ def _copy(typingctx: Any, source: Any, batch: Any, k: Any, first: Any, count: An
 
 
 @njit(nogil=True, cache=True)
+def copy_rows(x, batch, top, bottom, rows):
+    """x[batch, top : bottom] into rows, one behind the other."""
+    depth = x.shape[2]
+    whole = depth // WIDTH * WIDTH if x.strides[2] == x.itemsize else 0
+    for i in range(top, bottom):
+        at = (i - top) * depth
+        for k in range(0, whole, WIDTH):
+            _copy(x, batch, i, k, WIDTH, rows, at + k)
+        for k in range(whole, depth):
+            rows[at + k] = x[batch, i, k]
+
+
+@njit(nogil=True, cache=True)
 def pack(rhs, batch, first, columns, width, panel, at):
     """rhs[batch, :, first : first + columns] into panel[at :], [WIDTH / width, K, width], zeros beyond."""
     depth = rhs.shape[1]

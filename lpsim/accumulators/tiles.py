@@ -191,8 +191,8 @@ class _Tile:
         kind = ir.ArrayType(self.vector, len(self.cells.all))
         waiting = cgutils.alloca_once(b, kind, size=ir.Constant(I32, _LEVELS))
         sums = [b.gep(cgutils.alloca_once(b, kind), [i64(0), i64(n)]) for n in range(len(self.cells.all))]
-        bits = b.sub(i64(64), emit.call("llvm.ctlz.i64", b.sub(chunk, i64(1)), ir.Constant(ir.IntType(1), 0), result=I64))
-        blocks = b.udiv(b.shl(i64(1), bits), i64(leaves))
+        zeros = emit.call("llvm.ctlz.i64", b.sub(chunk, i64(1)), ir.Constant(ir.IntType(1), 0), result=I64)
+        blocks = b.udiv(b.shl(i64(1), b.sub(i64(64), zeros)), i64(leaves))
         with cgutils.for_range_slice(b, i64(0), count, chunk, I64, inc=True) as (low, _):
             end = emit.least(b.add(low, chunk), count)
             with cgutils.for_range_slice(b, i64(0), blocks, i64(1), I64, inc=True) as (block, _):
