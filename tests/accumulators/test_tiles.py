@@ -125,11 +125,14 @@ def pinned_pairs() -> dict[str, tuple[Tensor, Tensor]]:
     most = torch.full_like(a, 2 - 2.0**-10), torch.full_like(b, 2 - 2.0**-10)
     signs = torch.where(torch.rand(b.shape, generator=generator) < 0.5, -1.0, 1.0)
     rare = torch.where(torch.rand(a.shape, generator=generator) < 0.02, a, 0.0)
+    filling = most[0] * (torch.arange(300) >= 16)
+    filling[:, 0] = 1
     lone = torch.zeros_like(a)
     lone[:, 40::50] = 2.0**-24
     return {
         "powers": (spread_a.copysign(a), spread_b.copysign(b)),
         "largest": most,
+        "a sum, then the largest": (filling, most[1]),
         "largest, of both signs": (most[0], most[1] * signs),
         "nearly all zero": (rare, b * 2.0**-12),
         "subnormal only": (lone, -(2.0**-24) * (b.abs() > 1)),
@@ -153,6 +156,19 @@ def test_pinned_tiles_equal_the_kernel_for_anything(kind: str, bits: int) -> Non
             accumulator_cpu.matmul(lhs, rhs, unit, out)
             accumulator_cpu.any_unit(lhs, rhs, unit, expected)
             assert_same_bits(out.numpy(), expected.numpy(), f"{unit}")
+
+
+def test_a_sum_beyond_32_bits_is_noticed() -> None:
+    """16 products of nearly 4 and a sum of nearly 2 are more than 2^31 quanta of 2^-25."""
+    has, unit = accumulator_cpu.vectors(), accumulators.HOPPER_FP16.unit
+    if not has.directed:
+        pytest.skip("pinned sums take AVX-512")
+    for kind in ("a sum, then the largest", "largest"):
+        a, b = (x[None] for x in pinned_pairs()[kind])
+        known = accumulator_cpu.facts(a, b)
+        plan = accumulator_cpu.choose_pinned(unit, 300, lambda known=known: known, has)
+        assert plan is not None and plan.checked
+        assert accumulator_cpu._pinned(a, b, unit, torch.empty(1, 53, 70), plan) == (kind == "largest")
 
 
 def test_when_sums_are_pinned() -> None:
