@@ -1,8 +1,8 @@
 """Dot products as a low-precision machine adds them up: `unit.Accumulator`, and `presets` for machines that exist.
 
-`reference` defines every result in exact arithmetic; `cpu` (Numba, with `kernels`, `tiles`, `aligned`) and `gpu`
-(Triton) equal it. In: two matrices, and how the unit rounds. Out: their product. It imports formats and quantization;
-machine uses it.
+`reference` defines every result in exact arithmetic; `cpu` (Numba, with `kernels`, `tiles`, `pinned`, `aligned`) and
+`gpu` (Triton) equal it. In: two matrices, and how the unit rounds. Out: their product. It imports formats and
+quantization; machine uses it.
 """
 
 from lpsim.accumulators.presets import (

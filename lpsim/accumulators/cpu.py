@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpsim.accumulators import aligned, kernels, tiles
+from lpsim.accumulators import aligned, kernels, operands, pinned, tiles
 from lpsim.accumulators.kernels import WIDTH
 from lpsim.accumulators.registers import BLOCK
 from lpsim.accumulators.tiles import (
@@ -33,7 +33,9 @@ from lpsim.accumulators.tiles import (
     TWO_SUM,
 )
 from lpsim.accumulators.unit import Unit
+from lpsim.formats import FloatFormat
 
+_BYTES = 0x01010101  # a byte four times
 _SERIAL = 1 << 19  # below this many multiply-adds a second thread costs more than it gains
 
 
@@ -61,22 +63,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process inherits the pool without its threads
 
 
-def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | None = None) -> None:
+def matmul(
+    lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | None = None, seen: Seen | None = None
+) -> None:
     """lhs [B, M, K] · rhs [B, K, N] into out [B, M, N], float32 in any layout; none of B, M, N is 0.
 
-    has: what the processor can do, if it shall not do all it can.
+    has: what the processor can do, if it shall not do all it can. seen: `examine` of lhs and rhs, if it is known.
     """
     if rhs.shape[2] < WIDTH and rhs.shape[2] < lhs.shape[1]:  # columns fill the vectors: let the longer side be columns
         lhs, rhs, out = rhs.mT, lhs.mT, out.mT
         unit = unit._replace(operand_emin=unit.operand_emin[::-1])
+        seen = None if seen is None else (seen[1], seen[0])
+    find = functools.cache(functools.partial(facts, lhs, rhs, seen))
     if unit.fraction_bits:
-        _aligned(lhs, rhs, unit, out, has or vectors())
+        _aligned(lhs, rhs, unit, out, has or vectors(), find)
         return
-    chosen = choose(unit, lhs.shape[2], functools.partial(facts, lhs, rhs), has or vectors())
+    chosen = choose(unit, lhs.shape[2], find, has or vectors())
     if chosen is None:
         any_unit(lhs, rhs, unit, out)
         return
-    kernel = tiles.tiles(*chosen, unit.chunk > 1)
+    leaves = min(1 << (unit.chunk - 1).bit_length(), tiles.LEAVES) if unit.pairwise else 0
+    kernel = tiles.tiles(*chosen, unit.chunk > 1, leaves)
     arguments = unit.chunk, _tile_numbers(unit)
     if chosen[0] != HALF:
         _run(kernel, [lhs, rhs, out], BLOCK, arguments)
@@ -87,8 +94,12 @@ def matmul(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors | Non
     out.copy_(result)
 
 
-def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors) -> None:
-    wide = choose_aligned(unit, lhs.shape[2], functools.partial(facts, lhs, rhs), has)
+def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors, find: Callable[[], Facts | None]) -> None:
+    depth = lhs.shape[2]
+    plan = choose_pinned(unit, depth, find, has)
+    if plan is not None and _pinned(lhs, rhs, unit, out, plan):
+        return
+    wide = choose_aligned(unit, depth, find, has)
     if wide is None:
         any_unit(lhs, rhs, unit, out)
         return
@@ -97,6 +108,21 @@ def _aligned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, has: Vectors) ->
     numbers = np.array([unit.fraction_bits, -(1 << (23 - unit.mantissa_bits))], np.int32)
     arguments = exponents, unit.operand_emin[1], unit.chunk, numbers
     _run(aligned.tiles(wide), [lhs, rhs, out], BLOCK, arguments)
+
+
+def _pinned(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor, plan: Plan) -> bool:
+    """Whether no sum was too large for the tile of pinned."""
+    least_lhs, least_rhs = (emin + 127 for emin in unit.operand_emin)
+    fraction, failed = unit.fraction_bits, np.zeros(1, np.int32)
+    codes = (-1, plan.top, 255) if plan.saturating else (1, plan.rise - 127, 0)
+    own = np.array([least_lhs, *codes, plan.bottom], np.int32)
+    theirs = least_rhs, plan.top - 127 if plan.saturating else -plan.rise, fraction + plan.bottom - 173
+    pin = ((948 - fraction) << 20) + (1 << 19) if plan.double else ((23 - fraction) << 23) + (1 << 22)
+    mask, scale = -(1 << (23 - unit.mantissa_bits)), (254 + fraction) << 23
+    step = np.array([plan.least * _BYTES, pin, mask, scale, fraction << 23, _BYTES], np.int64).astype(np.int32)
+    kernel = pinned.tiles(plan.double, plan.checked, plan.saturating)
+    _run(kernel, [lhs, rhs, out], BLOCK, (own, *theirs, unit.chunk, step, failed))
+    return not failed[0]
 
 
 def any_unit(lhs: Tensor, rhs: Tensor, unit: Unit, out: Tensor) -> None:
@@ -136,37 +162,99 @@ def _tile_numbers(unit: Unit) -> np.ndarray:
     return numbers
 
 
+class Extremes(NamedTuple):
+    """Of one operand: the largest magnitude (NaN or Inf if there is one), log2 of the smallest last bit, the most
+    significant bits."""
+
+    most: float
+    last: int
+    bits: int
+
+    def fit(self, fmt: FloatFormat) -> bool:
+        """Whether all numbers are certainly values of a signed format with subnormal numbers."""
+        return self.most <= fmt.max and self.last >= fmt.emin - fmt.mantissa_bits and self.bits <= fmt.mantissa_bits + 1
+
+
+Seen = tuple[Extremes, Extremes]
+
+
 class Facts(NamedTuple):
     """What is known of finite operands and their products.
 
     log2 of the largest |a·b| at most; the products are multiples of 2^last; bits: significant ones at most; half:
-    whether the operands are float16 numbers.
+    whether the operands are float16 numbers; sides: what is known of lhs and of rhs.
     """
 
     top: float
     last: int
     bits: int
     half: bool
+    sides: Seen
 
 
-def facts(lhs: Tensor, rhs: Tensor) -> Facts | None:
+def facts(lhs: Tensor, rhs: Tensor, seen: Seen | None = None) -> Facts | None:
     """None where there is NaN or Inf."""
-    both = _extremes(lhs), _extremes(rhs)
+    both = seen or (examine(lhs), examine(rhs))
     (a_most, a_last, a_bits), (b_most, b_last, b_bits) = both
     if not (math.isfinite(a_most) and math.isfinite(b_most)):
         return None
     half = all(most < 65520 and last >= -24 and bits <= 11 for most, last, bits in both)
     top = sum(math.log2(max(most, 2.0**-149)) for most in (a_most, b_most)) + 1e-6
-    return Facts(top, a_last + b_last, a_bits + b_bits, half)
+    return Facts(top, a_last + b_last, a_bits + b_bits, half, both)
 
 
-def _extremes(x: Tensor) -> tuple[float, int, int]:
-    """The largest magnitude (NaN or Inf if there is one), log2 of the smallest last bit, the most significant bits."""
-    x = x[:1] if x.stride(0) == 0 else x
-    order = sorted(range(3), key=lambda d: -x.stride()[d])
+def examine(x: Tensor) -> Extremes:
+    """The extremes of a tensor in any layout, whose dimensions of stride 0 are read once."""
+    x = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+    order = sorted(range(x.dim()), key=lambda d: -x.stride()[d])
     words = x.permute(order).contiguous().view(-1).numpy().view(np.int32)
-    largest, last, bits = tiles.extremes(words)
-    return float(np.int32(largest).view(np.float32)), last, bits
+    largest, last, bits = operands.extremes(words)
+    return Extremes(float(np.int32(largest).view(np.float32)), last, bits)
+
+
+class Plan(NamedTuple):
+    """A tile of pinned: whether its sums are float64, and are checked; what its codes are counted from.
+
+    top: the largest field of an exponent in lhs; bottom: log2 of the smallest last bit there, plus 150; least: what
+    the exponents of products other than zero are not less than, plus 127. saturating: codes of exponents are
+    subtracted, where zeros make 0; else those of rhs are fields − rise, those of lhs fields + rise − 127, and of zeros
+    0, of which all sums that count for nothing are at most `least`.
+    """
+
+    double: bool
+    checked: bool
+    saturating: bool
+    top: int
+    bottom: int
+    least: int
+    rise: int
+
+
+def choose_pinned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> Plan | None:
+    """The tile of pinned that is exact for these numbers; None: there is none."""
+    fraction, chunk = unit.fraction_bits, unit.chunk
+    like_float32 = unit.emin == -126 and unit.emax == 127 and unit.negative_zero
+    truncating = unit.toward_zero and unit.aligned_rounding == 0
+    products, own = chunk * 2 ** (fraction + 2), 2 ** (fraction + 1)  # at most, in quanta, of a step
+    if not (like_float32 and truncating and has.directed) or products > 2**31 or fraction > 30:
+        return None
+    known = find()
+    if known is None or known.last < -126 or any(side.most == 0 for side in known.sides):
+        return None
+    double = products + own + chunk > 2**22
+    if known.top + math.log2(max(depth, 1)) + 2 + max(23 - fraction, 0) > 127:
+        return None
+    tops = [max(math.frexp(side.most)[1] - 1, emin) for side, emin in zip(known.sides, unit.operand_emin, strict=True)]
+    bottoms = [max(side.last, emin) for side, emin in zip(known.sides, unit.operand_emin, strict=True)]
+    least = sum(bottoms)
+    fits_bytes = tops[0] + bottoms[1] >= -126 and tops[0] - known.sides[0].last <= 254 and least - fraction >= -126
+    if not fits_bytes or max(tops) - 126 > least:  # a zero counts with the exponent -126: that must never matter
+        return None
+    spans = [top - bottom for top, bottom in zip(tops, bottoms, strict=True)]
+    rise = bottoms[1] + 127 - spans[0]
+    saturating = 127 - rise > bottoms[0] + 127 - spans[1]
+    checked, bottom = products + own > 2**31, known.sides[0].last + 150
+    return Plan(double, checked, saturating, tops[0] + 127, bottom, least + 127, rise)
 
 
 def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> bool | None:
@@ -191,7 +279,7 @@ def choose_aligned(unit: Unit, depth: int, find: Callable[[], Facts | None], has
 def choose(unit: Unit, depth: int, find: Callable[[], Facts | None], has: Vectors) -> tuple[int, int, int] | None:
     """(add, into, guard) of the tile that is exact for these numbers, see tiles; None: any_unit."""
     m, chunked = unit.mantissa_bits, unit.chunk > 1
-    if unit.pairwise or not unit.negative_zero:
+    if not unit.negative_zero:
         return None
     inf = math.isinf(unit.infinite)
     like_float32 = unit.emin == -126 and unit.emax == 127 and inf

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
+from numba import njit, types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from lpsim.accumulators.kernels import WIDTH
 from lpsim.quantization.cpu_kernels.cache import fingerprint
@@ -94,7 +95,7 @@ class Rows:
     def __init__(
         self, emit: Emitter, array: Any, batch: ir.Value, first_row: ir.Value, height: int, begin: Any = None
     ) -> None:
-        self._emit, self._data, b = emit, array.data, emit.b
+        self._emit, self.data, b = emit, array.data, emit.b
         strides, shape = cgutils.unpack_tuple(b, array.strides), cgutils.unpack_tuple(b, array.shape)
         last = b.sub(shape[1], i64(1))
         self.along = strides[2]
@@ -109,7 +110,7 @@ class Rows:
         b = self._emit.b
         offset = b.mul(k, self.along)
         return [
-            self._emit.splat(self._emit.load(self._data, b.add(start, offset), element, size), vector)
+            self._emit.splat(self._emit.load(self.data, b.add(start, offset), element, size), vector)
             for start in self.starts
         ]
 
@@ -147,12 +148,52 @@ def aligned_array(numbers, like):
     return array, (-array.ctypes.data % 64) // like.itemsize
 
 
+@intrinsic(prefer_literal=True)
+def _copy(typingctx: Any, source: Any, batch: Any, k: Any, first: Any, count: Any, target: Any, at: Any) -> Any:
+    """source[batch, k, first : first + count] to target[at :], where neighbours lie side by side; count: a literal."""
+    numbers = count.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit, b = Emitter(builder), builder
+        read, write = (context.make_array(signature.args[n])(context, builder, args[n]) for n in (0, 5))
+        strides = cgutils.unpack_tuple(b, read.strides)
+        offset = b.add(b.mul(args[1], strides[0]), b.add(b.mul(args[2], strides[1]), b.mul(args[3], strides[2])))
+        size = signature.args[0].dtype.bitwidth // 8
+        step = 64 // size
+        kind = ir.VectorType(context.get_data_type(signature.args[0].dtype), step)
+        for v in range(numbers // step):
+            value = emit.load(read.data, b.add(offset, i64(64 * v)), kind, size)
+            b.store(value, emit.at(write.data, b.add(b.mul(args[6], i64(size)), i64(64 * v)), kind), align=size)
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(source, number, number, number, count, target, number), codegen
+
+
+@njit(nogil=True, cache=True)
+def copy_rows(x, batch, top, bottom, rows):
+    """x[batch, top : bottom] into rows, one behind the other."""
+    depth = x.shape[2]
+    whole = depth // WIDTH * WIDTH if x.strides[2] == x.itemsize else 0
+    for i in range(top, bottom):
+        at = (i - top) * depth
+        for k in range(0, whole, WIDTH):
+            _copy(x, batch, i, k, WIDTH, rows, at + k)
+        for k in range(whole, depth):
+            rows[at + k] = x[batch, i, k]
+
+
 @njit(nogil=True, cache=True)
 def pack(rhs, batch, first, columns, width, panel, at):
     """rhs[batch, :, first : first + columns] into panel[at :], [WIDTH / width, K, width], zeros beyond."""
     depth = rhs.shape[1]
+    side_by_side = rhs.strides[2] == rhs.itemsize and width == WIDTH and columns == width
     for begin in range(0, columns, width):
         for k in range(depth):
+            if side_by_side:
+                _copy(rhs, batch, k, first, WIDTH, panel, at)
+                at += width
+                continue
             for j in range(min(width, columns - begin)):
                 panel[at + j] = rhs[batch, k, first + begin + j]
             for j in range(columns - begin, width):

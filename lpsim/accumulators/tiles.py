@@ -23,7 +23,6 @@ import functools
 from functools import partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -59,6 +58,8 @@ PLAIN, ODD, CUT, TWO_SUM, HALF = range(5)
 NONE, NEAR, TRUNCATE, INTEGER = range(4)
 BARE, GUARDED, SATURATED = range(3)
 
+LEAVES = 8  # products of a block of an adder tree
+_LEVELS = 8  # blocks of a tree of 1024 products, as a power of two, and one
 _DEPTH = 128  # of the columns that stay in the nearest cache while all rows of a task pass by
 
 
@@ -180,6 +181,67 @@ class _Tile:
                 part, total = (b.load(kept[cell], typ=V) for kept in (parts, self.totals))
                 b.store(emit.rounded(emit.multiply_add(constant(1), [part], [total]))[0], self.totals[cell])
 
+    def pairwise(self, count: ir.Value, chunk: ir.Value, leaves: int) -> None:
+        """Adder trees of `chunk` products each, whose sums are added to the totals and rounded.
+
+        A tree is cut into blocks of `leaves` products, of which the sums are joined as a binary counter carries: block
+        5 = 101b meets one sum of one block before it, which waits on level 0, block 3 = 11b those of levels 0 and 1.
+        """
+        emit, b = self.emit, self.b
+        kind = ir.ArrayType(self.vector, len(self.cells.all))
+        waiting = cgutils.alloca_once(b, kind, size=ir.Constant(I32, _LEVELS))
+        sums = [b.gep(cgutils.alloca_once(b, kind), [i64(0), i64(n)]) for n in range(len(self.cells.all))]
+        zeros = emit.call("llvm.ctlz.i64", b.sub(chunk, i64(1)), ir.Constant(ir.IntType(1), 0), result=I64)
+        blocks = b.udiv(b.shl(i64(1), b.sub(i64(64), zeros)), i64(leaves))
+        with cgutils.for_range_slice(b, i64(0), count, chunk, I64, inc=True) as (low, _):
+            end = emit.least(b.add(low, chunk), count)
+            with cgutils.for_range_slice(b, i64(0), blocks, i64(1), I64, inc=True) as (block, _):
+                first = b.add(low, b.mul(block, i64(leaves)))
+                whole = b.icmp_signed("<=", b.add(first, i64(leaves)), end)
+                with b.if_else(whole) as (all_of_it, ragged):
+                    with all_of_it:
+                        self.trees(first, None, leaves, sums)
+                    with ragged:
+                        self.trees(first, end, leaves, sums)
+                self.carry(block, waiting, sums)
+            for cell, kept in zip(self.cells.all, sums, strict=True):
+                part, total = b.load(kept, typ=V), b.load(self.totals[cell], typ=V)
+                b.store(emit.rounded(emit.multiply_add(constant(1), [part], [total]))[0], self.totals[cell])
+
+    def trees(self, first: ir.Value, end: Any, leaves: int, sums: list[ir.Value]) -> None:
+        """The sums of `leaves` products from k = first on, of which those from `end` on are +0."""
+        b, size = self.b, self.size
+        places, there = [b.add(first, i64(j)) for j in range(leaves)], [None] * leaves
+        if end is not None:
+            there = [b.icmp_signed("<", k, end) for k in places]
+            places = [b.select(inside, k, i64(0)) for inside, k in zip(there, places, strict=True)]
+        own = [self.lhs.load(k, self.element, self.vector, size) for k in places]
+        for v in range(self.width):
+            theirs = []
+            for k in places:
+                down = b.mul(k, i64(size * self.lanes * self.width))
+                theirs.append(self.emit.load(self.columns, b.add(down, i64(size * self.lanes * v)), self.vector, size))
+            for n, (i, vector) in enumerate(self.cells.all):
+                if vector == v:
+                    level = [b.fmul(own[j][i], theirs[j]) for j in range(leaves)]
+                    if end is not None:
+                        level = [b.select(inside, x, constant(0)) for inside, x in zip(there, level, strict=True)]
+                    while len(level) > 1:
+                        level = [b.fadd(x, y) for x, y in zip(level[::2], level[1::2], strict=True)]
+                    b.store(level[0], sums[n])
+
+    def carry(self, block: ir.Value, waiting: ir.Value, sums: list[ir.Value]) -> None:
+        """The sums that wait on the levels below the lowest 0 of `block` added to `sums`, which then wait there."""
+        b = self.b
+        inverse = b.xor(block, i64(-1))
+        level = self.emit.call("llvm.cttz.i64", inverse, ir.Constant(ir.IntType(1), 0), result=I64)
+        with cgutils.for_range_slice(b, i64(0), level, i64(1), I64, inc=True) as (done, _):
+            for n, kept in enumerate(sums):
+                before = b.load(b.gep(waiting, [done, i64(n)]), typ=V)
+                b.store(b.fadd(before, b.load(kept, typ=V)), kept)
+        for n, kept in enumerate(sums):
+            b.store(b.load(kept, typ=V), b.gep(waiting, [level, i64(n)]))
+
     def finish(self) -> None:
         for cell in self.cells.all:
             self.cells.store(cell, self.b.load(self.totals[cell], typ=self.vector))
@@ -187,7 +249,7 @@ class _Tile:
 
 @intrinsic(prefer_literal=True)
 def _tile(
-    typingctx: Any, add: Any, into: Any, guard: Any, chunked: Any, rows: Any, vectors: Any,
+    typingctx: Any, add: Any, into: Any, guard: Any, chunked: Any, leaves: Any, rows: Any, vectors: Any,
     lhs: Any, batch: Any, row: Any, begin: Any, count: Any, panel: Any, at: Any, chunk: Any, numbers: Any,
     sums: Any, place: Any,
 ) -> Any:  # fmt: skip
@@ -196,29 +258,32 @@ def _tile(
     lhs[batch, row : row + rows], its last row again where it ends. panel[at :]: the columns of rhs, 16·vectors for each
     k. sums[place :]: the accumulators, WIDTH to a row. numbers: see _Steps.rounded.
     """
-    literals = [t.literal_value for t in (add, into, guard, chunked, rows, vectors)]
-    add_kind, into_kind, guard_kind, by_chunks, height, width = literals
+    literals = [t.literal_value for t in (add, into, guard, chunked, leaves, rows, vectors)]
+    add_kind, into_kind, guard_kind, by_chunks, block, height, width = literals
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         steps = _Steps(builder, add_kind, into_kind, guard_kind)
-        arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in (6, 11, 14, 15)]
-        tile = _Tile(steps, height, width, arrays, [args[i] for i in (7, 8, 9, 12, 16)])
-        if by_chunks:
-            tile.chunks(args[10], args[13])
+        arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in (7, 12, 15, 16)]
+        tile = _Tile(steps, height, width, arrays, [args[i] for i in (8, 9, 10, 13, 17)])
+        if block:
+            tile.pairwise(args[11], args[14], block)
+        elif by_chunks:
+            tile.chunks(args[11], args[14])
         else:
-            tile.each_product(args[10])
+            tile.each_product(args[11])
         tile.finish()
         return context.get_dummy_value()
 
     number = types.int64
-    kinds = (add, into, guard, chunked, rows, vectors)
+    kinds = (add, into, guard, chunked, leaves, rows, vectors)
     places = (number, number, number, number, panel, number, number, numbers, sums, number)
     return types.void(*kinds, lhs, *places), codegen
 
 
 @functools.cache
-def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
-    """The kernel: tasks [first_task, last_task) of out = lhs · rhs."""
+def tiles(add: int, into: int, guard: int, chunked: bool, leaves: int = 0) -> Any:
+    """The kernel: tasks [first_task, last_task) of out = lhs · rhs. leaves: 0, or how many products of an adder tree
+    make a block, LEAVES, or all of a smaller tree's."""
     half, by_chunks, files = add == HALF, int(chunked), FINGERPRINT
     rows, vectors = (8, 2) if half else (6, 4) if chunked or into == NONE else (4, 4)
     width = vectors * (32 if half else LANES)
@@ -245,32 +310,9 @@ def tiles(add: int, into: int, guard: int, chunked: bool) -> Any:
                     at = start + column * depth + begin * width
                     for row in range(top, bottom, rows):
                         _tile(
-                            add, into, guard, by_chunks, rows, vectors, lhs, batch, row, begin, count,
+                            add, into, guard, by_chunks, leaves, rows, vectors, lhs, batch, row, begin, count,
                             panel, at, chunk, numbers, sums, place + (row - top) * WIDTH + column,
                         )  # fmt: skip
             write_out(out, batch, low, columns, top, bottom, sums, place)
 
     return kernel
-
-
-@njit(types.UniTuple(types.int64, 3)(types.int32[::1]), nogil=True, cache=True)
-def extremes(words):
-    """The largest magnitude as bits; the smallest exponent of a last bit; the most significant bits.
-
-    words: float32 numbers as bit patterns. The last bit of a number is the largest power of two that divides it; zeros
-    count for nothing.
-    """
-    one = np.int32(1)
-    largest, smallest, most = np.int32(0), np.int32(2000), np.int32(0)
-    for i in range(words.size):
-        word = np.int32(words[i] & np.int32(0x7FFFFFFF))
-        field = np.int32(word >> np.int32(23))
-        hidden = np.int32(min(field, one) << np.int32(23))
-        whole = np.int32((word & np.int32(0x7FFFFF)) | hidden)
-        last = np.int32(np.float32(np.int32(whole & np.int32(-whole))).view(np.int32) >> np.int32(23))
-        top = np.int32(np.float32(whole).view(np.int32) >> np.int32(23))
-        place = np.int32(max(field, one) + last + (np.int32(2000) if word == 0 else np.int32(0)))
-        largest = max(largest, word)
-        smallest = min(smallest, place)
-        most = max(most, np.int32(top - last + one))
-    return np.int64(largest), np.int64(smallest) - (127 + 127 + 23), np.int64(most)

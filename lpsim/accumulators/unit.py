@@ -160,14 +160,13 @@ class Accumulator:
         lhs, rhs = lhs.detach(), rhs.detach()
         dtype = lhs.dtype
         lhs, rhs = lhs.float(), rhs.float()
-        for side, x in enumerate((lhs, rhs)):
-            self._check_values(side, x)
         out = lhs.new_empty(*batch, lhs.shape[-2], rhs.shape[-1])
+        backend = importlib.import_module(self._backend(out.device))
+        seen = self._check_values(lhs, rhs, backend)
         if out.numel() > 0:
             pair = (lhs.expand(*batch, *lhs.shape[-2:]), rhs.expand(*batch, *rhs.shape[-2:]))
             three = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in (*pair, out)]  # [B, ., .]
-            backend = importlib.import_module(self._backend(out.device))
-            backend.matmul(three[0], three[1], self.unit, three[2])
+            backend.matmul(three[0], three[1], self.unit, three[2], **seen)
         return out.to(dtype)
 
     def _backend(self, device: torch.device) -> str:
@@ -177,9 +176,21 @@ class Accumulator:
             raise ValueError(f"an Accumulator multiplies on a CPU or a GPU, not on {device}")
         return backends[device.type]
 
-    def _check_values(self, side: int, x: Tensor) -> None:
-        if self.alignment is None or self.alignment.operands is None or x.numel() == 0:
-            return
+    def _check_values(self, lhs: Tensor, rhs: Tensor, backend: Any) -> dict[str, Any]:
+        """What the backend found out about the operands, as arguments of its matmul."""
+        if self.alignment is None or self.alignment.operands is None or lhs.numel() == 0 or rhs.numel() == 0:
+            return {}
+        if not hasattr(backend, "examine"):
+            for side, x in enumerate((lhs, rhs)):
+                self._check_side(side, x)
+            return {}
+        seen = backend.examine(lhs), backend.examine(rhs)
+        for side, x in enumerate((lhs, rhs)):
+            if not seen[side].fit(self.alignment.operands[side]):
+                self._check_side(side, x)
+        return {"seen": seen}
+
+    def _check_side(self, side: int, x: Tensor) -> None:
         quantizer = self._operands[side]
         rounded = quantizer.quantize(x)
         if not torch.equal(rounded, x) and not bool(((rounded == x) | ~x.isfinite()).all()):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpsim import Accumulator, Alignment, Overflow, Quantizer, Rounding, accumulators, formats
+from lpsim import Accumulator, Alignment, FloatFormat, Order, Overflow, Quantizer, Rounding, accumulators, formats
 from lpsim.accumulators import cpu as accumulator_cpu
 from lpsim.accumulators.tiles import BARE, CUT, GUARDED, HALF, NEAR, NONE, ODD, PLAIN, SATURATED, TWO_SUM
-from tests.accumulators.units import E4M3, E8M13, FORMATS, PRESETS, ROUNDINGS, Q
+from tests.accumulators.units import E4M3, E6M9, E8M13, FORMATS, PRESETS, ROUNDINGS, Q
 from tests.laws import assert_same_bits
 
 
@@ -98,11 +98,111 @@ def test_aligned_tiles_equal_the_kernel_for_anything(name: str) -> None:
         assert_same_bits(out.numpy(), expected.numpy(), name)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "chunk"), [(E8M13, 32), (formats.bfloat16, 33), (formats.float16, 5), (formats.float32, 2), (E6M9, 1024)]
+)
+def test_pairwise_tiles_equal_the_kernel_for_anything(fmt: FloatFormat, chunk: int) -> None:
+    """Whole trees, ragged ones, such as are one block and such as are many; zeros of both signs."""
+    native = accumulator_cpu.vectors()
+    for kind in ("normal", "narrow", "zeros", "underflowing", "overflowing", "wild", "infinite"):
+        a, b = (x[None] for x in operands(kind))
+        if kind == "zeros":
+            a, b = a.round() * -0.0, b.abs()
+            a[0, ::2, ::7] = 1
+        for rounding, has in itertools.product(ROUNDINGS, {native, accumulator_cpu.Vectors(False, False)}):
+            unit = Accumulator(fmt, chunk, Order.PAIRWISE, rounding=rounding).unit
+            out, expected = torch.empty(1, 53, 70), torch.empty(1, 53, 70)
+            accumulator_cpu.matmul(a, b, unit, out, has)
+            accumulator_cpu.any_unit(a, b, unit, expected)
+            assert_same_bits(out.numpy(), expected.numpy(), f"{unit} {kind}")
+
+
+def pinned_pairs() -> dict[str, tuple[Tensor, Tensor]]:
+    """Values of float16, of which products differ as much as their format allows, fill a step, or vanish."""
+    generator = torch.Generator().manual_seed(9)
+    a, b = torch.randn(53, 300, generator=generator), torch.randn(300, 70, generator=generator)
+    spread_a, spread_b = (2.0 ** torch.randint(-24, 16, x.shape, generator=generator) for x in (a, b))
+    most = torch.full_like(a, 2 - 2.0**-10), torch.full_like(b, 2 - 2.0**-10)
+    signs = torch.where(torch.rand(b.shape, generator=generator) < 0.5, -1.0, 1.0)
+    rare = torch.where(torch.rand(a.shape, generator=generator) < 0.02, a, 0.0)
+    filling = most[0] * (torch.arange(300) >= 16)
+    filling[:, 0] = 1
+    lone = torch.zeros_like(a)
+    lone[:, 40::50] = 2.0**-24
+    return {
+        "powers": (spread_a.copysign(a), spread_b.copysign(b)),
+        "largest": most,
+        "a sum, then the largest": (filling, most[1]),
+        "largest, of both signs": (most[0], most[1] * signs),
+        "nearly all zero": (rare, b * 2.0**-12),
+        "subnormal only": (lone, -(2.0**-24) * (b.abs() > 1)),
+        "a huge sum, then small ones": (torch.where(torch.arange(300) < 16, 32768.0, a * 2.0**-8), b.sign() * 2),
+        "one magnitude": (a.sign(), b.sign()),
+        "negative zeros": (-0.0 * a.abs(), b),
+    }
+
+
+@pytest.mark.parametrize("kind", pinned_pairs())
+@pytest.mark.parametrize("bits", [13, 18, 24, 25])
+def test_pinned_tiles_equal_the_kernel_for_anything(kind: str, bits: int) -> None:
+    """Sums in float32 and in float64, of up to 2^31 quanta and more; either way of coding exponents."""
+    a, b = (x.half().float()[None] for x in pinned_pairs()[kind])
+    operand = formats.float16
+    for chunk, out_format in ((1, formats.float32), (4, E8M13), (16, formats.float32), (64 if bits < 24 else 7, E8M13)):
+        alignment = Alignment(bits, operands=(operand, operand))
+        unit = Accumulator(out_format, chunk, alignment=alignment, rounding=Rounding.TOWARD_ZERO).unit
+        for lhs, rhs in ((a, b), (b.mT, a.mT)):
+            out, expected = torch.empty(1, lhs.shape[1], rhs.shape[2]), torch.empty(1, lhs.shape[1], rhs.shape[2])
+            accumulator_cpu.matmul(lhs, rhs, unit, out)
+            accumulator_cpu.any_unit(lhs, rhs, unit, expected)
+            assert_same_bits(out.numpy(), expected.numpy(), f"{unit}")
+
+
+def test_a_sum_beyond_32_bits_is_noticed() -> None:
+    """16 products of nearly 4 and a sum of nearly 2 are more than 2^31 quanta of 2^-25."""
+    has, unit = accumulator_cpu.vectors(), accumulators.HOPPER_FP16.unit
+    if not has.directed:
+        pytest.skip("pinned sums take AVX-512")
+    for kind in ("a sum, then the largest", "largest"):
+        a, b = (x[None] for x in pinned_pairs()[kind])
+        known = accumulator_cpu.facts(a, b)
+        plan = accumulator_cpu.choose_pinned(unit, 300, lambda known=known: known, has)
+        assert plan is not None and plan.checked
+        assert accumulator_cpu._pinned(a, b, unit, torch.empty(1, 53, 70), plan) == (kind == "largest")
+
+
+def test_when_sums_are_pinned() -> None:
+    """The boundaries of what bytes hold: 254 powers of two between exponents; and no wider than zero's exponent."""
+    has = accumulator_cpu.vectors()
+    if not has.directed:
+        pytest.skip("pinned sums take AVX-512")
+    generator = torch.Generator().manual_seed(10)
+    signs = torch.randn(53, 300, generator=generator).sign(), torch.randn(300, 70, generator=generator).sign()
+    unit = Accumulator(formats.float32, 8, alignment=Alignment(20), rounding=Rounding.TOWARD_ZERO).unit
+    met = set()
+    for low_a, high_a, low_b, high_b in itertools.product((-60, -50, -30, 0), (0, 13, 30), (-56, -40, 0), (0, 26, 40)):
+        a = signs[0] * 2.0 ** torch.randint(low_a, high_a + 1, signs[0].shape, generator=generator)
+        b = signs[1] * 2.0 ** torch.randint(low_b, high_b + 1, signs[1].shape, generator=generator)
+        a, b = (torch.where(torch.rand(x.shape, generator=generator) < 0.1, 0.0, x)[None] for x in (a, b))
+        plan = accumulator_cpu.choose_pinned(unit, 300, lambda a=a, b=b: accumulator_cpu.facts(a, b), has)
+        met.add(None if plan is None else plan.saturating)
+        out, expected = torch.empty(1, 53, 70), torch.empty(1, 53, 70)
+        accumulator_cpu.matmul(a, b, unit, out)
+        accumulator_cpu.any_unit(a, b, unit, expected)
+        assert_same_bits(out.numpy(), expected.numpy(), f"{low_a} {high_a} {low_b} {high_b} {plan}")
+    assert met == {None, True, False}
+
+
 def test_threads_tiles_and_layouts_do_not_matter() -> None:
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(130, 67, generator=generator), torch.randn(67, 190, generator=generator)
     before = torch.get_num_threads()
-    for unit in (Accumulator(formats.float16), Accumulator(E8M13, 16), accumulators.HOPPER_BF16):
+    for unit in (
+        Accumulator(formats.float16),
+        Accumulator(E8M13, 16),
+        Accumulator(E8M13, 16, Order.PAIRWISE),
+        accumulators.HOPPER_BF16,
+    ):
         x, y = (a.bfloat16().float(), b.bfloat16().float()) if unit.alignment else (a, b)
         whole = unit.matmul(x, y)
         try:
