@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "experiments.training": {"lpsim", "lmd"},
     "experiments.grids": {"lpsim", "experiments.training"},
     "experiments.running": {"experiments.training", "experiments.grids"},
-    "experiments.bench": {"lpsim", "lmd", "experiments.training"},
+    "experiments.bench": {"lpsim", "lmd", "experiments.training", "experiments.grids", "analysis"},
     "experiments.command": {
         "lpsim",
         "analysis",

@@ -7,14 +7,14 @@ from typing import Any
 
 from experiments.command.shared import UserError
 
-ONLY_BY_NAME = ("gpu",)  # it needs a GPU
+ONLY_BY_NAME = ("gpu", "size")  # the one needs a GPU, the other many minutes
 
 
 def add(commands: Any) -> None:
     names = ", ".join(benchmarks())
     parser = commands.add_parser(
         "bench",
-        help="a benchmark of experiments/bench; without a name, all of them but gpu",
+        help="a benchmark of experiments/bench; without a name, all of them but gpu and size",
         epilog=f"Benchmarks: {names}. `lpsim bench NAME --help` tells what one measures, and its options.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?")

@@ -40,12 +40,16 @@ def test_models_that_were_not_fitted_keep_what_the_model_says(
         assert kept(memory.sizes(config), batch) == pytest.approx(memory.counted(config, batch, recipe), rel=0.01)
 
 
-def test_the_small_sizes_run_and_are_drawn(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_a_grid_is_run_found_done_and_read() -> None:
+    assert list(runs.measure(1)["runs"]) == [1]
+
+
+def test_the_smallest_size_is_measured_and_drawn(tmp_path: Path) -> None:
     config = growth.sizes(small=True)[0]
     row = growth.measure_size(config, repeats=1)
     assert row["parameters"] == memory.sizes(config).parameters
-    grids = runs.measure(1)
-    assert list(grids["runs"]) == [1]
+    grids = pd.DataFrame({"runs": [1, 10], "run": [900.0, 90.0]})
     growth.plot(pd.DataFrame([row]), grids, tmp_path / "size.svg")
     assert (tmp_path / "size.svg").read_text().count("parameters")
 

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ast.parse((ROOT / "tests" / "lmd" / "sharded_jobs.py").read_text("utf-8"))
 PROCESSES = (2, 3)
 JOBS = [
-    (name, count)
+    pytest.param(name, count, marks=[pytest.mark.full] if count > 2 else [])
     for node in SOURCE.body
     if isinstance(node, ast.FunctionDef)
     for decorator in node.decorator_list
@@ -30,10 +32,11 @@ JOBS = [
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, str]]]:
-    """What each job of tests/lmd/sharded_jobs.py says, by the number of processes and in each of them."""
-    found = {}
-    for count in PROCESSES:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+    """What each job of tests/lmd/sharded_jobs.py says in each of so many processes."""
+
+    @cache
+    def run(count: int) -> list[dict[str, str]]:
         folder = tmp_path_factory.mktemp("sharded")
         command = [sys.executable, "-W", "error", "-m", "tests.lmd.sharded_jobs"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -44,14 +47,15 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, s
                 running.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
         for rank, process in enumerate(running):
             assert process.wait(600) == 0, (folder / f"{rank}.txt").read_text()
-        found[count] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
-    return found
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+    return run
 
 
 @pytest.mark.parametrize(("name", "count"), JOBS)
 def test_sharded_parameters(name, count, done):
     """As the name of the job says; a job is missing where one before it failed."""
-    for rank, said in enumerate(done[count]):
+    for rank, said in enumerate(done(count)):
         assert said.get(name, "not run") == "", f"process {rank}: {said.get(name)}"
 
 
