@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import matplotlib
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
@@ -26,27 +27,43 @@ Build = Callable[[float], Figure]  # the figure for a width in inches
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: the name of its files, what it is called, what it shows and leaves out, and how it looks."""
+    """One figure: the name of its files, what it is called, what it shows and leaves out, and the figure for a page and
+    for a phone. Its forms are made when they are first asked for; the PDF is the slowest.
+    """
 
     name: str
     title: str
     caption: str
-    svg: bytes
-    narrow: bytes  # the SVG for a phone
     figure: Figure
+    slim: Figure
 
+    @cached_property
+    def svg(self) -> bytes:
+        with _drawing():
+            picture = svg(self.figure)
+            self.figure.set_layout_engine("none")  # the places are computed
+            return picture
+
+    @cached_property
+    def narrow(self) -> bytes:
+        """The SVG for a phone."""
+        with _drawing():
+            return svg(self.slim)
+
+    @cached_property
     def pdf(self) -> bytes:
-        """The figure as PDF; the slowest of its forms, so it is made when it is asked for."""
-        return pdf(self.figure)
+        _ = self.svg  # computes the places
+        with _drawing():
+            return pdf(self.figure)
+
+
+FORMS = ("svg", "narrow", "pdf")
 
 
 def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:
     """The figure that `build` makes, called for both widths in our style."""
     with _drawing():
-        wide = build(WIDTH)
-        picture = svg(wide)
-        wide.set_layout_engine("none")  # the places are computed
-        return Drawing(name, title, caption, picture, svg(build(NARROW)), wide)
+        return Drawing(name, title, caption, build(WIDTH), build(NARROW))
 
 
 @contextmanager
@@ -64,9 +81,8 @@ def _drawing() -> Iterator[None]:
 
 def pdf(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with _drawing():
-        figure.dpi = DPI
-        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    figure.dpi = DPI
+    FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
     return buffer.getvalue()
 
 

@@ -7,7 +7,7 @@ so a reader never sees half a report, and a full disk leaves the previous one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,35 +50,42 @@ def write_report(
     folders = [grid_folder] if isinstance(grid_folder, (str, Path)) else list(grid_folder)
     if tables_as is not None and tables_as not in paper.ENDINGS:
         raise ValueError(f"no kind of table {tables_as!r}; there are: {', '.join(paper.ENDINGS)}")
-    results = load.read_all(folders)
-    target = results.folder / "report.html" if output is None else Path(output)
-    if target.is_dir():
-        raise ValueError(
-            f"{target} is a folder; say the name of the HTML file to write, such as {target / 'report.html'}"
-        )
-    frames = all_tables(results)
     with Printer() as printer:
-        begin = printer.begin if figures and len(results.runs) >= MANY else None
-        text, drawings = compose(results, frames, datetime.now(UTC), begin)
+        many = sum(1 for folder in folders for _ in Path(folder).glob("*/config.json")) >= MANY
+        if many:
+            printer.start()
+        results = load.read_all(folders)
+        target = results.folder / "report.html" if output is None else Path(output)
+        if target.is_dir():
+            raise ValueError(
+                f"{target} is a folder; say the name of the HTML file to write, such as {target / 'report.html'}"
+            )
+        frames = all_tables(results)
+        text, drawings = compose(results, frames, datetime.now(UTC), printer if many else None)
         try:
-            (target.parent / "tables").mkdir(parents=True, exist_ok=True)
-            for name, frame in frames.items():
-                replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
-                if name not in LONG:
-                    csv = frame.to_csv(index=False, lineterminator="\n")
-                    replace(target.parent / "tables" / f"{name}.csv", csv.encode())
-            if figures:
-                (target.parent / "figures").mkdir(exist_ok=True)
-            for name, drawing in drawings.items() if figures else ():
-                replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
-                replace(target.parent / "figures" / f"{name}.pdf", printer.pdf(drawing))
+            _write(target, text, frames, drawings if figures else {})
             if tables_as is not None:
                 paper.write(frames, target.parent / "tables", tables_as)
-            replace(target, text.encode())
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"cannot write the report to {target}: {reason}") from error
     return target
+
+
+def _write(target: Path, text: str, frames: dict[str, pd.DataFrame], drawings: dict[str, Drawing]) -> None:
+    """The tables and figures beside the page, then the page. Raises OSError."""
+    (target.parent / "tables").mkdir(parents=True, exist_ok=True)
+    for name, frame in frames.items():
+        replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
+        if name not in LONG:
+            csv = frame.to_csv(index=False, lineterminator="\n")
+            replace(target.parent / "tables" / f"{name}.csv", csv.encode())
+    if drawings:
+        (target.parent / "figures").mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
+        replace(target.parent / "figures" / f"{name}.pdf", drawing.pdf)
+    replace(target, text.encode())
 
 
 def all_tables(results: Results) -> dict[str, pd.DataFrame]:
@@ -127,11 +134,9 @@ def compose(
     results: Results,
     frames: dict[str, pd.DataFrame],
     written_at: datetime,
-    on_drawing: Callable[[Drawing], None] | None = None,
+    printer: Printer | None = None,
 ) -> tuple[str, dict[str, Drawing]]:
-    """The whole page as HTML, and its figures by the names of their files. `on_drawing` is called with each as soon as
-    it is drawn.
-    """
+    """The whole page as HTML, and its figures by the names of their files; `printer` prints them meanwhile."""
     name = str(results.grid.get("grid", results.folder.name))
     sections: list[tuple[str, str, Iterable[Part]]] = []  # anchor, title, parts
     for number, (where, runs) in enumerate(results.runs.groupby(list(TASK), dropna=False, sort=False)):
@@ -142,18 +147,23 @@ def compose(
     sections.append(("where", "What ran where", provenance.provenance(results)))
     sections.append(("legend", "Terms, and how intervals are computed", [page.definitions(terms.LEGEND)]))
     drawings: dict[str, Drawing] = {}
-    body = [*_written("answer", first.screen(results, frames, written_at), drawings, on_drawing)]
+    body: list[str | Drawing] = [*_named("answer", first.screen(results, frames, written_at), drawings, printer)]
     body.append(page.contents((anchor, title) for anchor, title, _ in sections))
     for anchor, title, parts in sections:
-        body += [page.heading(2, title, anchor), *_written(title, parts, drawings, on_drawing)]
+        body += [page.heading(2, title, anchor), *_named(title, parts, drawings, printer)]
     explored = explore_data.data(results, frames["arms"]) if len(results.runs) else None
-    return page.document(f"Grid {name}", body, style=scripts.style(), end=scripts.scripts(explored)), drawings
+    end = scripts.scripts(explored)
+    if printer is not None:
+        for drawing in drawings.values():
+            printer.finish(drawing)
+    written = [page.figure(part) if isinstance(part, Drawing) else part for part in body]
+    return page.document(f"Grid {name}", written, style=scripts.style(), end=end), drawings
 
 
-def _written(
-    title: str, parts: Iterable[Part], drawings: dict[str, Drawing], on_drawing: Callable[[Drawing], None] | None
-) -> Iterator[str]:
-    """The parts as HTML; each drawing among them joins `drawings`, by its section's title and its own name."""
+def _named(
+    title: str, parts: Iterable[Part], drawings: dict[str, Drawing], printer: Printer | None
+) -> Iterator[str | Drawing]:
+    """The parts; each drawing among them joins `drawings`, by its section's title and its own name."""
     section = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]
     for part in parts:
         if isinstance(part, Drawing):
@@ -161,8 +171,6 @@ def _written(
             while name in drawings:
                 name += "-again"
             drawings[name] = part
-            if on_drawing is not None:
-                on_drawing(part)
-            yield page.figure(part)
-        else:
-            yield part
+            if printer is not None:
+                printer.begin(part)
+        yield part
