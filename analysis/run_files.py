@@ -228,7 +228,7 @@ def _numbers(path: Path) -> pd.DataFrame:
 def _plain_numbers(content: bytes) -> pd.DataFrame | None:
     """The numbers of lines that are all whole and hold finite numbers alone, as nearly all files do; None for others.
 
-    A quarter of the time of `_checked_numbers`, whose rows these are.
+    The same rows as those of `_checked_numbers`, read as columns, which takes less time.
     """
     options = arrow_json.ReadOptions(use_threads=False, block_size=len(content) + 1)
     try:

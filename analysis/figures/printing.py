@@ -1,6 +1,7 @@
 """Figures drawn and printed by a process of its own while the page goes on: a third of the time of a large report.
 
-`python -m analysis.figures.printing` is that process: pickled drawings in, their forms out, each after its length.
+`python -m analysis.figures.printing` is that process: pickled drawings with the names of the forms that are wanted come
+in, these forms go out, each after its length.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import IO
@@ -16,12 +18,13 @@ from analysis.figures.saving import FORMS, Drawing
 
 
 class Printer:
-    """Makes the forms (FORMS) of drawings in another process, from `begin` to `finish`. To be used in a `with`.
+    """Makes `forms` (of FORMS) of drawings in another process, from `begin` to `finish`. To be used in a `with`.
 
     What cannot be sent there, or where that process dies, is made here when it is asked for; the bytes are the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forms: Sequence[str] = FORMS) -> None:
+        self._forms = forms
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="printing")  # its thread starts with the first drawing
         self._asked: dict[int, Future[bytes]] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -35,7 +38,7 @@ class Printer:
 
     def begin(self, drawing: Drawing) -> None:
         try:
-            content = pickle.dumps(drawing)
+            content = pickle.dumps((drawing, self._forms))
         except (pickle.PicklingError, AttributeError, TypeError):  # it holds a function without a name, for one
             return
         self.start()
@@ -87,8 +90,8 @@ def receive(stream: IO[bytes]) -> bytes | None:
 
 def main() -> None:
     while (content := receive(sys.stdin.buffer)) is not None:
-        drawing = pickle.loads(content)
-        send(sys.stdout.buffer, pickle.dumps({form: getattr(drawing, form) for form in FORMS}))
+        drawing, forms = pickle.loads(content)
+        send(sys.stdout.buffer, pickle.dumps({form: getattr(drawing, form) for form in forms}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from analysis.figures.plots import STYLE
 
 WIDTH, NARROW = 11.0, 5.2  # inches: 1056 CSS pixels, the width of the page; and what a phone shows legibly
 DPI = 200  # of what is an image inside a figure
+PAGE_FORMS = ("svg", "narrow")  # of a Drawing: those that stand in the page
+FORMS = (*PAGE_FORMS, "pdf")
 Build = Callable[[float], Figure]  # the figure for a width in inches
 
 
@@ -55,9 +57,6 @@ class Drawing:
         _ = self.svg  # computes the places
         with _drawing():
             return pdf(self.figure)
-
-
-FORMS = ("svg", "narrow", "pdf")
 
 
 def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:

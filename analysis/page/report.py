@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import load
 from analysis.figures.printing import Printer
-from analysis.figures.saving import Drawing
+from analysis.figures.saving import FORMS, PAGE_FORMS, Drawing
 from analysis.load import Results
 from analysis.page import explore, explore_data, first, paper, provenance, scripts, task, terms
 from analysis.page import frontier as frontier_part
@@ -50,7 +50,7 @@ def write_report(
     folders = [grid_folder] if isinstance(grid_folder, (str, Path)) else list(grid_folder)
     if tables_as is not None and tables_as not in paper.ENDINGS:
         raise ValueError(f"no kind of table {tables_as!r}; there are: {', '.join(paper.ENDINGS)}")
-    with Printer() as printer:
+    with Printer(FORMS if figures else PAGE_FORMS) as printer:
         many = sum(1 for folder in folders for _ in Path(folder).glob("*/config.json")) >= MANY
         if many:
             printer.start()
@@ -63,29 +63,28 @@ def write_report(
         frames = all_tables(results)
         text, drawings = compose(results, frames, datetime.now(UTC), printer if many else None)
         try:
-            _write(target, text, frames, drawings if figures else {})
+            _write_beside(target.parent, frames, drawings if figures else {})
             if tables_as is not None:
                 paper.write(frames, target.parent / "tables", tables_as)
+            replace(target, text.encode())
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"cannot write the report to {target}: {reason}") from error
     return target
 
 
-def _write(target: Path, text: str, frames: dict[str, pd.DataFrame], drawings: dict[str, Drawing]) -> None:
-    """The tables and figures beside the page, then the page. Raises OSError."""
-    (target.parent / "tables").mkdir(parents=True, exist_ok=True)
+def _write_beside(folder: Path, frames: dict[str, pd.DataFrame], drawings: dict[str, Drawing]) -> None:
+    """The tables and figures of a page in that folder. Raises OSError."""
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, frame in frames.items():
-        replace(target.parent / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
+        replace(folder / "tables" / f"{name}.parquet", frame.to_parquet(index=False))
         if name not in LONG:
-            csv = frame.to_csv(index=False, lineterminator="\n")
-            replace(target.parent / "tables" / f"{name}.csv", csv.encode())
+            replace(folder / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode())
     if drawings:
-        (target.parent / "figures").mkdir(exist_ok=True)
+        (folder / "figures").mkdir(exist_ok=True)
     for name, drawing in drawings.items():
-        replace(target.parent / "figures" / f"{name}.svg", drawing.svg)
-        replace(target.parent / "figures" / f"{name}.pdf", drawing.pdf)
-    replace(target, text.encode())
+        replace(folder / "figures" / f"{name}.svg", drawing.svg)
+        replace(folder / "figures" / f"{name}.pdf", drawing.pdf)
 
 
 def all_tables(results: Results) -> dict[str, pd.DataFrame]:

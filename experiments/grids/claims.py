@@ -42,6 +42,11 @@ class Contrast:
             raise ValueError(f"contrast {self.name!r}: metric must be one of {', '.join(METRICS)}, is {self.metric!r}")
 
 
+def lost(name: str, one: tuple[Config, Config], other: tuple[Config, Config]) -> Contrast:
+    """What the second of `one` loses against its first, such as a format against float32, less what `other` loses."""
+    return Contrast(name, [one[1], other[0]], [one[0], other[1]])
+
+
 @dataclass(frozen=True)
 class Claim:
     """A sentence that is supported when every prediction comes true, refuted when one turns out false.

@@ -20,6 +20,7 @@ them.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from experiments.grids import claims as claim
 from experiments.grids.claims import Claim, Contrast
 from experiments.grids.lmd_claims_arms import (
     ADAMW,
@@ -86,8 +87,7 @@ def claims() -> Iterator[Claim]:
             return Contrast(name, [one], [other], metric, below)
 
         def lost(name: str, one: str, other: str, low: str, of: Arms = of) -> Contrast:
-            """What `one` loses to a format, less what `other` loses to it."""
-            return Contrast(name, [of[one, low], of[other, FLOAT32]], [of[one, FLOAT32], of[other, low]])
+            return claim.lost(name, (of[one, FLOAT32], of[one, low]), (of[other, FLOAT32], of[other, low]))
 
         steady = [of[name, format] for name in (FOR_MODEL, EVERYTHING) for format in FORMATS]
         yield Claim(

@@ -10,7 +10,7 @@ them.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from experiments.grids.claims import Claim, Contrast
+from experiments.grids.claims import Claim, Contrast, lost
 from experiments.training.config import Config, RecipeConfig, forward
 from experiments.training.optimizers import AdamW, LMDForModel, Madam, OptimizerSettings
 from lpsim import Rounding, ScaleRule, formats
@@ -108,10 +108,5 @@ class Experiment:
         return replace(self.base, optimizer=optimizer, recipe=recipe)
 
     def _lost(self, name: str, one: OptimizerSettings, other: OptimizerSettings, low: RecipeConfig) -> Contrast:
-        """What `one` loses to a format, less what `other` loses to it."""
-        float32 = forward("float32")
-        return Contrast(
-            name,
-            [self._run(one, low), self._run(other, float32)],
-            [self._run(one, float32), self._run(other, low)],
-        )
+        first, second = ((self._run(each, forward("float32")), self._run(each, low)) for each in (one, other))
+        return lost(name, first, second)

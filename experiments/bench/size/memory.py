@@ -26,14 +26,13 @@ from torch import nn
 
 from experiments.bench.step import kept_for_backward
 from experiments.grids import load_grid
-from experiments.training.config import RecipeConfig
+from experiments.training.config import RecipeConfig, all_products, forward
 from experiments.training.models.gpt2 import SMALL as GPT2_124M
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.vit import BASE as VIT_B16
 from experiments.training.models.vit import ViTConfig
 from experiments.training.record import forget_peak_memory, peak_memory_mb
-from lpsim import Gemm, Quantizer, Recipe, formats, simulate
-from lpsim.machine.recipes import BackwardOperands
+from lpsim import Recipe, simulate
 from lpsim.quantization.quantizer import ScaleClipsWarning
 
 ModelConfig = GPT2Config | ViTConfig
@@ -45,10 +44,12 @@ STATE = {ADAMW: (8, 8), "LMD without noise": (4, 8)}  # bytes beside weight and 
 
 
 def recipes() -> dict[str, Recipe | None]:
-    q = Quantizer(formats.mxfp6_e3m2)
-    gemm = Gemm(q, q)
-    every = Recipe(gemm, gemm, gemm, backward_operands=BackwardOperands.UNQUANTIZED)
-    return {"plain": None, "MXFP6 forward": Recipe(gemm), "MXFP6 all products": every}
+    format = "mxfp6_e3m2"
+    return {
+        "plain": None,
+        "MXFP6 forward": forward(format).build(),
+        "MXFP6 all products": all_products(format).build(),
+    }
 
 
 @dataclass(frozen=True)
