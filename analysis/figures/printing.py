@@ -45,14 +45,20 @@ class Printer:
         assert self._process is not None
         self._asked[id(drawing)] = self._asking.submit(_answer, self._process, content)
 
-    def finish(self, drawing: Drawing) -> None:
-        """Wait for the forms of a drawing, and put them where it would keep its own."""
-        asked = self._asked.pop(id(drawing), None)
-        if asked is not None:
+    def finish(self, drawings: Sequence[Drawing]) -> None:
+        """Wait for the forms of the drawings, and put them where each would keep its own.
+
+        From the last on, those that the other process has not come to are made here meanwhile.
+        """
+        for drawing in reversed(drawings):
+            asked = self._asked.pop(id(drawing), None)
+            if asked is None or asked.cancel():
+                _forms(drawing, self._forms)
+                continue
             try:
                 drawing.__dict__.update(pickle.loads(asked.result()))
             except (OSError, EOFError):
-                return
+                continue
 
     def __enter__(self) -> Printer:
         return self
@@ -91,7 +97,11 @@ def receive(stream: IO[bytes]) -> bytes | None:
 def main() -> None:
     while (content := receive(sys.stdin.buffer)) is not None:
         drawing, forms = pickle.loads(content)
-        send(sys.stdout.buffer, pickle.dumps({form: getattr(drawing, form) for form in forms}))
+        send(sys.stdout.buffer, pickle.dumps(_forms(drawing, forms)))
+
+
+def _forms(drawing: Drawing, forms: Sequence[str]) -> dict[str, bytes]:
+    return {form: getattr(drawing, form) for form in forms}
 
 
 if __name__ == "__main__":

@@ -67,14 +67,19 @@ def drawn(name: str, title: str, caption: str, build: Build) -> Drawing:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Our style, and no search for garbage: among the small objects of a figure that takes a tenth of the time."""
-    collecting = gc.isenabled()
+    with no_garbage_search(), matplotlib.rc_context(STYLE):
+        yield
+
+
+@contextmanager
+def no_garbage_search() -> Iterator[None]:
+    """Among the many small objects of figures and tables, looking for unreachable ones takes a tenth of the time."""
+    searching = gc.isenabled()
     gc.disable()
     try:
-        with matplotlib.rc_context(STYLE):
-            yield
+        yield
     finally:
-        if collecting:
+        if searching:
             gc.enable()
 
 

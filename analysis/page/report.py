@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import load
 from analysis.figures.printing import Printer
-from analysis.figures.saving import FORMS, PAGE_FORMS, Drawing
+from analysis.figures.saving import FORMS, PAGE_FORMS, Drawing, no_garbage_search
 from analysis.load import Results
 from analysis.page import explore, explore_data, first, paper, provenance, scripts, task, terms
 from analysis.page import frontier as frontier_part
@@ -50,10 +50,11 @@ def write_report(
     folders = [grid_folder] if isinstance(grid_folder, (str, Path)) else list(grid_folder)
     if tables_as is not None and tables_as not in paper.ENDINGS:
         raise ValueError(f"no kind of table {tables_as!r}; there are: {', '.join(paper.ENDINGS)}")
-    with Printer(FORMS if figures else PAGE_FORMS) as printer:
+    with Printer(FORMS if figures else PAGE_FORMS) as printer, no_garbage_search():
         many = sum(1 for folder in folders for _ in Path(folder).glob("*/config.json")) >= MANY
         if many:
             printer.start()
+        scripts.figures_library()  # begins now
         results = load.read_all(folders)
         target = results.folder / "report.html" if output is None else Path(output)
         if target.is_dir():
@@ -153,8 +154,7 @@ def compose(
     explored = explore_data.data(results, frames["arms"]) if len(results.runs) else None
     end = scripts.scripts(explored)
     if printer is not None:
-        for drawing in drawings.values():
-            printer.finish(drawing)
+        printer.finish(list(drawings.values()))
     written = [page.figure(part) if isinstance(part, Drawing) else part for part in body]
     return page.document(f"Grid {name}", written, style=scripts.style(), end=end), drawings
 

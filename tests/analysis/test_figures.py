@@ -39,12 +39,13 @@ def test_a_figure_is_the_same_each_time_and_its_text_is_text() -> None:
 
 def test_another_process_makes_the_same_bytes_and_its_death_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def forms(build: Callable[[float], Figure], elsewhere: bool) -> list[bytes]:
-        drawing = saving.drawn("bars", "Bars", "Two.", build)
-        if elsewhere:
+        drawings = [saving.drawn("bars", "Bars", "Two.", build) for _ in range(3)]  # the first is made elsewhere,
+        if elsewhere:  # the last here, since it has not been begun there
             with printing.Printer() as printer:
-                printer.begin(drawing)
-                printer.finish(drawing)
-        return [getattr(drawing, form) for form in saving.FORMS]
+                for drawing in drawings:
+                    printer.begin(drawing)
+                printer.finish(drawings)
+        return [getattr(drawing, form) for drawing in drawings for form in saving.FORMS]
 
     assert forms(bars, elsewhere=True) == forms(bars, elsewhere=False)
     assert forms(nameless_bars, elsewhere=True) == forms(nameless_bars, elsewhere=False)  # cannot be sent there
