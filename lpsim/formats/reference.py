@@ -298,8 +298,13 @@ def tensor_scale(amax: float, fmt: BlockFormat, dtype: Any = np.float32) -> floa
     if fmt.tensor_scale is None:
         return 1.0
     wanted = float(dtype(amax) / dtype(fmt.element.max * fmt.scale.max))
-    least = max(fmt.tensor_scale.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
-    return min(max(round_value(wanted, fmt.tensor_scale), least), fmt.tensor_scale.max)
+    return min(max(round_value(wanted, fmt.tensor_scale), least_tensor_scale(fmt)), fmt.tensor_scale.max)
+
+
+def least_tensor_scale(fmt: BlockFormat) -> float:
+    """The smallest second scale of a format that has one."""
+    assert fmt.tensor_scale is not None
+    return max(fmt.tensor_scale.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
 
 
 # ---------------------------------------------------------------------------------------------- tensors

@@ -8,17 +8,17 @@ torch's.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
-from lpsim.formats import BlockFormat, FloatFormat, Format, reference
+from lpsim.formats import BlockFormat, FloatFormat, Format, float32, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization.cpu_kernels import (
     ACROSS,
@@ -26,6 +26,7 @@ from lpsim.quantization.cpu_kernels import (
     FEW,
     GRID,
     MANY,
+    NUMBERS,
     STOCHASTIC,
     SYMMETRIC,
     Field,
@@ -35,6 +36,7 @@ from lpsim.quantization.cpu_kernels import (
     overflow_to_special,
     plain_row_at,
     row_at,
+    tensor_scale_for,
     tile_maxima,
 )
 from lpsim.quantization.plan import SPAN, Plan, geometry, plan, sub_tile
@@ -71,13 +73,16 @@ class _Call:
         """given: the scales and their inverses. rounded: see cpu_kernels.scales.rounded_scales. part: plan.sub_tile."""
         part = part or tile
         outer, rows, columns = shape
-        self.tensor_scaled = False  # whether numbers depend on the tensor
+        self.limits: np.ndarray | None = None  # where numbers depend on the tensor: see cpu_kernels.TensorScale
+        self.double = p.variant.double
         self.tile_rows = outer * -(-rows // tile[0])
+        self.tiles = self.tile_rows * -(-columns // tile[1])
         self.bytes = elements * (8 if p.variant.double else 4)
         self.serial = elements < _SERIAL  # the kernel itself may be called for all rows
         fields: dict[Field, int | np.ndarray] = {
             Field.ROWS: rows, Field.COLUMNS: columns, Field.TILE_ROWS: tile[0], Field.TILE_COLUMNS: tile[1],
-            Field.AHEAD: tile[0] * columns, Field.SUB_ROWS: part[0], Field.SUB_COLUMNS: part[1],
+            Field.AHEAD: tile[0] * columns if self.bytes >= _LARGE else 0,
+            Field.SUB_ROWS: part[0], Field.SUB_COLUMNS: part[1],
             Field.ELEMENTS: elements, Field.BITS: p.bits, Field.SCALES: scales,
             Field.FLOATS_AT: p.floats, Field.INTEGERS_AT: p.integers,
             Field.THRESHOLDS_AT: p.thresholds, Field.THRESHOLDS: len(p.thresholds),
@@ -118,24 +123,30 @@ class _Call:
         self.record = record.ctypes.data
         self.kernel = kernel_for(double, wide, scale_wide, rule_wide)
 
-    def with_numbers(self, numbers: np.ndarray) -> _Call:
-        """The same with other numbers for ScaleRule.ROUND."""
-        result = copy.copy(self)
-        record = self.arrays[0].copy()
-        record[Field.NUMBERS_AT] = numbers.ctypes.data
-        result.arrays, result.record = [record, numbers, *self.arrays[1:]], record.ctypes.data
+    def for_tensor(self, x: int) -> np.ndarray:
+        """The record, and what it refers to, for the tensor at this address, where numbers depend on it."""
+        assert self.limits is not None
+        kernels, own = tensor_scale_for(self.double), len(Field) + NUMBERS
+        result = np.empty(own + (self.tiles if self.double else -(-self.tiles // 2)), np.int64)
+        record = result.ctypes.data
+        maxima = record + 8 * own
+        arguments = (self.record, x, maxima)
+        if self.serial:
+            largest = kernels.maxima(*arguments, 0, self.tile_rows)
+        else:
+            largest = max(_in_parts(kernels.maxima, arguments, self.tile_rows))
+        kernels.record(self.record, maxima, largest, self.limits.ctypes.data, record)
         return result
 
-    def on_threads(self, x: int, out: int, seed: int, stream_step: int, offset: int) -> None:
-        """The kernel on torch's number of threads, each with its share of the rows of tiles."""
-        threads = min(torch.get_num_threads(), self.tile_rows)
-        bounds = [self.tile_rows * t // threads for t in range(threads + 1)]
-        arguments = (self.record, x, out, seed, stream_step, offset)
-        if threads == 1:
-            self.kernel(*arguments, 0, self.tile_rows)
-            return
-        for done in [_pool(threads).submit(self.kernel, *arguments, *span) for span in itertools.pairwise(bounds)]:
-            done.result()
+
+def _in_parts(kernel: Any, arguments: tuple[int, ...], count: int) -> list[Any]:
+    """kernel(*arguments, first, last) on torch's number of threads, for equal parts of the numbers below `count`."""
+    threads = min(torch.get_num_threads(), count)
+    if threads == 1:
+        return [kernel(*arguments, 0, count)]
+    bounds = [count * t // threads for t in range(threads + 1)]
+    parts = [_pool(threads).submit(kernel, *arguments, *span) for span in itertools.pairwise(bounds)]
+    return [part.result() for part in parts]
 
 
 def _signed(word: int) -> int:
@@ -174,9 +185,6 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
     if call is None:
         assert isinstance(fmt, BlockFormat)
         call = _with_scales(x, fmt, axis, p)
-    elif call.tensor_scaled:
-        assert isinstance(fmt, BlockFormat)
-        call = call.with_numbers(_numbers(fmt, p, _tensor_scale(x, fmt)))
     distance = abs(target - source)
     if distance < call.bytes and (distance > 0 or p.variant.mode == STOCHASTIC or p.overflow is not None):
         x = x.clone()  # results would be written over what is still to be read
@@ -184,10 +192,12 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
     seed = stream_step = offset = 0
     if key is not None:
         seed, stream_step, offset = _signed(key.seed), _signed(key.stream | key.step << 32), key.offset
+    own = None if call.limits is None else call.for_tensor(source)
+    arguments = (call.record if own is None else own.ctypes.data, source, target, seed, stream_step, offset)
     if call.serial:
-        call.kernel(call.record, source, target, seed, stream_step, offset, 0, call.tile_rows)
+        call.kernel(*arguments, 0, call.tile_rows)
     else:
-        call.on_threads(source, target, seed, stream_step, offset)
+        _in_parts(call.kernel, arguments, call.tile_rows)
     if p.overflow is not None:
         overflow_to_special(x.view(-1).numpy(), out.view(-1).numpy(), *p.overflow)
 
@@ -203,10 +213,15 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
         return None
     if len(p.rule) > 0:
         return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO, part=part)
-    if fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals:
-        scale_plan = _scale_plan(fmt.scale, p)
-        call = _Call(p, rows, tile, elements, Scales.ROUNDED, rounded=(_numbers(fmt, p, 1.0), scale_plan))
-        call.tensor_scaled = fmt.tensor_scale is not None
+    own_scale = fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals
+    if own_scale and fmt.tensor_scale in (None, float32):
+        dtype = np.float64 if p.variant.double else np.float32
+        numbers = np.array([fmt.element.max, 1.0, 1.0, fmt.scale.min_normal, fmt.scale.max], dtype)
+        call = _Call(p, rows, tile, elements, Scales.ROUNDED, rounded=(numbers, _scale_plan(fmt.scale, p)))
+        if fmt.tensor_scale is not None:
+            divisor, least = fmt.element.max * fmt.scale.max, reference.least_tensor_scale(fmt)
+            with np.errstate(over="ignore"):
+                call.limits = np.array([divisor, least, fmt.tensor_scale.max, *numbers[[0, 3, 4]]], dtype)
         return call
     return None
 
@@ -216,14 +231,6 @@ def _same(elements: int, p: Plan, scale: np.ndarray, inverse: np.ndarray) -> _Ca
     columns = min(elements, SPAN)
     shape = (1, -(-elements // columns), columns)
     return _Call(p, shape, (1, columns), elements, Scales.SAME, (scale, inverse))
-
-
-def _numbers(fmt: BlockFormat, p: Plan, outer: float) -> np.ndarray:
-    """What ScaleRule.ROUND takes: see cpu_kernels.scales.rounded_scales. outer: the tensor's scale."""
-    dtype = np.float64 if p.variant.double else np.float32
-    with np.errstate(all="ignore"):
-        inverse = dtype(1.0) / dtype(outer)
-    return np.array([fmt.element.max, outer, inverse, fmt.scale.min_normal, fmt.scale.max], dtype)
 
 
 def _scale_plan(scale: FloatFormat, p: Plan) -> Plan:
@@ -277,7 +284,8 @@ def _given_scales(amax: np.ndarray, fmt: BlockFormat, outer: float, p: Plan) -> 
         rounded = np.empty_like(wanted)
         q = _scale_plan(fmt.scale, p)
         one = np.ones(1, q.floats.dtype)
-        _same(wanted.size, q, one, one).on_threads(wanted.ctypes.data, rounded.ctypes.data, 0, 0, 0)
+        call = _same(wanted.size, q, one, one)
+        _in_parts(call.kernel, (call.record, wanted.ctypes.data, rounded.ctypes.data, 0, 0, 0), call.tile_rows)
         scale = np.clip(rounded, dtype(fmt.scale.min_normal), dtype(fmt.scale.max))
         inverse = (dtype(1.0) / dtype(outer)) / scale
         scale = scale * dtype(outer)

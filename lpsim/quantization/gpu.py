@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from lpsim.formats import BlockFormat, FloatFormat, Format
+from lpsim.formats import BlockFormat, FloatFormat, Format, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization.gpu_bits import triton
 from lpsim.quantization.gpu_kernels import (
@@ -193,8 +193,7 @@ def _scale_of_tensor(x: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> t
         return None
     all_of_it = _cut((1, 1, x.numel()), (1, x.numel()), False)
     numbers = _scale_numbers(second, x)
-    least = max(second.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
-    limits = _limits(fmt.element.max * fmt.scale.max, least, second.max, dtype, x.device)
+    limits = _limits(fmt.element.max * fmt.scale.max, reference.least_tensor_scale(fmt), second.max, dtype, x.device)
     result = torch.empty(1, dtype=dtype, device=x.device)
     gap, bare = numbers.compiled["GAP"], numbers.compiled["BARE"]
     with np.errstate(all="ignore"):

@@ -169,7 +169,7 @@ def block_scales(x: Tensor, fmt: BlockFormat, axis: int) -> tuple[Tensor, Tensor
         largest = amax.max() if amax.numel() else outer * 0
         wanted = largest / (outer * (fmt.element.max * fmt.scale.max))  # a tensor: CUDA divides by a number inexactly
         outer = Quantizer(fmt.tensor_scale).quantize(wanted)
-        least = max(fmt.tensor_scale.min_normal, math.ldexp(1.0, -126 - fmt.scale.emin))
+        least = reference.least_tensor_scale(fmt)
         outer = outer.clamp(least, fmt.tensor_scale.max)
         if not bool(finite.all()):
             outer, finite = outer * math.nan, finite & False

@@ -1,5 +1,6 @@
 """Quantizer on the CPU: equality with the oracle, layouts, dtypes, random bits, gradients, bad input."""
 
+import itertools
 import multiprocessing
 
 import numpy as np
@@ -88,11 +89,16 @@ def test_threads_do_not_change_a_bit() -> None:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            for fmt, axis in ((formats.mxfp6_e3m2, 1), (formats.mxfp6_e3m2, 0), (formats.bfloat16, 1)):
+            for fmt, axis in (
+                (formats.mxfp6_e3m2, 1),
+                (formats.mxfp6_e3m2, 0),
+                (formats.bfloat16, 1),
+                (formats.nvfp4, 1),
+            ):
                 results.append(Quantizer(fmt, Rounding.STOCHASTIC)(x, axis=axis, key=KEY))
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(results[:3], results[3:], strict=True):
+    for one, two in zip(results[:4], results[4:], strict=True):
         assert torch.equal(one, two)
 
 
@@ -118,6 +124,21 @@ def test_blocks_of_every_magnitude_equal_the_oracle(fmt: BlockFormat, rounding: 
     columns = np.ascontiguousarray(x.T)
     expected = reference.quantize(columns, fmt, 0, rounding, key=KEY)
     assert_same_bits(quantizer(torch.from_numpy(columns), axis=0, key=KEY).numpy(), expected, "first axis")
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(np.float32, -149, 128), (np.float64, -1074, 1024)])
+def test_tensors_of_every_magnitude_equal_the_oracle_where_they_have_a_scale(
+    dtype: type, least: int, most: int
+) -> None:
+    """One tensor every few powers of two, and some that hold what is no number; along the last axis and the first."""
+    block = np.random.default_rng(0).uniform(-1.5, 1.5, (16, 32)).astype(dtype)
+    tensors = [np.ldexp(block, power).astype(dtype) for power in range(least, most, 7)]
+    for special in (np.nan, np.inf):
+        tensors.append(block.copy())
+        tensors[-1][3, 5] = special
+    for axis, x in itertools.product((1, 0), tensors):
+        expected = reference.quantize(x, formats.nvfp4, axis)
+        assert_same_bits(Quantizer(formats.nvfp4)(torch.from_numpy(x), axis=axis).numpy(), expected, f"axis {axis}")
 
 
 @pytest.mark.parametrize("block_size", [16, 64, (2, 1)])

@@ -7,7 +7,14 @@ In: addresses and numbers. Out: a quantized tensor in memory. `quantization.cpu`
 """
 
 from lpsim.quantization.cpu_kernels.elements import FEW, GRID, MANY, STOCHASTIC, SYMMETRIC
-from lpsim.quantization.cpu_kernels.loops import Scales, kernel_for, overflow_to_special, tile_maxima
+from lpsim.quantization.cpu_kernels.loops import (
+    NUMBERS,
+    Scales,
+    kernel_for,
+    overflow_to_special,
+    tensor_scale_for,
+    tile_maxima,
+)
 from lpsim.quantization.cpu_kernels.rows import ACROSS, DOWN, Field, Way, plain_row_at, row_at
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "FEW",
     "GRID",
     "MANY",
+    "NUMBERS",
     "STOCHASTIC",
     "SYMMETRIC",
     "Field",
@@ -25,5 +33,6 @@ __all__ = [
     "overflow_to_special",
     "plain_row_at",
     "row_at",
+    "tensor_scale_for",
     "tile_maxima",
 ]

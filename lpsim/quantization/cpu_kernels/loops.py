@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -43,6 +43,7 @@ _GIVEN, _SAME, _POWER_OF_TWO, _ROUNDED = (int(s) for s in Scales)
     _FLOATS_AT, _INTEGERS_AT, _THRESHOLDS_AT, _THRESHOLDS, _VALUES_AT, _VALUES,
     _RULE_AT, _SCALE_AT, _INVERSE_AT, _NUMBERS_AT, _SCALE_FLOATS_AT, _SCALE_INTEGERS_AT,
     _ROW_AT, _EXACT_ROW_AT, _PLAIN_ROW_AT, _LARGE_ROW_AT, _, _SUB_ROWS, _SUB_COLUMNS, _BLOCK_SHIFT,
+    _MAXIMA_AT,
 ) = (int(field) for field in Field)  # fmt: skip
 
 _FIELDS = len(Field)
@@ -182,7 +183,10 @@ def kernel_for(double: bool, wide: bool, scale_wide: bool, rule_wide: bool) -> A
                 fill_maxima(x, whole, top, bottom, columns, 1)
                 ordinary = power_of_two_scales(whole, s, n, rule, f, emin, lowest, highest) and plain_row != 0
             elif source == _ROUNDED:
-                fill_maxima(x, m, top, bottom, columns, tile_columns)
+                if c[_MAXIMA_AT] != 0:
+                    m = _array(c[_MAXIMA_AT] + size * tile_row * across, across, pattern)
+                else:
+                    fill_maxima(x, m, top, bottom, columns, tile_columns)
                 g = _array(c[_SCALE_FLOATS_AT], 5, rule_compute)
                 h = _array(c[_SCALE_INTEGERS_AT], 11, rule_integer)
                 rounded_scales(m, computed, s, n, _array(c[_NUMBERS_AT], 5, element), g, h)
@@ -235,6 +239,61 @@ def _tile_maxima(files: int) -> Any:
 
 
 tile_maxima = _tile_maxima(FINGERPRINT)
+
+
+class TensorScale(NamedTuple):
+    """Kernels for what depends on the largest magnitude of a whole tensor: see reference.tensor_scale.
+
+    maxima(call, x_at, m_at, first, last): fills m, the maxima of all tiles, for the rows of tiles [first, last), and
+    gives the largest of these, as a bit pattern. record(call, m_at, bits, limits_at, record_at): writes the record of a
+    call whose tensor has these maxima and that largest magnitude, and behind it the numbers that scales.rounded_scales
+    takes. limits: by what the magnitude is divided, the least and the largest scale of a tensor, and then what
+    `numbers` there has beside that scale.
+    """
+
+    maxima: Any
+    record: Any
+
+
+NUMBERS = 5  # what lies behind a record that TensorScale.record writes, each in 8 bytes
+
+
+@functools.cache
+def tensor_scale_for(double: bool) -> TensorScale:
+    """The kernels for float32 or float64 tensors whose scale is a float32."""
+    element, pattern, size = (np.float64, np.int64, 8) if double else (np.float32, np.int32, 4)
+    infinity = 2047 << 52 if double else 255 << 23
+    files = FINGERPRINT
+
+    @njit(types.int64(*[types.int64] * 5), cache=True, nogil=True)
+    def maxima(call, x_at, m_at, first, last):
+        _ = files
+        c = _array(call, _FIELDS, np.int64)
+        rows, columns, tile_rows, tile_columns = c[_ROWS], c[_COLUMNS], c[_TILE_ROWS], c[_TILE_COLUMNS]
+        down, across = -(-rows // tile_rows), -(-columns // tile_columns)
+        x, largest = _array(x_at, c[_ELEMENTS], element), pattern(0)
+        for tile_row in range(first, last):
+            top, bottom = _rows_of(tile_row, rows, tile_rows, down)
+            m = _array(m_at + size * tile_row * across, across, pattern)
+            fill_maxima(x, m, top, bottom, columns, tile_columns)
+            for b in range(across):
+                largest = max(largest, m[b])
+        return largest
+
+    @njit(types.void(*[types.int64] * 5), cache=True, nogil=True, error_model="numpy")
+    def record(call, m_at, bits, limits_at, record_at):
+        _ = files
+        result, limits = _array(record_at, _FIELDS, np.int64), _array(limits_at, 6, element)
+        result[:] = _array(call, _FIELDS, np.int64)
+        result[_NUMBERS_AT], result[_MAXIMA_AT] = record_at + 8 * _FIELDS, m_at
+        numbers, magnitude = _array(result[_NUMBERS_AT], NUMBERS, element), np.empty(1, pattern)
+        magnitude[0] = bits
+        scale = element(np.float32(magnitude.view(element)[0] / limits[0]))
+        scale = min(max(scale, limits[1]), limits[2]) if bits < infinity else element(np.nan)
+        numbers[0], numbers[1], numbers[2] = limits[3], scale, element(1) / scale
+        numbers[3], numbers[4] = limits[4], limits[5]
+
+    return TensorScale(maxima, record)
 
 
 @njit(cache=True, nogil=True)

@@ -51,9 +51,10 @@ class Field(enum.IntEnum):
     FLOATS_AT, INTEGERS_AT, THRESHOLDS_AT, THRESHOLDS, VALUES_AT, VALUES = range(8, 14)
     RULE_AT, SCALE_AT, INVERSE_AT, NUMBERS_AT, SCALE_FLOATS_AT, SCALE_INTEGERS_AT = range(14, 20)
     ROW_AT, EXACT_ROW_AT, PLAIN_ROW_AT, LARGE_ROW_AT = range(20, 24)
-    AHEAD = 24  # elements from one row of tiles to the next
+    AHEAD = 24  # where the tensor is larger than the cache, elements from one row of tiles to the next; else 0
     SUB_ROWS, SUB_COLUMNS = range(25, 27)  # of the part of a tile with one scale
     BLOCK_SHIFT = 27  # log2 of a block's columns, where blocks have parts
+    MAXIMA_AT = 28  # of the largest magnitudes of all tiles, where they are known; else 0
 
 
 class Way(NamedTuple):
@@ -153,13 +154,15 @@ def _row(
         scales, inverses = (Memory.at(builder, F64 if way.scale_wide else F32, place) for place in (scale, inverse))
         upper, lower = (Memory.at(builder, ir.IntType(16), place) for place in (words, lows))
         openness, ahead = Maximum(builder, given.integer, width), given[Field.AHEAD]
+        large = builder.icmp_signed("!=", ahead, ir.Constant(I64, 0))
         elements = {lanes: given.element(lanes, plain) for lanes in {width, 1}}
         draws = {lanes: Draw(builder, given[Field.BITS], lanes) for lanes in {width, 1}}
         look_up = given.table(way.kind == FEW)
 
         def body(place: Any, lanes: int) -> None:
             if lanes > 1:
-                source.prefetch(builder.add(place, ahead))
+                with builder.if_then(large):
+                    source.prefetch(builder.add(place, ahead))
             g, value = elements[lanes], source.load(place, lanes)
             s, n = (way.of_block(builder, memory, place, shift, lanes) for memory in (scales, inverses))
             v = (value.widen(n.element) * n).widen(given.compute)
