@@ -73,7 +73,7 @@ class _Call:
         """given: the scales and their inverses. rounded: see cpu_kernels.scales.rounded_scales. part: plan.sub_tile."""
         part = part or tile
         outer, rows, columns = shape
-        self.limits: np.ndarray | None = None  # where numbers depend on the tensor: see cpu_kernels.TensorScale
+        self.limits = 0  # their address, where numbers depend on the tensor: see cpu_kernels.TensorScale
         self.double = p.variant.double
         self.tile_rows = outer * -(-rows // tile[0])
         self.tiles = self.tile_rows * -(-columns // tile[1])
@@ -123,20 +123,22 @@ class _Call:
         self.record = record.ctypes.data
         self.kernel = kernel_for(double, wide, scale_wide, rule_wide)
 
-    def for_tensor(self, x: int) -> np.ndarray:
-        """The record, and what it refers to, for the tensor at this address, where numbers depend on it."""
-        assert self.limits is not None
+    def depend_on_tensor(self, limits: np.ndarray) -> None:
+        self.arrays.append(limits)
+        self.limits = limits.ctypes.data
+
+    def for_tensor(self, x: int) -> tuple[np.ndarray, int]:
+        """The memory of the record for the tensor at this address, where numbers depend on it; and its address."""
         kernels, own = tensor_scale_for(self.double), len(Field) + NUMBERS
-        result = np.empty(own + (self.tiles if self.double else -(-self.tiles // 2)), np.int64)
-        record = result.ctypes.data
-        maxima = record + 8 * own
-        arguments = (self.record, x, maxima)
+        memory = np.empty(own + (self.tiles if self.double else -(-self.tiles // 2)), np.int64)
+        record = memory.ctypes.data
+        arguments = (self.record, x, record + 8 * own)
         if self.serial:
             largest = kernels.maxima(*arguments, 0, self.tile_rows)
         else:
             largest = max(_in_parts(kernels.maxima, arguments, self.tile_rows))
-        kernels.record(self.record, maxima, largest, self.limits.ctypes.data, record)
-        return result
+        kernels.record(self.record, record + 8 * own, largest, self.limits, record)
+        return memory, record
 
 
 def _in_parts(kernel: Any, arguments: tuple[int, ...], count: int) -> list[Any]:
@@ -192,8 +194,8 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
     seed = stream_step = offset = 0
     if key is not None:
         seed, stream_step, offset = _signed(key.seed), _signed(key.stream | key.step << 32), key.offset
-    own = None if call.limits is None else call.for_tensor(source)
-    arguments = (call.record if own is None else own.ctypes.data, source, target, seed, stream_step, offset)
+    _memory, record = call.for_tensor(source) if call.limits else (None, call.record)
+    arguments = (record, source, target, seed, stream_step, offset)
     if call.serial:
         call.kernel(*arguments, 0, call.tile_rows)
     else:
@@ -221,7 +223,8 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
         if fmt.tensor_scale is not None:
             divisor, least = fmt.element.max * fmt.scale.max, reference.least_tensor_scale(fmt)
             with np.errstate(over="ignore"):
-                call.limits = np.array([divisor, least, fmt.tensor_scale.max, *numbers[[0, 3, 4]]], dtype)
+                limits = np.array([divisor, least, fmt.tensor_scale.max, *numbers[[0, 3, 4]]], dtype)
+            call.depend_on_tensor(limits)
         return call
     return None
 
