@@ -24,11 +24,15 @@ LINE = 28  # letters in a line of a row's name on a narrow screen
 
 @dataclass(frozen=True)
 class Costs:
-    """What formats cost the arms of one task: rows of tables.differences with a `name` for the arm."""
+    """What formats cost the arms of one task: rows of tables.differences with a `name` for the arm; of tables.pairs,
+    a seed each; and how the arms do in float32, in words.
+    """
 
     title: str
     rows: pd.DataFrame
+    seeds: pd.DataFrame
     formats: Sequence[str]
+    start: str
 
 
 def forest(
@@ -105,17 +109,21 @@ def costs(tasks: Sequence[Costs]) -> Drawing | None:
         grid = figure.subplots(lines, columns, squeeze=False)
         for task, rows, ax in zip(tasks, measured, grid.flat, strict=False):
             metric = rows["metric"].iloc[0]
-            side = "down" if higher_is_better(metric) else "up"
-            plots.costs(
-                rows, ax, formats=task.formats, colours=colours, label=f"{plots.CHANGES[metric]}\n{side} is worse"
-            )
+            side, scale = ("down", 100) if higher_is_better(metric) else ("up", 1)
+            scaled = rows.assign(**{name: scale * rows[name] for name in ("difference", "low", "high")})
+            seeds = task.seeds.assign(difference=scale * task.seeds["difference"])
+            label = f"{plots.CHANGES[metric]}\n{side} is worse"
+            plots.costs(scaled, seeds, ax, formats=task.formats, colours=colours, label=label)
             ax.set_title(task.title if len(tasks) > 1 else "", loc="left")
         for ax in grid.flat[len(tasks) :]:
             ax.set_visible(False)
         key(figure, colours, width)
         return figure
 
-    caption = f"Mean over seeds of format − {BASELINE}, with its 95% interval (none for one seed)."
+    caption = (
+        f"Mean over seeds of format − {BASELINE}, with its 95% interval (none for one seed); small points are seeds. "
+        f"In {BASELINE}: {'; '.join(task.start for task in tasks)}."
+    )
     return drawn("costs", "What each format costs", caption, build)
 
 

@@ -20,7 +20,10 @@ from analysis.statistics.tables import BASELINE, higher_is_better, interval
 
 UNITS = {"validation_loss": "nats", "validation_accuracy": "share correct"}
 LABELS = {metric: f"{metric.replace('_', ' ')} ({unit})" for metric, unit in UNITS.items()}
-CHANGES = {metric: f"change in {metric.replace('_', ' ')}\nfrom {BASELINE} ({unit})" for metric, unit in UNITS.items()}
+CHANGES = {  # as sentences tell them
+    "validation_loss": f"change in validation loss\nfrom {BASELINE} (nats)",
+    "validation_accuracy": f"change in validation accuracy\nfrom {BASELINE} (percentage points)",
+}
 DISTINCT = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161")  # of seaborn's "colorblind"
 INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
@@ -185,8 +188,18 @@ def forest(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any
     return ax
 
 
-def costs(frame: pd.DataFrame, ax: Axes, *, formats: Sequence[str], colours: Mapping[str, Any], label: str) -> Axes:
-    """`difference` with `low` to `high` against the format, float32 first at 0; a line for each `name`."""
+def costs(
+    frame: pd.DataFrame,
+    seeds: pd.DataFrame,
+    ax: Axes,
+    *,
+    formats: Sequence[str],
+    colours: Mapping[str, Any],
+    label: str,
+) -> Axes:
+    """`difference` with `low` to `high` against the format, float32 first at 0; a line for each `name`. seeds: the same
+    of single seeds, as small points beside.
+    """
     places = {name: place for place, name in enumerate([BASELINE, *formats])}
     for number, (name, colour) in enumerate(colours.items()):
         rows = frame[frame["name"] == name].drop_duplicates("format")
@@ -195,6 +208,9 @@ def costs(frame: pd.DataFrame, ax: Axes, *, formats: Sequence[str], colours: Map
         ax.plot(x, [0, *rows["difference"]], "o-", color=colour, linewidth=1.6, markersize=5)
         for place, low, high in zip(x[1:], rows["low"], rows["high"], strict=True):
             ax.plot([place, place], [low, high], "-", color=colour, linewidth=1.6)
+        single = seeds[seeds["name"] == name]
+        beside = single["format"].map(places) + shift + (0.04 if shift > 0 else -0.04)
+        ax.plot(beside, single["difference"], "o", color=colour, alpha=0.7, markersize=3.5, markeredgewidth=0)
     ax.axhline(0, color=INK, linewidth=1)
     ax.set_xticks(range(len(places)), list(places))
     if sum(map(len, places)) > 40:

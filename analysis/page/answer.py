@@ -40,6 +40,7 @@ class Comparison:
 class Answer:
     """What a grid shows. Texts hold `code` and **what matters** in the marks of page.prose."""
 
+    verdict: str  # whether the sentences are decided; empty where all are, or none compares
     sentences: list[str]  # at most three
     decided: list[str]
     undecided: str  # one line; empty where everything is decided
@@ -83,7 +84,20 @@ def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
     undecided.sort(key=lambda pair: (math.isnan(pair[1].more), pair[1].more))
     each_open = [of(task, f"{each.phrase}{_more(each.more)}") for task, each in undecided]
     line = _undecided([each for _, each in undecided], len(every), of(undecided[0][0], "") if undecided else "")
-    return Answer(sentences, decided, line, each_open)
+    first = {names[task]: mine.headline for task, mine in found.items() if mine.headline is not None}
+    headlines = {name: each for name, each in first.items() if each.headline in said}
+    return Answer(_verdict(headlines) if several else "", sentences, decided, line, each_open)
+
+
+def _verdict(headlines: Mapping[str, Comparison]) -> str:
+    """One line before the sentences, of headlines by the name of their task."""
+    decided = [name for name, each in headlines.items() if each.decided]
+    if not headlines or len(decided) == len(headlines):
+        return ""
+    if not decided:
+        return "Not decided by these runs:" if len(headlines) == 1 else "Not decided by these runs, on either model:"
+    rest = [name for name in headlines if name not in decided]
+    return f"Decided on {' and '.join(decided)}, not on {' and '.join(rest)}:"
 
 
 def _sentences(found: Mapping[Any, _OfTask]) -> Iterator[tuple[Any, str]]:
@@ -266,7 +280,7 @@ def _best(table: pd.DataFrame) -> str:
     if best is None:
         return "No run has finished with a finite value."
     metric = best["metric"]
-    value = f"**{100 * best['mean']:.1f}%**" if higher_is_better(metric) else f"**{best['mean']:.3f} nats**"
+    value = f"**{summary.value(best['mean'], metric)}**"
     seeds = f"the mean of {best['n']} seeds" if best["n"] > 1 else "one seed, which says nothing about chance"
     if len(table) == 1:
         return f"The final {metric.replace('_', ' ')} is {value} ({seeds})."
@@ -294,9 +308,6 @@ def _undecided(comparisons: Sequence[Comparison], total: int, where: str) -> str
         return f"{line}; {'two or more seeds are needed to tell' if single else 'even 1000 seeds would hardly decide'}."
     on = f" on {where.removesuffix(': ')}" if where else ""
     line += f"; about {count(int(finite[0].more), 'more seed')} would decide {finite[0].phrase}{on}"
-    if len(finite) > 1:
-        which = "all of them" if len(finite) == len(comparisons) else f"{len(finite)} of them"
-        line += f", about {finite[-1].more:.0f} more would decide {which}"
     return f"{line}."
 
 

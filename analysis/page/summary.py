@@ -25,6 +25,19 @@ METRICS = {
     "validation_loss": "Validation loss is the mean cross-entropy on held-out data, in nats; lower is better.",
     "validation_accuracy": "Validation accuracy is the share of held-out examples that are classified correctly.",
 }
+OPTIMIZERS = {
+    "adamw": "AdamW as in torch",
+    "lmd": "Log-Normal Multiplicative Dynamics, an optimizer with multiplicative updates, for all weights",
+    "lmd-for-model": "LMD (Log-Normal Multiplicative Dynamics, an optimizer with multiplicative updates) for hidden "
+    "matrices, AdamW for all other weights",
+    "madam": "Madam, an optimizer with multiplicative updates",
+}
+PASSES = {
+    "forward": "Only the operands of products in the forward pass are rounded to the format; weights are kept, and "
+    "gradients computed, in float32.",
+    "all": "The operands of all products, forward and backward, are rounded to the format; weights are kept in "
+    "float32.",
+}
 FORMATS = 4  # whose meaning the first screen tells at most
 SENTENCES = 4  # differences that are spelled out; of more, the number and the largest
 
@@ -64,17 +77,24 @@ def question(results: Results) -> tuple[str, str]:
 
 
 def words(results: Results) -> str:
-    """What the metric and the formats of the grid are, for who has never met them."""
+    """What the metric, the optimizers and the formats of the grid are, for who has never met them."""
     runs = results.runs
     told = [METRICS[name] for name in dict.fromkeys(runs["metric"])]
+    known = [f"{name}: {OPTIMIZERS[name]}" for name in dict.fromkeys(runs["optimizer"]) if name in OPTIMIZERS]
+    told += [f"{'; '.join(known)}."] if known else []
     names = list(dict.fromkeys(runs["format"]))
     definitions = runs.get("recipe.format_definition", pd.Series(index=runs.index, dtype="str"))
     formats = []
     for name in names[:FORMATS]:
-        known = definitions[runs["format"] == name].dropna()
-        meaning = _meaning(known.iloc[0]) if len(known) else ""
+        defined = definitions[runs["format"] == name].dropna()
+        meaning = _meaning(defined.iloc[0]) if len(defined) else ""
         formats += [f"{name}: {meaning}"] if meaning else []
-    return " ".join([*told, *([f"{'; '.join(formats)}."] if formats else [])])
+    told += [f"{'; '.join(formats)}."] if formats else []
+    passes = runs["recipe.passes"].unique() if "recipe.passes" in runs else []
+    vector = "recipe.vector" in runs and runs["recipe.vector"].notna().any()
+    if len(passes) == 1 and not vector and set(names) != {BASELINE}:
+        told += [PASSES[passes[0]]] if passes[0] in PASSES else []
+    return " ".join(told)
 
 
 def _meaning(definition: str) -> str:
@@ -263,6 +283,11 @@ def bracket(row: Mapping[str, Any] | pd.Series) -> str:
 def signed(value: float) -> str:
     """A difference to 4 decimals with its sign; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def value(number: float, metric: str) -> str:
+    """A metric with its unit: `2.051 nats`, `97.2%`."""
+    return f"{100 * number:.1f}%" if higher_is_better(metric) else f"{number:.3f} nats"
 
 
 def plain(value: float, digits: int = 4) -> str:

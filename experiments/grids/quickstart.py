@@ -1,8 +1,9 @@
-"""Does LMD lose less than AdamW to a low-precision forward pass? 36 runs: two optimizers, three formats, two micro
-models, three seeds. Other formats than MXFP6 and MXFP4: `lpsim run quickstart --formats NAME ...`.
+"""Does LMD lose less than AdamW to a low-precision forward pass? Each optimizer trains two micro models from scratch in
+three formats, with three seeds each.
 
-Small enough for a laptop, so the answer is a direction at most. AdamW's learning rates are those that
-`quickstart_tuning.py` found best in float32 (FINDINGS.md); LMD is `lmd.for_model` at its defaults, untuned.
+Other formats than MXFP6 and MXFP4: `lpsim run quickstart --formats NAME ...`. The models are small enough for a
+laptop, so the answer is a direction at most. AdamW's learning rates are those that `quickstart_tuning.py` found best in
+float32 (FINDINGS.md); LMD is `lmd.for_model` at its defaults, untuned.
 """
 
 from collections.abc import Sequence

@@ -94,6 +94,14 @@ def test_what_is_undecided_is_called_chance_with_the_seeds_that_would_decide() -
     )
 
 
+def test_one_line_tells_on_which_models_the_headline_is_decided() -> None:
+    row = {"n": 3, "difference": 0.2, "low": 0.1, "high": 0.3, "metric": "validation_loss"}
+    sure, unsure = (answer._comparison(row | {"low": low}, "a", "", "") for low in (0.1, -0.1))
+    assert answer._verdict({"m": sure, "n": sure}) == answer._verdict({}) == ""
+    assert answer._verdict({"m": sure, "n": unsure}) == "Decided on m, not on n:"
+    assert answer._verdict({"m": unsure, "n": unsure}) == "Not decided by these runs, on either model:"
+
+
 def test_a_grid_of_settings_is_answered_by_its_settings(tmp_path: Path) -> None:
     configs = [ablation(noise, seed) for noise in (0.05, 0.0) for seed in range(4)]
     found = answered(made.write_runs(tmp_path / "grid", configs))

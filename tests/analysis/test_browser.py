@@ -189,12 +189,13 @@ def test_a_table_sorts_filters_and_is_copied_and_its_filter_filters_the_figures(
         shown(place, 12)
         heading = table.locator("th", has_text="validation loss")
         heading.click()
+        sync_api.expect(heading).to_have_attribute("aria-sort", "ascending", timeout=PATIENCE_MS)
         values = [float(text) for text in rows(page).locator("td:nth-child(7)").all_inner_texts() if text != "–"]
         losses = [json.loads(path.read_text())["final"] for path in small.parent.glob("*/result.json")]
         finite = [each["validation_loss"] for each in losses if isinstance(each["validation_loss"], float)]
         assert values == [round(each, 4) for each in sorted(finite)]
-        assert heading.get_attribute("aria-sort") == "ascending"
         table.locator("input").fill("lmd float32")
+        sync_api.expect(rows(page)).to_have_count(3, timeout=PATIENCE_MS)
         assert set(rows(page).locator("td:nth-child(2)").all_inner_texts()) == {"lmd"}
         shown(place, 3)
         table.locator("input").fill("diverged")

@@ -97,7 +97,8 @@ def test_time_and_divergences_are_by_arm() -> None:
 
 def test_costs_are_drawn_while_their_arms_can_be_told_apart() -> None:
     rows = pd.DataFrame({"name": ["a", "b"], "format": "f", "metric": "validation_loss", "difference": [0.1, 0.2]})
-    task = comparisons.Costs("t", rows.assign(low=0.0, high=0.3), ["f"])
-    assert comparisons.costs([task]) is not None
+    task = comparisons.Costs("t", rows.assign(low=0.0, high=0.3), rows, ["f"], "t, a 2.0 nats")
+    drawing = comparisons.costs([task])
+    assert drawing is not None and "In float32: t, a 2.0 nats." in drawing.caption
     many = pd.concat([rows.assign(name=f"arm {k}", low=0.0, high=0.3) for k in range(len(plots.DISTINCT) + 1)])
-    assert comparisons.costs([comparisons.Costs("t", many, ["f"])]) is None
+    assert comparisons.costs([comparisons.Costs("t", many, many, ["f"], "")]) is None
