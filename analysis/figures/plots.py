@@ -203,13 +203,15 @@ def costs(
     places = {name: place for place, name in enumerate([BASELINE, *formats])}
     for number, (name, colour) in enumerate(colours.items()):
         rows = frame[frame["name"] == name].drop_duplicates("format")
+        if rows.empty:  # the arm of another task
+            continue
         shift = 0.06 * (number - (len(colours) - 1) / 2)
         x = np.array([0, *(places[each] for each in rows["format"])]) + shift
         ax.plot(x, [0, *rows["difference"]], "o-", color=colour, linewidth=1.6, markersize=5)
         for place, low, high in zip(x[1:], rows["low"], rows["high"], strict=True):
             ax.plot([place, place], [low, high], "-", color=colour, linewidth=1.6)
         single = seeds[seeds["name"] == name]
-        beside = single["format"].map(places) + shift + (0.04 if shift > 0 else -0.04)
+        beside = single["format"].map(places).astype("float64") + shift + (0.04 if shift > 0 else -0.04)
         ax.plot(beside, single["difference"], "o", color=colour, alpha=0.7, markersize=3.5, markeredgewidth=0)
     ax.axhline(0, color=INK, linewidth=1)
     ax.set_xticks(range(len(places)), list(places))

@@ -53,7 +53,7 @@ class Printer:
         for drawing in reversed(drawings):
             asked = self._asked.pop(id(drawing), None)
             if asked is None or asked.cancel():
-                _forms(drawing, self._forms)
+                _printed(drawing, self._forms)
                 continue
             try:
                 drawing.__dict__.update(pickle.loads(asked.result()))
@@ -97,10 +97,10 @@ def receive(stream: IO[bytes]) -> bytes | None:
 def main() -> None:
     while (content := receive(sys.stdin.buffer)) is not None:
         drawing, forms = pickle.loads(content)
-        send(sys.stdout.buffer, pickle.dumps(_forms(drawing, forms)))
+        send(sys.stdout.buffer, pickle.dumps(_printed(drawing, forms)))
 
 
-def _forms(drawing: Drawing, forms: Sequence[str]) -> dict[str, bytes]:
+def _printed(drawing: Drawing, forms: Sequence[str]) -> dict[str, bytes]:
     return {form: getattr(drawing, form) for form in forms}
 
 

@@ -40,7 +40,7 @@ class Comparison:
 class Answer:
     """What a grid shows. Texts hold `code` and **what matters** in the marks of page.prose."""
 
-    verdict: str  # whether the sentences are decided; empty where all are, or none compares
+    verdict: str  # of several tasks, on which the headline is decided; empty where on all, or where none compares
     sentences: list[str]  # at most three
     decided: list[str]
     undecided: str  # one line; empty where everything is decided
@@ -61,8 +61,7 @@ def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
         task: _of_task(table, {name: of_task(frames[name], task) for name in TABLES})
         for task, table in frames["arms"].groupby(list(TASK), dropna=False, sort=False)
     }
-    models = [task[0] for task in found]
-    names = {task: task[0] if models.count(task[0]) == 1 else summary.task_name(task) for task in found}
+    names = summary.short_names(found)
     several = len(found) > 1
 
     def of(task: Any, text: str) -> str:
@@ -84,20 +83,21 @@ def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
     undecided.sort(key=lambda pair: (math.isnan(pair[1].more), pair[1].more))
     each_open = [of(task, f"{each.phrase}{_more(each.more)}") for task, each in undecided]
     line = _undecided([each for _, each in undecided], len(every), of(undecided[0][0], "") if undecided else "")
-    first = {names[task]: mine.headline for task, mine in found.items() if mine.headline is not None}
-    headlines = {name: each for name, each in first.items() if each.headline in said}
+    headlines = {names[task]: mine.headline for task, mine in found.items() if mine.headline is not None}
     return Answer(_verdict(headlines) if several else "", sentences, decided, line, each_open)
 
 
 def _verdict(headlines: Mapping[str, Comparison]) -> str:
-    """One line before the sentences, of headlines by the name of their task."""
+    """One line before the sentences, of the tasks' headlines by their names."""
     decided = [name for name, each in headlines.items() if each.decided]
-    if not headlines or len(decided) == len(headlines):
+    rest = [name for name in headlines if name not in decided]
+    if not rest:
         return ""
     if not decided:
-        return "Not decided by these runs:" if len(headlines) == 1 else "Not decided by these runs, on either model:"
-    rest = [name for name in headlines if name not in decided]
-    return f"Decided on {' and '.join(decided)}, not on {' and '.join(rest)}:"
+        return "Not decided by these runs:"
+    if len(headlines) == 2:
+        return f"Decided on {decided[0]}, not on {rest[0]}:"
+    return f"Decided on {', '.join(decided)}; not on {', '.join(rest)}:"
 
 
 def _sentences(found: Mapping[Any, _OfTask]) -> Iterator[tuple[Any, str]]:

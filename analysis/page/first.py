@@ -72,9 +72,11 @@ def _picture(results: Results, frames: dict[str, pd.DataFrame]) -> Drawing | Non
     that has them.
     """
     pairs = tables.pairs(results.runs)
+    arms = dict(iter(frames["arms"].groupby(list(TASK), dropna=False, sort=False)))
+    names = summary.short_names(arms)
     tasks = [
-        _costs(task, arms, of_task(frames["differences"], task), of_task(pairs, task))
-        for task, arms in frames["arms"].groupby(list(TASK), dropna=False, sort=False)
+        _costs(task, names[task], mine, of_task(frames["differences"], task), of_task(pairs, task))
+        for task, mine in arms.items()
     ]
     if drawing := comparisons.costs(tasks):
         return drawing
@@ -95,27 +97,28 @@ def _picture(results: Results, frames: dict[str, pd.DataFrame]) -> Drawing | Non
     return None
 
 
-def _costs(task: tuple[str, str], arms: pd.DataFrame, rows: pd.DataFrame, seeds: pd.DataFrame) -> comparisons.Costs:
+def _costs(
+    task: tuple[str, str], short: str, arms: pd.DataFrame, rows: pd.DataFrame, seeds: pd.DataFrame
+) -> comparisons.Costs:
     names = [name for name in summary.varying(arms) if name != "format"]
 
     def labelled(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(name=[summary.arm_name(row, names) for row in frame.to_dict("records")])
 
-    formats = list(dict.fromkeys(rows["format"]))
-    return comparisons.Costs(task_name(task), labelled(rows), labelled(seeds), formats, _start(task, arms, names))
+    start = f"{short}, {_start(arms, names)}"
+    return comparisons.Costs(
+        task_name(task), labelled(rows), labelled(seeds), list(dict.fromkeys(rows["format"])), start
+    )
 
 
-def _start(task: tuple[str, str], arms: pd.DataFrame, names: list[str]) -> str:
-    """How the arms do in float32: `gpt2-micro, adamw 2.051 nats, lmd 2.062 nats`; of many, the range."""
-    measured = arms[(arms["format"] == tables.BASELINE) & arms["mean"].notna()]
-    values = [summary.value(mean, metric) for mean, metric in zip(measured["mean"], measured["metric"], strict=True)]
-    named = [summary.arm_name(row, names) for row in measured.to_dict("records")]
-    if len(values) <= ARMS:
-        told = ", ".join(f"{name} {value}" for name, value in zip(named, values, strict=True))
-    else:
-        lowest, highest = measured["mean"].argmin(), measured["mean"].argmax()
-        told = f"{values[lowest]} to {values[highest]}"
-    return f"{task[0]}, {told}" if told else f"{task[0]}, no value"
+def _start(arms: pd.DataFrame, names: list[str]) -> str:
+    """How the arms of a task do in float32: `adamw 2.051 nats, lmd 2.062 nats`; of many, the range."""
+    plain = arms[arms["format"] == tables.BASELINE]
+    if len(plain) <= ARMS:
+        rows = plain.to_dict("records")
+        return ", ".join(f"{summary.arm_name(row, names)} {summary.value(row['mean'], row['metric'])}" for row in rows)
+    ends = (summary.value(end, plain["metric"].iloc[0]) for end in (plain["mean"].min(), plain["mean"].max()))
+    return " to ".join(ends)
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:

@@ -54,7 +54,6 @@ def write_report(
         many = sum(1 for folder in folders for _ in Path(folder).glob("*/config.json")) >= MANY
         if many:
             printer.start()
-        scripts.figures_library()  # begins now
         results = load.read_all(folders)
         target = results.folder / "report.html" if output is None else Path(output)
         if target.is_dir():

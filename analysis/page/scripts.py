@@ -11,7 +11,6 @@ import base64
 import functools
 import json
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -31,22 +30,16 @@ def scripts(data: dict[str, Any] | None) -> str:
     parts = {"tables-library": _tables()}
     if data is not None:
         compact = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        parts |= {"figures-library": figures_library().result(), "explore-data": _packed(compact)}
+        parts |= {"figures-library": _figures(), "explore-data": _packed(compact)}
     elements = [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts.items()]
     own = "\n".join(map(_asset, OWN))
     return "\n".join([*elements, f'<script type="module">\n{own}</script>'])
 
 
 @functools.cache
-def figures_library() -> Future[str]:
-    """Vega, Vega-Lite and vega-embed as one module, which leaves `vegaEmbed` at the window.
-
-    Bundling them takes a second, in a thread from the first call on: call it early, ask for the result late.
-    """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="figures-library")
-    future = thread.submit(lambda: _packed(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")))
-    thread.shutdown(wait=False)
-    return future
+def _figures() -> str:
+    """Vega, Vega-Lite and vega-embed as one module, which leaves `vegaEmbed` at the window."""
+    return _packed(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 @functools.cache

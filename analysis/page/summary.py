@@ -10,7 +10,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,10 @@ def words(results: Results) -> str:
         meaning = _meaning(defined.iloc[0]) if len(defined) else ""
         formats += [f"{name}: {meaning}"] if meaning else []
     told += [f"{'; '.join(formats)}."] if formats else []
-    passes = runs["recipe.passes"].unique() if "recipe.passes" in runs else []
-    vector = "recipe.vector" in runs and runs["recipe.vector"].notna().any()
-    if len(passes) == 1 and not vector and set(names) != {BASELINE}:
+    lowered = runs[runs["format"] != BASELINE]
+    passes = lowered["recipe.passes"].unique() if "recipe.passes" in runs else []
+    otherwise = ("recipe.vector", "autocast")  # settings by which more is rounded, or computed in another type
+    if len(passes) == 1 and not any(name in runs and runs[name].notna().any() for name in otherwise):
         told += [PASSES[passes[0]]] if passes[0] in PASSES else []
     return " ".join(told)
 
@@ -133,6 +134,13 @@ def _levels(name: str, n: int) -> str:
 
 def task_name(task: Sequence[Any]) -> str:
     return f"{task[0]} on {task[1]}"
+
+
+def short_names(tasks: Iterable[Any]) -> dict[Any, str]:
+    """The model of each (model, data), and the data where another has the same model."""
+    every = list(tasks)
+    models = [task[0] for task in every]
+    return {task: task[0] if models.count(task[0]) == 1 else task_name(task) for task in every}
 
 
 def task_title(task: Sequence[Any], metric: str) -> str:
@@ -286,7 +294,9 @@ def signed(value: float) -> str:
 
 
 def value(number: float, metric: str) -> str:
-    """A metric with its unit: `2.051 nats`, `97.2%`."""
+    """A metric with its unit: `2.051 nats`, `97.2%`; in words for NaN."""
+    if math.isnan(number):
+        return "without a value"
     return f"{100 * number:.1f}%" if higher_is_better(metric) else f"{number:.3f} nats"
 
 

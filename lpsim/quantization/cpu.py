@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class _Call:
         part = part or tile
         outer, rows, columns = shape
         self.limits = 0  # their address, where numbers depend on the tensor: see cpu_kernels.TensorScale
+        self.rounded_scale: tuple[BlockFormat, np.ndarray] | None = None  # the limits of a scale that is no float32
         self.double = p.variant.double
         self.tile_rows = outer * -(-rows // tile[0])
         self.tiles = self.tile_rows * -(-columns // tile[1])
@@ -123,9 +124,27 @@ class _Call:
         self.record = record.ctypes.data
         self.kernel = kernel_for(double, wide, scale_wide, rule_wide)
 
-    def depend_on_tensor(self, limits: np.ndarray) -> None:
+    def depend_on_tensor(self, fmt: BlockFormat, numbers: np.ndarray) -> None:
+        """Let the numbers depend on the tensor, by the format's tensor_scale."""
+        assert fmt.tensor_scale is not None
+        divisor, least = fmt.element.max * fmt.scale.max, reference.least_tensor_scale(fmt)
+        with np.errstate(over="ignore"):
+            limits = np.array([divisor, least, fmt.tensor_scale.max, *numbers[[0, 3, 4]]], numbers.dtype)
         self.arrays.append(limits)
         self.limits = limits.ctypes.data
+        self.rounded_scale = None if fmt.tensor_scale == float32 else (fmt, limits)
+
+    def _limits_for(self, bits: int) -> np.ndarray | None:
+        """Limits that leave the tensor's scale no choice, where that is rounded to another format than float32. bits:
+        the pattern of the tensor's largest magnitude.
+        """
+        if self.rounded_scale is None:
+            return None
+        fmt, limits = self.rounded_scale
+        largest = np.array(bits, np.int64 if self.double else np.int32).view(limits.dtype)[()]
+        with np.errstate(all="ignore"):
+            scale = reference.tensor_scale(float(largest), fmt, limits.dtype.type) if np.isfinite(largest) else 1.0
+        return np.array([1.0, scale, scale, *limits[3:]], limits.dtype)
 
     def for_tensor(self, x: int) -> tuple[np.ndarray, int]:
         """The memory of the record for the tensor at this address, where numbers depend on it; and its address."""
@@ -137,7 +156,10 @@ class _Call:
             largest = kernels.maxima(*arguments, 0, self.tile_rows)
         else:
             largest = max(_in_parts(kernels.maxima, arguments, self.tile_rows))
-        kernels.record(self.record, record + 8 * own, largest, self.limits, record)
+        limits = self._limits_for(largest)
+        kernels.record(
+            self.record, record + 8 * own, largest, self.limits if limits is None else limits.ctypes.data, record
+        )
         return memory, record
 
 
@@ -147,8 +169,13 @@ def _in_parts(kernel: Any, arguments: tuple[int, ...], count: int) -> list[Any]:
     if threads == 1:
         return [kernel(*arguments, 0, count)]
     bounds = [count * t // threads for t in range(threads + 1)]
-    parts = [_pool(threads).submit(kernel, *arguments, *span) for span in itertools.pairwise(bounds)]
-    return [part.result() for part in parts]
+    parts: list[Future[Any]] = []
+    try:
+        for span in itertools.pairwise(bounds):
+            parts.append(_pool(threads).submit(kernel, *arguments, *span))
+        return [part.result() for part in parts]
+    finally:
+        wait(parts)  # also when interrupted: kernels write to memory that the caller then frees
 
 
 def _signed(word: int) -> int:
@@ -215,16 +242,12 @@ def _prepared(shape: torch.Size, fmt: Format, axis: int, p: Plan) -> _Call | Non
         return None
     if len(p.rule) > 0:
         return _Call(p, rows, tile, elements, Scales.POWER_OF_TWO, part=part)
-    own_scale = fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals
-    if own_scale and fmt.tensor_scale in (None, float32):
+    if fmt.scale_rule is ScaleRule.ROUND and fmt.scale.mantissa_bits > 0 and fmt.scale.subnormals:
         dtype = np.float64 if p.variant.double else np.float32
         numbers = np.array([fmt.element.max, 1.0, 1.0, fmt.scale.min_normal, fmt.scale.max], dtype)
         call = _Call(p, rows, tile, elements, Scales.ROUNDED, rounded=(numbers, _scale_plan(fmt.scale, p)))
         if fmt.tensor_scale is not None:
-            divisor, least = fmt.element.max * fmt.scale.max, reference.least_tensor_scale(fmt)
-            with np.errstate(over="ignore"):
-                limits = np.array([divisor, least, fmt.tensor_scale.max, *numbers[[0, 3, 4]]], dtype)
-            call.depend_on_tensor(limits)
+            call.depend_on_tensor(fmt, numbers)
         return call
     return None
 

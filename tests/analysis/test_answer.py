@@ -1,6 +1,7 @@
 """Laws of a report's first screen: few sentences, decided things first, nothing decided without an interval."""
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +95,31 @@ def test_what_is_undecided_is_called_chance_with_the_seeds_that_would_decide() -
     )
 
 
-def test_one_line_tells_on_which_models_the_headline_is_decided() -> None:
+def test_one_line_tells_on_which_models_the_headline_is_decided(tmp_path: Path) -> None:
     row = {"n": 3, "difference": 0.2, "low": 0.1, "high": 0.3, "metric": "validation_loss"}
     sure, unsure = (answer._comparison(row | {"low": low}, "a", "", "") for low in (0.1, -0.1))
     assert answer._verdict({"m": sure, "n": sure}) == answer._verdict({}) == ""
     assert answer._verdict({"m": sure, "n": unsure}) == "Decided on m, not on n:"
-    assert answer._verdict({"m": unsure, "n": unsure}) == "Not decided by these runs, on either model:"
+    assert answer._verdict({"l": unsure, "m": sure, "n": unsure}) == "Decided on m; not on l, n:"
+    assert answer._verdict({"m": unsure, "n": unsure}) == "Not decided by these runs:"
+    made_at = datetime(2025, 1, 2, tzinfo=UTC)
+    for seeds in (2, 3):
+        results = load.read(made.write_runs(tmp_path / str(seeds), made.quickstart(seeds)))
+        frames = report.all_tables(results)
+        found = answer.answer(frames)
+        doubtful = ["chance" in sentence for sentence in found.sentences]
+        assert found.verdict.startswith("Not decided" if all(doubtful) else "Decided on" if any(doubtful) else "")
+        assert bool(found.verdict) == any(doubtful) and found.verdict in report.render(results, frames, made_at)
+
+
+def test_a_grid_whose_models_have_different_arms_is_answered(tmp_path: Path) -> None:
+    configs = [
+        each
+        for each in made.quickstart(3)
+        if (each["model"]["name"], each["optimizer"]["name"]) != ("vit-micro", "lmd")
+    ]
+    path = report.write_report(made.write_runs(tmp_path / "grid", configs))
+    assert "In float32: gpt2-micro, adamw 2.3" in path.read_text()
 
 
 def test_a_grid_of_settings_is_answered_by_its_settings(tmp_path: Path) -> None:

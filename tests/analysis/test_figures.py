@@ -38,9 +38,13 @@ def test_a_figure_is_the_same_each_time_and_its_text_is_text() -> None:
 
 
 def test_another_process_makes_the_same_bytes_and_its_death_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bytes] = []  # what came from there
+    there = printing._answer
+    monkeypatch.setattr(printing, "_answer", lambda *args: answers.append(there(*args)) or answers[-1])
+
     def forms(build: Callable[[float], Figure], elsewhere: bool) -> list[bytes]:
-        drawings = [saving.drawn("bars", "Bars", "Two.", build) for _ in range(3)]  # the first is made elsewhere,
-        if elsewhere:  # the last here, since it has not been begun there
+        drawings = [saving.drawn("bars", "Bars", "Two.", build) for _ in range(3)]
+        if elsewhere:
             with printing.Printer() as printer:
                 for drawing in drawings:
                     printer.begin(drawing)
@@ -48,6 +52,7 @@ def test_another_process_makes_the_same_bytes_and_its_death_changes_nothing(monk
         return [getattr(drawing, form) for drawing in drawings for form in saving.FORMS]
 
     assert forms(bars, elsewhere=True) == forms(bars, elsewhere=False)
+    assert 1 <= len(answers) < 3  # the last is made here, while the other process makes the first
     assert forms(nameless_bars, elsewhere=True) == forms(nameless_bars, elsewhere=False)  # cannot be sent there
     monkeypatch.setattr("sys.executable", "/bin/false")
     assert forms(bars, elsewhere=True) == forms(bars, elsewhere=False)
@@ -96,9 +101,17 @@ def test_time_and_divergences_are_by_arm() -> None:
 
 
 def test_costs_are_drawn_while_their_arms_can_be_told_apart() -> None:
-    rows = pd.DataFrame({"name": ["a", "b"], "format": "f", "metric": "validation_loss", "difference": [0.1, 0.2]})
-    task = comparisons.Costs("t", rows.assign(low=0.0, high=0.3), rows, ["f"], "t, a 2.0 nats")
-    drawing = comparisons.costs([task])
-    assert drawing is not None and "In float32: t, a 2.0 nats." in drawing.caption
-    many = pd.concat([rows.assign(name=f"arm {k}", low=0.0, high=0.3) for k in range(len(plots.DISTINCT) + 1)])
+    rows = pd.DataFrame({"name": ["a", "b"], "format": "f", "metric": "validation_accuracy", "difference": [0.1, 0.2]})
+    rows = rows.assign(low=0.05, high=0.3)
+    seeds = pd.DataFrame({"name": ["a", "a", "b"], "format": "f", "difference": [0.08, 0.12, 0.2]})
+    two = comparisons.Costs("t", rows, seeds, ["f"], "t, a 90.0%")
+    one = comparisons.Costs("u", rows[:1], seeds[:2], ["f"], "u, a 80.0%")  # has one arm alone
+    drawing = comparisons.costs([two, one])
+    assert drawing is not None and "In float32: t, a 90.0%; u, a 80.0%." in drawing.caption
+    first, second = ([line.get_ydata() for line in ax.lines] for ax in drawing.figure.axes)
+    mean_a, interval_a, seeds_a, mean_b, _, seeds_b, _ = (list(map(float, y)) for y in first)  # in percentage points
+    assert [*mean_a, *interval_a, *seeds_a] == pytest.approx([0, 10, 5, 30, 8, 12])
+    assert [*mean_b, *seeds_b] == pytest.approx([0, 20, 20])
+    assert len(second) == 4  # of the one arm, and the line at 0
+    many = pd.concat([rows.assign(name=f"arm {k}") for k in range(len(plots.DISTINCT) + 1)])
     assert comparisons.costs([comparisons.Costs("t", many, many, ["f"], "")]) is None

@@ -32,6 +32,7 @@ SCALES = [
     *((formats.float8_e8m0fnu, rule, None) for rule in ScaleRule if rule is not ScaleRule.ROUND),
     (formats.float8_e4m3fn, ScaleRule.ROUND, formats.float32),
     (formats.float8_e4m3fn, ScaleRule.FLOOR, None),
+    (formats.float8_e4m3fn, ScaleRule.ROUND, formats.bfloat16),
     (formats.float32, ScaleRule.ROUND, None),
     (formats.float8_e4m3fn, amax_over_three, formats.float32),
 ]
@@ -53,7 +54,9 @@ def test_scalar_formats_equal_the_oracle(fmt) -> None:
 
 
 @pytest.mark.parametrize("element", FEW, ids=lambda f: f.name)
-@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s[0].name}-{getattr(s[1], 'name', 'own')}")
+@pytest.mark.parametrize(
+    "scale", SCALES, ids=lambda s: "-".join(getattr(part, "name", type(part).__name__) for part in s)
+)
 def test_block_formats_equal_the_oracle(element, scale) -> None:
     """All kinds of blocks on hostile tensors; axis, rounding and dtype take turns."""
     turn = 0
@@ -89,6 +92,10 @@ def test_threads_do_not_change_a_bit() -> None:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
+            for largest in (0, -1):  # the scale of an nvfp4 tensor is that of its largest element, in whichever share
+                y = x.clone()
+                y.view(-1)[largest] = 1000.0
+                results.append(Quantizer(formats.nvfp4)(y))
             for fmt, axis in (
                 (formats.mxfp6_e3m2, 1),
                 (formats.mxfp6_e3m2, 0),
@@ -98,7 +105,7 @@ def test_threads_do_not_change_a_bit() -> None:
                 results.append(Quantizer(fmt, Rounding.STOCHASTIC)(x, axis=axis, key=KEY))
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(results[:4], results[4:], strict=True):
+    for one, two in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
         assert torch.equal(one, two)
 
 
