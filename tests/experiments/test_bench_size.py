@@ -52,7 +52,18 @@ def test_the_smallest_size_is_measured_and_drawn(tmp_path: Path) -> None:
     assert row["parameters"] == memory.sizes(config).parameters
     grids = pd.DataFrame({"runs": [1, 10], "run": [900.0, 90.0]})
     growth.plot(pd.DataFrame([row]), grids, tmp_path / "size.svg")
-    assert (tmp_path / "size.svg").read_text().count("parameters")
+    both = (tmp_path / "size.svg").read_text()
+    growth.plot(pd.DataFrame(), grids, tmp_path / "size.svg")
+    one = (tmp_path / "size.svg").read_text()
+    assert ["width d" in text for text in (both, one)] == [True, False]
+    assert all("milliseconds a run" in text and "mathdefault" not in text for text in (both, one))
+
+
+def test_a_plot_without_what_it_draws_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.run(parser.parse_args(["memory", "--plot", "size.svg"])) == 2
+    assert "name one of them" in capsys.readouterr().out
 
 
 def test_an_unknown_part_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
         return 2
     chosen = options.parts or PARTS
+    if options.plot is not None and not {"steps", "runs"} & {*chosen}:
+        print("--plot draws the parts steps and runs; name one of them, too")
+        return 2
     steps = grids = pd.DataFrame()
     if "steps" in chosen:
         steps = growth.measured(options.repeats, options.small)

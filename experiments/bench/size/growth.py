@@ -48,7 +48,7 @@ def measured(repeats: int, small: bool) -> pd.DataFrame:
 
 
 def plot(steps: pd.DataFrame, grids: pd.DataFrame, path: Path) -> None:
-    """The ratio over the number of parameters, an arm a colour and a depth a marker; the cost of a run over runs."""
+    """The ratio over the width, an arm a colour and a depth a marker; the cost of a run over runs. One may be empty."""
     import matplotlib
     import seaborn as sns
     from matplotlib.figure import Figure
@@ -56,16 +56,24 @@ def plot(steps: pd.DataFrame, grids: pd.DataFrame, path: Path) -> None:
     from analysis.figures.plots import STYLE
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        panels = [table for table in (steps, grids) if len(table)]
+        figure = Figure(figsize=(5.8 * len(panels), 4), layout="constrained")
+        axes = iter(figure.subplots(1, len(panels), squeeze=False).flat)
         if len(steps):
+            ax, widths = next(axes), sorted(steps["d"].unique())
             long = steps.melt(["d", "layers", "parameters", "plain ms"], list(SHOWN), "arm", "ratio")
-            shape = {"hue": "arm", "style": "layers", "markers": True, "dashes": False}
-            sns.lineplot(long, x="parameters", y="ratio", ax=left, **shape)
-            left.set(xscale="log", xlabel="parameters", ylabel="step over the plain float32 step")
-            left.axhline(1, color="black", linewidth=0.8)
+            shape = {"hue": "arm", "style": "layers", "markers": True, "dashes": False, "palette": "colorblind"}
+            sns.lineplot(long, x="d", y="ratio", ax=ax, **shape)
+            ax.set(xscale="log", xlabel="width d of the GPT", ylabel="step over the plain float32 step")
+            ax.set_xticks(widths, [str(d) for d in widths])
+            ax.set_xticks([], minor=True)
+            ax.axhline(1, color="black", linewidth=0.8)
+            sns.move_legend(ax, "upper right", fontsize=8)
         if len(grids):
-            long = grids.melt("runs", [name for name in grids if name != "runs"], "what", "ms")
-            sns.lineplot(long, x="runs", y="ms", hue="what", marker="o", ax=right)
-            right.set(xscale="log", yscale="log", xlabel="runs of a grid", ylabel="milliseconds a run")
+            ax = next(axes)
+            long = grids.melt("runs", [name for name in grids if name != "runs"], "", "ms")
+            sns.lineplot(long, x="runs", y="ms", hue="", marker="o", palette="colorblind", ax=ax)
+            ax.set(xscale="log", yscale="log", xlabel="runs of a grid", ylabel="milliseconds a run")
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter("{x:g}")
         figure.savefig(path)
