@@ -17,6 +17,7 @@ ODD_ONES: list[Element] = [
     FloatFormat("e3m0", 3, 0, specials=Specials.NONE),
     FloatFormat("e2m2_bias3", 2, 2, bias=3, specials=Specials.NONE),
     FloatFormat("e4m3_flushed", 4, 3, subnormals=False),
+    FloatFormat("e2m2_of_integers", 2, 2, bias=-3, specials=Specials.NONE),  # steps above 1
     FloatFormat("e3m2_unsigned", 3, 2, signed=False),
     FloatFormat("e1m4", 1, 4, specials=Specials.NONE),
     FixedFormat("q4_3", bits=8, frac_bits=3),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -223,6 +224,8 @@ def _round_magnitude(
             # without mantissa bits the codes of neighbouring powers of two alternate with the exponent
             lower_even_at = exponent + fmt._bias + 1 if fmt.mantissa_bits == 0 and a >= fmt.min_normal else 0
     steps = math.ldexp(a, -step_exponent)
+    if a > 0:
+        steps = max(steps, sys.float_info.min)  # what is smaller is far below a half; but it must not become 0
     lower = math.floor(steps)
     if lower != steps:
         lower_is_even = (lower + lower_even_at) % 2 == 0

@@ -146,7 +146,8 @@ class Auditor(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         owner: str | None
         if self._owner is not None or node is None:
-            where, owner = "forward", self._owner
+            by_hand = node is not None and self._module() is None  # in a user's autograd.Function, or a hook
+            where, owner = "backward" if by_hand else "forward", self._owner
         elif isinstance(node, Product._backward_cls):
             where, owner = "backward", "the recipe"
         else:

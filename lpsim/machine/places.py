@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
 from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
-from lpsim.machine.ops import Op, Site
+from lpsim.machine.ops import WRAPPED, Op, Site
 from lpsim.machine.recipes import Recipe
 
 __all__ = ["Place", "Places"]
@@ -33,8 +35,11 @@ class Place:
 class Places:
     """All sites of a model that have run, by module path, op and repetition.
 
-    modules: the paths of the model's modules. Raises ValueError for an override whose path matches none of them, and,
-    when a site first runs, for one that would draw another's random bits.
+    A product that runs in the backward pass outside every module, as in a user's autograd.Function, may be dgrad or
+    wgrad, which nobody can tell. It is left in full precision, unless an override for <backward> says otherwise.
+
+    modules: the paths of the model's modules. Raises ValueError for an override whose path matches none of them or
+    whose op there is not, and, when a site first runs, for one that would draw another's random bits.
     """
 
     def __init__(self, recipe: Recipe, modules: Iterable[str]) -> None:
@@ -42,6 +47,8 @@ class Places:
         self._sites: dict[tuple[str, str, int], Site] = {}
         self._places: dict[tuple[str, str, int], Place] = {}
         self._streams: dict[int, str] = {}
+        self._rounds_backward = any(not (r.dgrad.plain and r.wgrad.plain) for r in (recipe, *recipe.overrides.values()))
+        self.left_in_backward: list[str] = []  # the ops that no override claims, where the recipe rounds dgrad or wgrad
         self._unmatched = {pattern for pattern in recipe.overrides if not pattern.startswith("*/")}
         self._check_overrides([path for path in modules if path])
 
@@ -49,7 +56,10 @@ class Places:
         for pattern in self._recipe.overrides:
             prefix = pattern.rpartition("/")[0] if "/" in pattern else pattern
             if not any(fnmatchcase(path, prefix) for path in (*paths, ROOT, OUTSIDE, BACKWARD)):
-                raise ValueError(f"the override {pattern!r} matches no module; modules are {', '.join(paths[:9])}, ...")
+                raise ValueError(f"the override {pattern!r} matches no module; modules are {_nearest(prefix, paths)}")
+            op = pattern.rpartition("/")[2].partition("#")[0] if "/" in pattern else "*"
+            if not any(fnmatchcase(name, op) for name in _op_names()):
+                raise ValueError(f"the override {pattern!r} matches no op; ops are {_nearest(op, _op_names())}")
 
     def of_product(self, frame: Frame, op: Op) -> Place:
         """Where a product is about to run: its site, or those of its parts."""
@@ -77,6 +87,10 @@ class Places:
 
     def _resolve(self, path: str, op: str, repetition: int) -> Recipe:
         pattern = self._recipe.pattern_at(path, op, repetition)
+        if path == BACKWARD and (pattern is None or not pattern.startswith(BACKWARD)):
+            if self._rounds_backward and op not in self.left_in_backward:
+                self.left_in_backward.append(op)
+            return _NOTHING
         if pattern is None:
             return self._recipe
         self._unmatched.discard(pattern)
@@ -90,3 +104,23 @@ class Places:
             f"overrides matched no site that ran: {', '.join(sorted(self._unmatched))}; "
             f"sites are named like {next(iter(self._sites.values())).name}"
         )
+
+
+_NOTHING = Recipe()
+
+
+@functools.cache
+def _op_names() -> list[str]:
+    """Of all sites: the ops, and the parts of those that have some."""
+    ops = {op.name: op for op in WRAPPED.values()}
+    return [
+        name
+        for op in ops.values()
+        for name in (op.name, *(f"{op.name}.{part}" for part in (*op.parts, *op.vector_parts)))
+    ]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Some of the known names, those first that are like it."""
+    listed = list(dict.fromkeys([*difflib.get_close_matches(name, known, n=3, cutoff=0.3), *known]))
+    return ", ".join(listed[:9]) + (", ..." if len(listed) > 9 else "")

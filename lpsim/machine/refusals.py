@@ -105,7 +105,8 @@ def unknown_op(frame: Frame | None, name: str) -> UnknownOpError:
     return UnknownOpError(
         f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would silently "
         "stay in full precision. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
-        "lpsim/machine/ops/table.py, and one function if it hides matrix products"
+        "lpsim/machine/ops/table.py, and one function if it hides matrix products; or, if the machine is not to "
+        "simulate it, call it inside `simulation.suspended()`"
     )
 
 
@@ -126,6 +127,16 @@ def escaped_products(escaped: Sequence[str]) -> str:
         "called by a Python function of torch, but for example by a compiled extension. Call torch's "
         "function instead; or, if the machine is not to simulate them, call them inside "
         "`simulation.suspended()`"
+    )
+
+
+def left_in_backward(ops: Sequence[str]) -> str:
+    """What to say of products that ran in the backward pass outside every module, while the recipe rounds gradients."""
+    return (
+        f"matrix products ran in full precision in a backward pass of your own ({', '.join(ops)}), in an "
+        "autograd.Function or a hook: whether they are dgrad or wgrad cannot be known. To round their operands, add an "
+        'override: overrides={"<backward>": Recipe(fprop=...)}, or "<backward>/matmul" for one op; '
+        '{"<backward>": Recipe()} leaves them as they are'
     )
 
 

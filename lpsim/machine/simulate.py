@@ -10,7 +10,9 @@ Some calls are exempt by rule, because they are not the model's arithmetic:
 - everything in Optimizer.step under no_grad; the audit still lists its matrix products;
 - calls outside every module that autograd does not record: clipping, weight averages, metrics, data preparation.
   Matrix products there still follow the recipe, and functions that hide products (torch.linalg.solve, torch.cov) raise;
-- vector ops run by hooks or by a user's autograd.Function in the backward pass: `vector` rounds forward results only.
+- what hooks or a user's autograd.Function run in the backward pass: `vector` rounds forward results only, and whether a
+  product there is dgrad or wgrad cannot be known. An override for `<backward>` rounds such products, by its fprop;
+  without one, a recipe that rounds dgrad or wgrad is told of them at the end, as of products that escaped.
 
 In evaluation, nn.TransformerEncoder and nn.MultiheadAttention use fused kernels, but not while a mode sees their calls.
 So where the recipe and all its overrides round nothing, these modules run unseen, and give exactly torch's result.
@@ -63,6 +65,7 @@ from lpsim.machine.refusals import (
     check_arguments,
     escaped_products,
     hidden_products,
+    left_in_backward,
     refuse_singular_values,
     refuse_strange,
     run_uncompiled,
@@ -193,12 +196,13 @@ class Simulation:
         if (unmatched := self._places.unmatched()) is not None:
             warnings.warn(unmatched, stacklevel=2)
         known = () if self._auditor is None else self._auditor.escaped
-        escaped = [product for product in known if product not in self._told]
-        self._told.update(escaped)
-        if escaped and self._on_escape == "raise":
-            raise EscapedProductError(escaped_products(escaped))
-        if escaped:
-            warnings.warn(escaped_products(escaped), EscapedProductWarning, stacklevel=2)
+        for products, text in ((known, escaped_products), (self._places.left_in_backward, left_in_backward)):
+            untold = [product for product in products if product not in self._told]
+            self._told.update(untold)
+            if untold and self._on_escape == "raise":
+                raise EscapedProductError(text(untold))
+            if untold:
+                warnings.warn(text(untold), EscapedProductWarning, stacklevel=2)
 
     def _running_module(self) -> str | None:
         frame = self._paths.current()
@@ -295,7 +299,7 @@ class Simulation:
             return _run
         op = WRAPPED.get(name)
         if op is None:
-            return partial(self._unlisted, name)
+            return partial(self._left if self.recipe.plain else self._unlisted, name)
         if op.transparent:
             return self._through
         if op.function is not None:
@@ -328,6 +332,11 @@ class Simulation:
     def _through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._mode:
             return body(func)(*args, **kwargs)
+
+    def _left(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function that is not in the table, where the recipe rounds nothing anywhere."""
+        with self._owned("left by the recipe"):
+            return func(*args, **kwargs)
 
     def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is not in the table, if a rule exempts it."""

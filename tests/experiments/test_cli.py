@@ -157,7 +157,7 @@ def test_bench_without_a_name_runs_every_benchmark(monkeypatch: pytest.MonkeyPat
         module = importlib.import_module(f"experiments.bench.{name}")
         monkeypatch.setattr(module, "run", lambda options, name=name: ran.append(name))
     assert cli.main(["bench"]) == 0
-    assert ran == ["accumulator", "audit", "optimizer", "quantize", "step"]
+    assert ran == ["accumulator", "audit", "optimizer", "quantize", "start", "step"]
 
 
 @pytest.mark.parametrize("arguments", [["bench", "--help"], ["bench", "step", "--help"]])

@@ -149,3 +149,13 @@ def test_scale_rules_equal_their_formulas(rule: ScaleRule, element) -> None:
             step = Fraction(2) ** (floor_log2(exact) - element.mantissa_bits)
             e = floor_log2(math.floor(exact / step + Fraction(1, 2)) * step) - emax
         assert reference.block_scale(amax, fmt) == 2.0 ** min(max(e, -127), 127), amax
+
+
+@pytest.mark.parametrize("fmt", [formats.FixedFormat("twos", 5, -1), formats.FloatFormat("fours", 2, 2, bias=-3)])
+def test_what_is_far_below_a_step_is_not_zero(fmt: formats.FixedFormat | formats.FloatFormat) -> None:
+    """Also where the step is so much above 1 that a subnormal number, divided by it, would be 0."""
+    smallest = {2.0, 4.0} & {reference.round_value(1.0, fmt, Rounding.TOWARD_POSITIVE)}
+    for x in (5e-324, 2.0**-1022, 2.0**-149):
+        assert {reference.round_value(x, fmt, Rounding.TOWARD_POSITIVE)} == smallest
+        assert reference.round_value(x, fmt, Rounding.TIES_TO_EVEN) == 0
+        assert Quantizer(fmt, Rounding.TOWARD_POSITIVE)(torch.tensor(x, dtype=torch.float64)) in smallest

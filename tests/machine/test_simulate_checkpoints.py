@@ -152,6 +152,6 @@ def test_products_of_a_backward_function_draw_different_bits() -> None:
             return grad
 
     x = torch.rand(32, 32, requires_grad=True)
-    with simulate(nn.Identity(), Recipe(Gemm(lhs=STOCHASTIC))):
+    with simulate(nn.Identity(), Recipe(overrides={"<backward>": Recipe(Gemm(lhs=STOCHASTIC))})):
         Twice.apply(x).backward(torch.rand(32, 32))
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
