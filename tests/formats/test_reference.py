@@ -76,7 +76,8 @@ def test_symmetric_roundings_are_odd(fmt) -> None:
 )
 def test_round_to_odd_makes_a_later_rounding_correct(fmt) -> None:
     """x -> a format with two more bits, to odd -> fmt, nearest: equals x -> fmt, nearest (Boldo and Melquiond 2008)."""
-    wider = formats.FloatFormat("wider", fmt.exponent_bits + 1, fmt.mantissa_bits + 2)
+    bias = fmt.bias + 2 ** (fmt.exponent_bits - 1)
+    wider = formats.FloatFormat("wider", fmt.exponent_bits + 1, fmt.mantissa_bits + 2, bias=bias)
     x = critical_inputs(fmt)
     x = x[np.abs(x) <= fmt.max]
     through = reference.quantize(reference.quantize(x, wider, rounding=Rounding.TO_ODD), fmt)
@@ -154,8 +155,8 @@ def test_scale_rules_equal_their_formulas(rule: ScaleRule, element) -> None:
 @pytest.mark.parametrize("fmt", [formats.FixedFormat("twos", 5, -1), formats.FloatFormat("fours", 2, 2, bias=-3)])
 def test_what_is_far_below_a_step_is_not_zero(fmt: formats.FixedFormat | formats.FloatFormat) -> None:
     """Also where the step is so much above 1 that a subnormal number, divided by it, would be 0."""
-    smallest = {2.0, 4.0} & {reference.round_value(1.0, fmt, Rounding.TOWARD_POSITIVE)}
+    smallest = 2.0 if fmt.name == "twos" else 4.0
     for x in (5e-324, 2.0**-1022, 2.0**-149):
-        assert {reference.round_value(x, fmt, Rounding.TOWARD_POSITIVE)} == smallest
+        assert reference.round_value(x, fmt, Rounding.TOWARD_POSITIVE) == smallest
         assert reference.round_value(x, fmt, Rounding.TIES_TO_EVEN) == 0
-        assert Quantizer(fmt, Rounding.TOWARD_POSITIVE)(torch.tensor(x, dtype=torch.float64)) in smallest
+        assert Quantizer(fmt, Rounding.TOWARD_POSITIVE)(torch.tensor(x, dtype=torch.float64)).item() == smallest
