@@ -26,10 +26,8 @@ def plan(runs: Sequence[Config], folder: Path, jobs: int, retry_failed: bool = F
     if left and timed:
         times = [_seconds_a_step([pair for pair in timed if pair[0].model == run.model] or timed) for run in left]
         seconds = sum(time * run.steps for time, run in zip(times, left, strict=True)) / jobs
-        lines.append(
-            f"  the {len(left)} left take about {max(1, round(seconds / 60))} min with --jobs {jobs}, "
-            f"by {len(timed)} finished"
-        )
+        time = f"{round(seconds / 60)} min" if seconds >= 90 else f"{max(1, round(seconds))} s"
+        lines.append(f"  the {len(left)} left take about {time} with --jobs {jobs}, by {len(timed)} finished")
     elif left:
         lines.append(
             f"  the {len(left)} left have {sum(run.steps for run in left)} steps; "

@@ -58,10 +58,8 @@ def written(folders: Sequence[Path], output: Path | None, tables: str | None) ->
     """Where the report was written. Raises UserError."""
     for folder in folders:
         if not (folder / "grid.json").exists():
-            near = (
-                sorted(str(path.parent) for path in folder.parent.glob("*/grid.json")) if folder.parent.is_dir() else []
-            )
-            raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none beside it'}")
+            near = sorted(str(path.parent) for place in (folder, folder.parent) for path in place.glob("*/grid.json"))
+            raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none near it'}")
     from analysis.page.report import write_report as write
 
     try:

@@ -104,6 +104,8 @@ def _run_grid(options: argparse.Namespace) -> int:
         source, configs = load_grid(options.grid, formats, options.twin)
         chosen = _chosen(configs, source, options) if options.only or options.dry_run else None
         if options.dry_run:
+            if processes(options) < 1:
+                raise ValueError(f"--jobs must be at least 1, is {options.jobs}")
             print(plan(chosen or [], folder_of(source, options), processes(options), options.retry_failed))
             return 0
         claims = load_claims(options.grid, formats, options.twin)
@@ -119,11 +121,12 @@ def folder_of(source: Path, options: argparse.Namespace) -> Path:
 def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Namespace) -> list[Config]:
     """The runs that --only leaves, as they are run; all without it. Raises ValueError."""
     from analysis.run_files import flatten, with_left_out
-    from experiments.running.grid import resolved
+    from experiments.running.grid import distinct, resolved
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
     runs = resolved(configs, folder_of(source, options), options.telemetry_every)
+    distinct(runs, folder_of(source, options).name, options.processes_per_run)
     if not options.only:
         return runs
     fields = [with_left_out(flatten(run.to_dict())) for run in runs]

@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,12 @@ def load_grid(
     path = find(source)
     with blamed(path):
         grid = function(path, "grid", "Iterator[Config]", formats, twin)
-        started = iter(grid())
+        made = grid()
+        if not isinstance(made, Iterable):
+            raise GridError(
+                f"{path}: grid() must yield or return Configs, in a list, say; it gave {type(made).__name__}"
+            )
+        started = iter(made)
         first = list(itertools.islice(started, 1))
         if first and isinstance(first[0], (list, tuple)):
             if not inspect.isgenerator(started):
@@ -78,7 +83,8 @@ def find(source: str) -> Path:
     if not path.is_file():
         shipped = sorted(p.stem for p in HERE.glob("*.py") if re.search(KINDS, p.read_text(), re.M))
         if source not in shipped:
-            raise GridError(f"no grid file {source!r}; shipped grids: {names_near(source, shipped)}")
+            beside = f" (there is {source}.py: say so)" if Path(f"{source}.py").is_file() else ""
+            raise GridError(f"no grid file {source!r}{beside}; shipped grids: {names_near(source, shipped)}")
         path = HERE / f"{source}.py"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.py", path.name):
         raise GridError(f"{path}: a grid file is named like ablation_1.py; its name becomes the folder of its runs")

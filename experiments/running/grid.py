@@ -65,7 +65,9 @@ def labels(configs: Mapping[str, Config]) -> dict[str, str]:
         settings = {signature: dict(_leaves(configs[signature].to_dict())) for signature in signatures}
         paths = sorted({path for leaves in settings.values() for path in leaves})
         differ = [path for path in paths if len({repr(leaves.get(path)) for leaves in settings.values()}) > 1]
-        differ = [path for path in differ if own.DEFINITION not in path] or differ
+        differ = [
+            path for path in differ if not any(word in path for word in (own.DEFINITION, "_definition"))
+        ] or differ
         for signature, leaves in settings.items():
             values = [f"{path.rpartition('.')[2]} {leaves[path]}" for path in differ if path in leaves]
             names[signature] = ", ".join([common, *values])
@@ -113,20 +115,12 @@ def run_grid(
 
     def joined(asked: Iterable[Config]) -> dict[str, Config]:
         """The configs of a round by signature; they join those of the rounds before."""
-        mine: dict[str, Config] = {}
-        for config in resolved(asked, folder, telemetry_every):
-            signature = config.signature()
-            if signature in by_signature:
-                raise GridError(f"the grid {folder.name} has the same run twice: {label(config)}")
-            if processes_per_run > 1:
-                parallel.check(config, processes_per_run)
-            by_signature[signature] = mine[signature] = config
+        mine = distinct(resolved(asked, folder, telemetry_every), folder.name, processes_per_run, by_signature)
+        by_signature.update(mine)
         return mine
 
-    asked = next(rounds, None)
-    mine = joined(asked or ())
-    if not asked or not mine:
-        raise GridError(f"the grid {folder.name} has no runs")
+    asked = next(rounds, [])
+    mine = joined(asked)
     if (claims or only is not None) and isinstance(configs, Adaptive):
         what = "claims need" if claims else "to run some only needs"
         raise GridError(f"the grid {folder.name} looks at its runs; {what} a grid whose runs are known before")
@@ -175,6 +169,26 @@ def resolved(configs: Iterable[Config], folder: Path, telemetry_every: int | Non
     """The configs as the grid in that folder runs them; telemetry_every replaces their own, where given."""
     changes: dict[str, Any] = {} if telemetry_every is None else {"telemetry_every": telemetry_every}
     return [dataclasses.replace(config, grid=folder.name, **changes) for config in configs]
+
+
+def distinct(
+    configs: Iterable[Config], grid: str, processes_per_run: int = 1, before: Collection[str] = ()
+) -> dict[str, Config]:
+    """The configs of a grid's round by signature. before: the signatures of earlier rounds.
+
+    Raises: GridError for none in the first round, for equal ones, and where a run cannot be shared among so many.
+    """
+    mine: dict[str, Config] = {}
+    for config in configs:
+        signature = config.signature()
+        if signature in before or signature in mine:
+            raise GridError(f"the grid {grid} has the same run twice: {label(config)}")
+        if processes_per_run > 1:
+            parallel.check(config, processes_per_run)
+        mine[signature] = config
+    if not mine and not before:
+        raise GridError(f"the grid {grid} has no runs")
+    return mine
 
 
 def _one_round(configs: Iterable[Config]) -> Generator[list[Config], Sequence[Outcome], None]:

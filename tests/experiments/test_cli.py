@@ -79,7 +79,7 @@ def test_run_then_report_then_nothing_to_do(tmp_path: Path, capsys: pytest.Captu
             "--gpus 0: there are not 2",
         ),
         (["run", "quickstart", "--twin"], "quickstart.py: grid() has no small twin"),
-        (["report", "nowhere/grid"], "nowhere/grid holds no grid (no grid.json); there are: none beside it"),
+        (["report", "nowhere/grid"], "nowhere/grid holds no grid (no grid.json); there are: none near it"),
         (["bench", "quantise"], "no benchmark 'quantise'; there are: "),
     ],
 )
