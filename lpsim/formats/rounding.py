@@ -23,10 +23,10 @@ class Rounding(enum.Enum):
 
     "Even" and "odd" speak of the code: neighbouring values of a format have neighbouring codes, so one is even.
 
-    In STOCHASTIC r = (|x| − |lo|)/(|hi| − |lo|) and R is a uniform k-bit integer, the top k bits of the element's random
-    word. The probability of the larger magnitude is ⌊r·2^k⌋/2^k. k = None means 32 bits: as many as the remainder of any
-    float32 has in the normal range of a format, so the result is unbiased there; far below the smallest subnormal the
-    bias is less than 2^-32 of the spacing.
+    In STOCHASTIC r = (|x| − |lo|)/(|hi| − |lo|) and R is a uniform k-bit integer, the top k bits of the element's
+    random word. The probability of the larger magnitude is ⌊r·2^k⌋/2^k. k = None means 32 bits: as many as the
+    remainder of any float32 has in the normal range of a format, so the result is unbiased there; far below the
+    smallest subnormal the bias is less than 2^-32 of the spacing.
     """
 
     TIES_TO_EVEN = "ties_to_even"
@@ -59,7 +59,8 @@ class ScaleRule(enum.Enum):
     - FLOOR: 2^(⌊log2 amax⌋ − emax) (OCP MX v1.0 §6.3). The block maximum may lie above max·scale and is then clipped.
     - CEIL: 2^(⌈log2 amax⌉ − emax): never clips, since 2^emax is a value of the element.
     - RCEIL: 2^⌈log2(amax / max)⌉, with amax / max in exact arithmetic: never clips.
-    - EVEN: FLOOR of amax rounded to the element's mantissa, ties away: clips where amax rounds to the top of its binade.
+    - EVEN: FLOOR of amax rounded to the element's mantissa, ties away: clips where amax rounds to the top of its
+      binade.
     - ROUND: amax / max rounded to nearest, ties to even, in the scale's format, which has a mantissa (NVFP4). Clips a
       little where it was rounded down.
 
