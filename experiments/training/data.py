@@ -109,6 +109,7 @@ class StdlibText(Settings):
         self.require(self.half in (None, 1, 2), f"half must be 1, 2 or None, is {self.half}")
 
     def check_model(self, model: Any) -> None:
+        self.require_of(model, "context", "vocab_size")
         self.require(
             model.vocab_size >= 256, f"bytes need a vocab_size of at least 256, {model.name} has {model.vocab_size}"
         )
@@ -154,7 +155,7 @@ class Digits(Settings):
 
     def check_model(self, model: Any) -> None:
         wanted = (8, 1, 10)
-        got = (model.image_size, model.channels, model.classes)
+        got = tuple(getattr(model, name, None) for name in ("image_size", "channels", "classes"))
         self.require(got == wanted, f"digits need image_size, channels, classes {wanted}, {model.name} has {got}")
 
     def load(self, model: Any) -> ImageArrays:
@@ -204,7 +205,7 @@ class Glyphs(Settings):
 
     def check_model(self, model: Any) -> None:
         wanted = (glyphs.SIZE, 1, len(glyphs.CHARACTERS))
-        got = (model.image_size, model.channels, model.classes)
+        got = tuple(getattr(model, name, None) for name in ("image_size", "channels", "classes"))
         self.require(got == wanted, f"glyphs need image_size, channels, classes {wanted}, {model.name} has {got}")
 
     def load(self, model: Any) -> "DrawnGlyphs":

@@ -47,6 +47,7 @@ class ColourImages(Settings):
     inputs: ClassVar[str] = "images"
 
     def check_model(self, model: Any) -> None:
+        self.require_of(model, "image_size", "channels", "classes")
         self.require(model.channels == 3, f"images have 3 channels, {model.name} has {model.channels}")
 
 

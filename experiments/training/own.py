@@ -36,8 +36,9 @@ RIGHT = "define it at the top level of the grid's file, or of a module beside it
 class Model(Settings):
     """Base of a model of your own.
 
-    It has a `name`, a field or a class attribute, which tables show; the data set's `inputs`; and `build`. What its
-    data set asks of it besides (`classes`, `context`, ...) is between the two of them.
+    It has a `name`, a field or a class attribute, which tables show; the data set's `inputs`; and `build`. A data set
+    asks more of it, as fields or class attributes: the shipped ones image_size, channels and classes, or context and
+    vocab_size. What one of your own asks (`DataSet.check_model`) is between the two of them.
     """
 
     inputs: ClassVar[str]  # "tokens", "images", or a word of your own

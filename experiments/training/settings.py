@@ -59,6 +59,18 @@ class Settings:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {message}")
 
+    def require_of(self, model: Any, *names: str) -> None:
+        """Raise ValueError, with all that is missing, unless the model has attributes of these names.
+
+        A model of one's own may lack what the shipped ones have as fields.
+        """
+        lacking = [name for name in names if getattr(model, name, None) is None]
+        self.require(
+            not lacking,
+            f"the model must have {', '.join(names)}, as fields or class attributes; {model.name} lacks "
+            f"{', '.join(lacking)}",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, the tag first; `from_dict` is the inverse."""
         tag = {self.tag: getattr(self, self.tag)} if self.tag else {}

@@ -42,6 +42,7 @@ class TextFile(Settings):
         self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
 
     def check_model(self, model: Any) -> None:
+        self.require_of(model, "context", "vocab_size")
         _check_vocabulary(self.tokenizer, model)
 
     def load(self, model: Any) -> Tokens:
@@ -77,6 +78,7 @@ class HuggingFaceText(Settings):
         self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
 
     def check_model(self, model: Any) -> None:
+        self.require_of(model, "context", "vocab_size")
         _check_vocabulary(self.tokenizer, model)
         if self.separator is not None:
             choose(_tokenizer(self.tokenizer, _stamp(self.tokenizer)).get_vocab(), self.separator, "separator token")

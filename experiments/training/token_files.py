@@ -40,6 +40,7 @@ class TokenFiles(Settings):
         self.require(self.validation_windows >= 1, "validation_windows must be at least 1")
 
     def check_model(self, model: Any) -> None:
+        self.require_of(model, "context", "vocab_size")
         if self._described() is None:
             self.require(
                 model.vocab_size <= 2**16, f"uint16 tokens reach 65535, {model.name} has vocab_size {model.vocab_size}"

@@ -18,19 +18,21 @@ from lpsim.formats.rounding import ScaleRule
 
 
 class Specials(enum.Enum):
-    """Which codes of a float format are not finite numbers."""
+    """Which codes of a float format are not finite numbers.
+
+    - IEEE: the largest exponent code holds ±Inf (mantissa 0) and NaNs (IEEE 754-2019 §3.4).
+    - FN: no Inf; NaN only where exponent and mantissa are all ones (OFP8 E4M3).
+    - FNUZ: no Inf, no negative zero: the code of -0 is the only NaN (AMD/Graphcore FNUZ types).
+    - NONE: every code is a finite number (MX FP6 and FP4).
+    - EXTENDED: ±Inf at the outermost code of each sign, no negative zero: the code of -0 is the only NaN. An unsigned
+      format has NaN at the outermost code and Inf below it (IEEE P3109, extended domain).
+    """
 
     IEEE = "ieee"
-    """The largest exponent code holds ±Inf (mantissa 0) and NaNs (IEEE 754-2019 §3.4)."""
     FN = "fn"
-    """No Inf; NaN only where exponent and mantissa are all ones (OFP8 E4M3)."""
     FNUZ = "fnuz"
-    """No Inf, no negative zero: the code of -0 is the only NaN (AMD/Graphcore FNUZ types)."""
     NONE = "none"
-    """Every code is a finite number (MX FP6 and FP4)."""
     EXTENDED = "extended"
-    """±Inf at the outermost code of each sign, no negative zero: the code of -0 is the only NaN. An unsigned format has
-    NaN at the outermost code and Inf below it (IEEE P3109, extended domain)."""
 
 
 def _check_name(name: object) -> None:

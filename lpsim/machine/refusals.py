@@ -105,8 +105,8 @@ def unknown_op(frame: Frame | None, name: str) -> UnknownOpError:
     return UnknownOpError(
         f"{_path(frame)}/{name}: the simulated machine does not know the op {name!r}, so its operands would silently "
         "stay in full precision. Add it to lpsim.machine.ops.WRAPPED: one entry with its class and reason in "
-        "lpsim/machine/ops/table.py, and one function if it hides matrix products; or, if the machine is not to "
-        "simulate it, call it inside `simulation.suspended()`"
+        "lpsim/machine/ops/table.py, and one function if it hides matrix products. If the machine is not to simulate "
+        "it, call it inside `simulation.suspended()`"
     )
 
 

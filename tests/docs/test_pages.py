@@ -1,9 +1,13 @@
 """Every Python block of README.md, lmd/README.md and docs/ runs; the blocks of one page share their names.
 
 The pages use names that a reader has of his own (`model`, `batches`, ...); `own` gives them. The working folder
-is empty but for `runs/quickstart`, a grid with made-up numbers.
+is empty but for `runs/quickstart`, a grid with made-up numbers. A block that begins with the name of a file runs as
+that file, with no other names; a grid trains its first run for two steps.
 """
 
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,13 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from torch import nn
 
+from experiments.grids import load_claims, load_grid
+from experiments.grids.source_files import execute
+from experiments.training.record import RunRecord
+from experiments.training.train import train
 from lpsim import formats
 from tests.analysis import run_folders
+from tests.experiments.experiment_jobs import one_thread
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PAGES = [
@@ -23,6 +32,8 @@ PAGES = [
     REPOSITORY / "ARCHITECTURE.md",
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
+FILE = re.compile(r"^```python\n(# (\w+\.py).*?)^```$", re.M | re.S)
+NEED_RESULTS = ("compare.py",)  # what it reads, `lpsim tune` writes
 SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()])
 
 
@@ -69,5 +80,38 @@ def test_its_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder = run_folders.write_grid(tmp_path / "runs" / "quickstart", configs)
         for config in configs:
             run_folders.write_run(folder, config)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # a block may import a file of its page
+    for file, text in files(page):
+        (tmp_path / file).write_text(text)
     for example in examples:
         example.evaluate()
+
+
+def files(page: Path) -> list[tuple[str, str]]:
+    """The blocks of a page that begin with the name of a file: (name, text)."""
+    return [(name, text) for text, name in FILE.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if files(page)], ids=lambda page: str(page.relative_to(REPOSITORY))
+)
+def test_its_files_run_alone(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, text in files(page):
+        (tmp_path / file).write_text(text)
+    for file, _ in files(page):
+        held = vars(execute(tmp_path / file, f"page_{Path(file).stem}"))
+        for name in held.keys() & {"tune", "frontier"}:
+            held[name]()
+        if "claims" in held:
+            assert load_claims(str(tmp_path / file))
+        if "grid" in held and file not in NEED_RESULTS:
+            configs = load_grid(str(tmp_path / file))[1]
+            first = configs[0] if isinstance(configs, list) else next(configs.rounds())[0]
+            short = replace(first, steps=2, warmup_steps=1, batch_size=16)
+            run = RunRecord(tmp_path / "runs" / Path(file).stem)
+            run.folder.mkdir(parents=True)
+            with one_thread():
+                result = train(short, run)
+            run.close()
+            assert result is not None and result["status"] == "finished", result

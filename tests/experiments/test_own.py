@@ -17,8 +17,13 @@ from experiments.grids.product import product
 from experiments.grids.source_files import SourceError
 from experiments.training import evaluate
 from experiments.training.config import Config, forward
+from experiments.training.data import Digits, Glyphs, StdlibText
+from experiments.training.image_files import ImageFolders, ImageShards
 from experiments.training.optimizers import AdamW, OptimizerSettings
+from experiments.training.own import Model
 from experiments.training.schedules import SCHEDULES, WSD, Constant, Cosine, Linear
+from experiments.training.text import HuggingFaceText, TextFile
+from experiments.training.token_files import TokenFiles
 from tests.experiments import experiment_jobs
 from tests.experiments.experiment_jobs import tiny_config, wait_until
 
@@ -133,6 +138,31 @@ def test_a_class_without_an_identity_is_refused(tmp_path: Path) -> None:
             tiny_config(optimizer=optimizer)
     with pytest.raises(SourceError, match=r"mixer_grid.py:\d+: ValueError: data set Stripes: it needs a name"):
         signatures(tmp_path, MIXER.replace('    name: ClassVar[str] = "stripes"\n', ""))
+
+
+@dataclass(frozen=True)
+class Bare(Model):
+    """A model without what the shipped data sets ask for."""
+
+    name: ClassVar[str] = "bare"
+    inputs: str = "images"
+
+
+def test_a_data_set_says_what_a_model_of_ones_own_lacks(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    text, tokenizer = str(tmp_path / "text.txt"), str(tmp_path / "tokenizer.json")
+    for data, message in (
+        (Digits(), r"image_size, channels, classes \(8, 1, 10\), bare has \(None, None, None\)"),
+        (Glyphs(), r"image_size, channels, classes \(16, 1, 36\), bare has \(None, None, None\)"),
+        (ImageFolders("images"), "bare lacks image_size, channels, classes"),
+        (ImageShards("images"), "bare lacks image_size, channels, classes"),
+        (StdlibText(), "bare lacks context, vocab_size"),
+        (TokenFiles("tokens"), "bare lacks context, vocab_size"),
+        (TextFile(text, tokenizer), "bare lacks context, vocab_size"),
+        (HuggingFaceText(text, tokenizer), "bare lacks context, vocab_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(model=Bare(inputs=data.inputs), data=data)
 
 
 def test_schedules_begin_at_the_peak_and_end_where_they_say() -> None:
