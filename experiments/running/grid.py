@@ -229,10 +229,14 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
         )
     if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
         versions = made_in.get("versions", {})
+        shipped = (
+            "the text differs between versions of Python, glyphs between those of matplotlib: that run had "
+            f"{versions.get('python')} and {versions.get('matplotlib')}"
+        )
+        why = "its fingerprint is another" if isinstance(config.data, own.DataSet) else shipped
         raise RunFolderError(
-            f"{folder} was trained on other data than {config.data.name} holds now (the text differs between versions "
-            f"of Python, glyphs between those of matplotlib: that run had {versions.get('python')} and "
-            f"{versions.get('matplotlib')}); use another --runs folder, or delete {folder.parent}"
+            f"{folder} was trained on other data than {config.data.name} holds now ({why}); use another --runs "
+            f"folder, or delete {folder.parent}"
         )
     if result is None or result.get("status") not in (*DONE, *(() if retry_failed else ("failed",))):
         return None

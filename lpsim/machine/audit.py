@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lpsim.accumulators import Accumulator
 from lpsim.machine.ops import Kind, Op, Product, Site
 from lpsim.machine.ops.contraction import cdist_has_products
 
@@ -184,11 +185,22 @@ class Auditor(TorchDispatchMode):
 
 
 def formats_of(site: Site) -> str:
-    """The formats of a product's operands and results, "fprop lhs · rhs", for each of its Gemms that is not plain."""
+    """The formats of a product, for each of its Gemms that is not plain: "fprop lhs · rhs", with all it may have
+    "fprop lhs · rhs, summed in float16 by 32 -> out".
+    """
     shown = []
     for name in ("fprop", "dgrad", "wgrad"):
         gemm = getattr(site.recipe, name)
         if not gemm.plain:
             lhs, rhs, out = (q.format.name if q is not None else "-" for q in (gemm.lhs, gemm.rhs, gemm.out))
-            shown.append(f"{name} {lhs} · {rhs}" + (f" -> {out}" if gemm.out is not None else ""))
+            unit = gemm.accumulate
+            summed = "" if unit is None else f", summed {_unit(unit)}"
+            shown.append(f"{name} {lhs} · {rhs}{summed}" + (f" -> {out}" if gemm.out is not None else ""))
     return ", ".join(shown) or "-"
+
+
+def _unit(unit: Any) -> str:
+    """What sums: `in float16 by 32` for an Accumulator, the class of another."""
+    if not isinstance(unit, Accumulator):
+        return f"by {type(unit).__name__}"
+    return f"in {unit.format.name}" + (f" by {unit.chunk}" if unit.chunk > 1 else "")

@@ -40,8 +40,7 @@ class Stripes(DataSet):  # images of 4x4 pixels, striped across or down, with no
     inputs: ClassVar[str] = "images"
 
     def load(self, model):
-        labels = torch.arange(256) % 2
-        stripes = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(4, 4)
+        labels, stripes = torch.arange(256) % 2, torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(4, 4)
         images = torch.where(labels.view(-1, 1, 1) == 0, stripes, stripes.T)
         noisy = (images + torch.randn(256, 4, 4, generator=torch.Generator().manual_seed(0))).unsqueeze(1)
         return ImageArrays((noisy[:192], labels[:192]), (noisy[192:], labels[192:]), classes=2)
@@ -50,6 +49,7 @@ class Stripes(DataSet):  # images of 4x4 pixels, striped across or down, with no
 @dataclass(frozen=True)
 class Adagrad(OptimizerSettings):
     name: ClassVar[str] = "adagrad"
+    weight_decay: float = 0.0  # torch's Adagrad would add it to the gradient
 
     def make(self, groups, seed):
         return torch.optim.Adagrad(groups, lr=self.lr)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.training.models.gpt2 import MICRO
-from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
+from lpsim import Accumulator, Gemm, Quantizer, Recipe, Rounding, formats, simulate
 from lpsim.machine import named_recipes
 from lpsim.machine.named_recipes import ALL_RECIPES, NamedRecipe
 from lpsim.machine.recipes import BackwardOperands
@@ -90,3 +90,16 @@ def test_the_order_of_overrides_counts() -> None:
     assert forth != back
     again = Recipe(overrides=dict(forth.overrides))
     assert forth == again and hash(forth) == hash(again)
+
+
+def test_the_audit_names_what_sums() -> None:
+    unit = Accumulator(formats.float16, chunk=32)
+    recipe = Recipe(
+        fprop=Gemm(FP4, FP4, accumulate=unit, out=BF16), dgrad=Gemm(accumulate=Accumulator(formats.bfloat16))
+    )
+    with simulate(nn.Linear(32, 32), recipe) as sim:
+        sim.model(torch.randn(2, 32)).sum().backward()
+    (row,) = (row for row in sim.audit().rows if row.op == "linear")
+    assert row.formats == (
+        "fprop mxfp4_e2m1 · mxfp4_e2m1, summed in float16 by 32 -> bfloat16, dgrad - · -, summed in bfloat16"
+    )
