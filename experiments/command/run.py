@@ -167,12 +167,22 @@ def run_all(
     print(f"{folder}: {summary(rows)}")
     if isinstance(configs, list) and len(rows) < len(configs):
         print(f"  --only left out {len(configs) - len(rows)} runs of the grid")
+    if others := _others(folder):
+        print(f"  {others} more run folders there are of other configs or other code; no table holds them")
     done = all(row.status in DONE for row in rows)
     if not done and isinstance(configs, Adaptive):
         print("  what the grid asks for next depends on these")
     if options.report:
         write_report([folder], None)
     return done
+
+
+def _others(folder: Path) -> int:
+    """How many run folders lie there that the grid, as it was run last, does not hold."""
+    from experiments.training.record import read_json
+
+    known = set((read_json(folder / "grid.json") or {}).get("signatures", ()))
+    return sum(path.parent.name not in known for path in folder.glob("*/config.json"))
 
 
 def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecutor:

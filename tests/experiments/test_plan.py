@@ -35,6 +35,16 @@ def test_a_dry_run_counts_and_runs_nothing(tmp_path: Path, capsys: pytest.Captur
     assert "3 runs: 3 finished (2 of them run now)" in capsys.readouterr().out
 
 
+def test_a_grid_that_has_changed_says_what_it_no_longer_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(tmp_path / "small.py"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    for size, said in ((4, ""), (2, "  3 more run folders there are of other configs or other code")):
+        (tmp_path / "small.py").write_text(GRID.replace("seed=seed", f"seed=seed, batch_size={size}"))
+        assert cli.main(run) == 0
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("grid", "options", "message"),
     [
