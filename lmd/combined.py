@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lmd.optimizer import LMD
+from lmd.optimizer import LMD, check_state
 
 
 class _States(ChainMap[Any, Any]):
@@ -115,6 +115,7 @@ class Combined(Optimizer):
 
     def _divided(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The parts' state dicts, by the number of their groups."""
+        check_state(state_dict)
         groups, own, found = state_dict["param_groups"], len(self.param_groups), []
         if len(groups) != own:
             raise ValueError(f"this state has {len(groups)} parameter groups, the combined optimizers have {own}")

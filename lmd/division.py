@@ -151,6 +151,9 @@ def for_model(
             f"{', '.join(f'others_{name}' for name in for_adamw)} is for the AdamW that others=None makes; "
             "set it for yours where you make it"
         )
+    if others is not None and not callable(others):
+        example = "lambda groups: torch.optim.SGD(groups, lr=0.1)"
+        raise TypeError(f"others must be a function of parameter groups, such as {example}, not {others!r}")
     division = divide(model, head=head, lmd_params=lmd_params, other_params=other_params)
     named = dict(model.named_parameters())
     matrices = [named[name] for name, place in division.items() if place.optimizer == "LMD"]

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -342,6 +342,7 @@ class LMD(Optimizer):
         two momenta, shared has neither, so no conversion continues the same trajectory. The weights themselves carry
         over: load them into the model and start a fresh optimizer.
         """
+        check_state(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             theirs, ours = saved.get("parameterization"), group["parameterization"]
             if theirs not in PARAMETERIZATIONS:
@@ -426,6 +427,12 @@ class LMD(Optimizer):
             group["skipped_steps"] += not finite
 
 
+def check_state(state_dict: object) -> None:
+    """Raises ValueError for what no optimizer's state_dict gave."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("this is no optimizer's state: a dict with `state` and `param_groups`, as state_dict() gives")
+
+
 def _sample(draw: int) -> Values:
     return lambda group, plan: plan.sample(group, draw)
 
@@ -452,6 +459,13 @@ def _check_dtypes(group: Group) -> None:
             raise TypeError(f"LMD optimizes real floating-point parameters, not {p.dtype}")
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
 def _check_settings(group: Group, mc_samples: int) -> None:
     """Raises ValueError for a setting out of range; called in every step, since schedules change them."""
 
@@ -461,11 +475,12 @@ def _check_settings(group: Group, mc_samples: int) -> None:
 
     betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
     for name in ("lr", "weight_decay", "noise_scale", "saturation"):
-        require(math.isfinite(group[name]) and group[name] >= 0.0, name, "finite and at least 0")
+        require(_is_finite(group[name]) and group[name] >= 0.0, name, "a number, finite and at least 0")
     require(group["lr"] <= 1.0, "lr", "at most 1, a factor of e a step")
     require(group["noise_scale"] <= 4.0, "noise_scale", "at most 4, a factor of 50 a standard deviation")
-    require(math.isfinite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "finite and above 0")
-    require(len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
+    require(_is_finite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "a number, finite and above 0")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    require(pair and all(_is_finite(beta) and 0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
     require(group["lr"] * group["weight_decay"] < 1.0, "weight_decay", "below 1 / lr")
     require(prior in PRIORS, "prior", f"one of {tuple(PRIORS)}")
     require(parameterization in PARAMETERIZATIONS, "parameterization", f"one of {PARAMETERIZATIONS}")

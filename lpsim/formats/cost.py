@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from lpsim.formats.definitions import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format
-from lpsim.formats.named import float32
+from lpsim.formats.named import check_format, float32
 
 # pJ an operation, Horowitz 2014: {bits of the significand, the leading one counted: energy}
 INT_ADD_PJ = {8: 0.03, 32: 0.1}
@@ -31,6 +31,7 @@ def precision(element: Element) -> int:
 
     Of a codebook: of the value that needs most, since its unit multiplies the decoded values.
     """
+    check_format("an accumulator or element", element, Element)
     if isinstance(element, FixedFormat):
         return element.bits
     if isinstance(element, FloatFormat):
@@ -146,6 +147,8 @@ def step_bytes(
         raise ValueError(f"counts must not be negative, got {weights}, {activations}, {states}")
     activation = weight if activation is None else activation
     gradient = float32 if gradient is None else gradient
+    for name, fmt in {"weight": weight, "activation": activation, "gradient": gradient, "state": state}.items():
+        check_format(name, fmt)
     return StepBytes(
         weights=3 * weights * weight.bits / 8,
         activations=3 * activations * activation.bits / 8,
@@ -155,6 +158,7 @@ def step_bytes(
 
 
 def _element(fmt: Format) -> Element:
+    check_format("what is multiplied", fmt)
     return fmt.element if isinstance(fmt, BlockFormat) else fmt
 
 

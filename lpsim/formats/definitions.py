@@ -47,6 +47,11 @@ def _check_int(owner: str, field: str, value: object, low: int, high: int) -> No
         raise ValueError(f"{owner}: {field} must lie in [{low}, {high}], got {value}")
 
 
+def _check_flag(owner: str, field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {field} must be True or False, got {value!r}")
+
+
 @dataclass(frozen=True)
 class FloatFormat:
     """A binary floating-point format: sign, `exponent_bits`, `mantissa_bits` (stored ones), in this order from the top.
@@ -78,6 +83,8 @@ class FloatFormat:
         _check_int(self.name, "bias", self.bias, -1200, 1200)
         if not isinstance(self.specials, Specials):
             raise TypeError(f"{self.name}: specials must be one of {[str(s) for s in Specials]}, got {self.specials!r}")
+        for flag in ("signed", "subnormals", "zero"):
+            _check_flag(self.name, flag, getattr(self, flag))
         if self.specials is Specials.FNUZ and not self.signed:
             raise ValueError(f"{self.name}: FNUZ has NaN at the code of -0; unsigned formats have none. Use FN or NONE")
         if self.specials in (Specials.FNUZ, Specials.EXTENDED) and not self.zero:
@@ -193,6 +200,7 @@ class FixedFormat:
         _check_name(self.name)
         _check_int(self.name, "bits", self.bits, 2, 32)
         _check_int(self.name, "frac_bits", self.frac_bits, -100, 100)
+        _check_flag(self.name, "symmetric", self.symmetric)
 
     @property
     def max(self) -> float:
@@ -245,7 +253,10 @@ class Codebook:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        values = tuple(float(v) + 0.0 for v in self.values)  # + 0.0 turns -0.0 into 0.0
+        try:
+            values = tuple(float(v + 0) + 0.0 for v in self.values)  # no string + 0; + 0.0 turns -0.0 into 0.0
+        except TypeError:
+            raise TypeError(f"{self.name}: values must be a tuple of numbers, got {self.values!r:.80}") from None
         object.__setattr__(self, "values", values)
         if not 2 <= len(values) <= 2**16:
             raise ValueError(f"{self.name}: a codebook holds 2 to 65536 values, got {len(values)}")
@@ -331,6 +342,8 @@ def p3109(
     Binary Floating-point Formats for Machine Learning, and its value tables.
     """
     name = name or f"binary{bits}p{precision}{'s' if signed else 'u'}{'e' if extended else 'f'}"
+    _check_flag(name, "signed", signed)
+    _check_flag(name, "extended", extended)
     _check_int(name, "bits", bits, 2, 16)
     _check_int(name, "precision", precision, 1, bits - signed)
     exponent_bits = bits - precision + (0 if signed else 1)
@@ -350,8 +363,8 @@ class BlockFormat:
     element: the format of one entry. scale: the format of a block's scale; E8M0 or any float format.
     block_size: entries a block along the axis given in the call; (rows, columns) for tiles of the last two axes;
     0 for the whole axis; None for the whole tensor. scale_rule: a ScaleRule, or a function (amax, element) -> scale
-    whose result is rounded to the scale's format. tensor_scale: format of a second scale for the whole tensor, which
-    then is amax / (element.max · scale.max) in that format (NVFP4).
+    whose result, finite and at least 0, is rounded to the scale's format. tensor_scale: format of a second scale for
+    the whole tensor, which then is amax / (element.max · scale.max) in that format (NVFP4).
 
     sub_block_size: entries that share a microexponent of `microexponent_bits` bits, an exponent below the block's
     (MX9): their scale is the block's over 2^τ, with τ = min(E − e, 2^microexponent_bits − 1), where the rule gives the
@@ -427,6 +440,25 @@ class BlockFormat:
                 f"{self.name}: sub_block_size must be a power of two up to 128 that divides block_size, and less than "
                 f"it, got {size} and {blocks}"
             )
+
+    def scale_by_rule(self, amax: float) -> float:
+        """What a scale rule that is a function gives for a block whose largest magnitude is `amax`.
+
+        Raises ValueError for what is no finite number of at least 0; 0 becomes the smallest scale.
+        """
+        rule = self.scale_rule
+        assert not isinstance(rule, ScaleRule)
+        value = rule(amax, self.element)
+        try:
+            usable = 0 <= value < math.inf
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"{self.name}: the scale rule {getattr(rule, '__qualname__', rule)} must give a finite number of at "
+                f"least 0, and gave {value!r} for the largest magnitude {amax!r}"
+            )
+        return value
 
     @property
     def most_lowered(self) -> int:

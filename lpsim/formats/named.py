@@ -7,6 +7,8 @@ Rouhani et al. 2020 (Microsoft Floating Point, NeurIPS) for MSFP; Rouhani et al.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
+from typing import Any
 
 from lpsim.formats.definitions import BlockFormat, FixedFormat, FloatFormat, Format, Specials, p3109
 from lpsim.formats.rounding import ScaleRule
@@ -77,8 +79,7 @@ def register(fmt: Format) -> Format:
     Registering an equal one again changes nothing. Raises ValueError when another format has the name, TypeError for
     something that is no format.
     """
-    if not isinstance(fmt, Format):
-        raise TypeError(f"register takes a format, got {type(fmt).__name__}")
+    check_format("what is registered", fmt)
     if ALL_FORMATS.setdefault(fmt.name, fmt) != fmt:
         raise ValueError(f"a different format is already named {fmt.name!r}; choose another name")
     return fmt
@@ -89,6 +90,26 @@ def get(name: str) -> Format:
     try:
         return ALL_FORMATS[name]
     except (KeyError, TypeError):
-        close = difflib.get_close_matches(str(name), ALL_FORMATS, n=3)
+        close = nearest(name, ALL_FORMATS)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(ALL_FORMATS)}"
         raise ValueError(f"unknown format {name!r}; {hint}") from None
+
+
+def nearest(name: object, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names: those that begin with a name, then that hold it; or else that resemble it.
+
+    Upper and lower case are the same.
+    """
+    lower, sought = {each.lower(): each for each in known}, str(name).lower()
+    holding = [each for each in lower if sought in each] if len(sought) > 2 else []
+    holding.sort(key=lambda each: not each.startswith(sought))
+    return [lower[each] for each in holding[:3] or difflib.get_close_matches(sought, lower, n=3)]
+
+
+def check_format(what: str, value: object, kinds: Any = Format) -> None:
+    """Raises TypeError for a value that is not of these kinds of formats; for a string it says how to look it up."""
+    if not isinstance(value, kinds):
+        close = nearest(value, ALL_FORMATS) if isinstance(value, str) else []
+        hint = f"; did you mean {' or '.join(f'lpsim.formats.get({name!r})' for name in close)}?" if close else ""
+        kind = "a format" if kinds is Format else "a format without blocks"
+        raise TypeError(f"{what} must be {kind}, got {type(value).__name__}{hint}")

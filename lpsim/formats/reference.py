@@ -267,7 +267,7 @@ def block_scale(amax: float, fmt: BlockFormat, tensor_scale: float = 1.0, dtype:
     """
     element, scale, rule = fmt.element, fmt.scale, fmt.scale_rule
     if rule is ScaleRule.ROUND or not isinstance(rule, ScaleRule):
-        wanted = dtype(amax) / dtype(element.max) if rule is ScaleRule.ROUND else dtype(rule(amax, element))
+        wanted = dtype(amax) / dtype(element.max) if rule is ScaleRule.ROUND else dtype(fmt.scale_by_rule(amax))
         rounded = round_value(float(dtype(wanted) / dtype(tensor_scale)), scale)
         return min(max(rounded, scale.min_normal), scale.max)
     if amax == 0:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lpsim.machine import measured
 from lpsim.machine.measured import Loss
 from lpsim.machine.pieces import Piece, at_sites, kept, present, survey
-from lpsim.machine.recipes import Recipe
+from lpsim.machine.recipes import Recipe, check_recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +81,7 @@ def attribute(
     """
     import pandas
 
+    check_recipe(recipe)
     batches = list(batches)
     if not batches:
         raise ValueError("there is no batch to run the model on")

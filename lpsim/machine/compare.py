@@ -43,7 +43,11 @@ def compare(
     """
     import pandas
 
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors must be a dict of names to tensors, got {type(tensors).__name__}")
     for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a floating-point tensor is needed, got {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: a floating-point tensor is needed, got {x.dtype}")
         if not x.numel():
@@ -99,8 +103,12 @@ def _true_bits(fmt: Format, x: Tensor, axis: int) -> float:
 def pareto_front(frame: pandas.DataFrame, price: str, gain: str = "qsnr_db") -> pandas.DataFrame:
     """The rows that no other row beats: none has at most their price and more gain, or a lower price and as much gain.
 
-    Sorted by price. Flagged rows and rows without a number are left out.
+    Sorted by price. Flagged rows and rows without a number are left out. Raises ValueError for a column that the frame
+    does not have.
     """
+    for name in (price, gain, "flag"):
+        if name not in frame:
+            raise ValueError(f"the frame has no column {name!r}; it has {', '.join(map(str, frame))}")
     rows = frame[(frame["flag"] == "") & frame[[price, gain]].notna().all(axis=1)]
     rows = rows.sort_values([price, gain], ascending=[True, False], kind="stable")
     best = rows[gain].cummax().shift(fill_value=-math.inf)

@@ -11,12 +11,12 @@ convolutions, and leaves the products of attention in the compute dtype. To leav
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from dataclasses import dataclass
 
 from lpsim import formats
 from lpsim.formats import BlockFormat, Format
+from lpsim.formats.named import nearest
 from lpsim.formats.rounding import Rounding, ScaleRule
 from lpsim.machine.recipes import BackwardOperands, Gemm, Recipe
 from lpsim.quantization.quantizer import Quantizer, ScaleClipsWarning
@@ -37,7 +37,7 @@ class NamedRecipe:
 def get(name: str) -> NamedRecipe:
     """The recipe of that name. Raises ValueError, with close matches, for an unknown one."""
     if name not in ALL_RECIPES:
-        close = difflib.get_close_matches(name, ALL_RECIPES) or list(ALL_RECIPES)
+        close = nearest(name, ALL_RECIPES) or list(ALL_RECIPES)
         raise ValueError(f"unknown recipe {name!r}; did you mean {', '.join(close)}?")
     return ALL_RECIPES[name]
 

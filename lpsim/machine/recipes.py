@@ -69,6 +69,18 @@ class Gemm:
         return self == Gemm()
 
 
+def check_recipe(recipe: object) -> None:
+    """Raises TypeError for what is no Recipe, and says how to make one of it."""
+    if isinstance(recipe, Recipe):
+        return
+    kind, hint = type(recipe).__name__, "for a format, use Recipe.forward(format)"
+    if isinstance(recipe, str):
+        hint = f'use named_recipes.get("{recipe}").recipe; for a format, Recipe.forward(format)'
+    elif isinstance(getattr(recipe, "recipe", None), Recipe):
+        hint = f"pass the recipe within this {kind}, its attribute .recipe"
+    raise TypeError(f"recipe must be a Recipe, got {kind}; {hint}")
+
+
 def matches(pattern: str, path: str, op: str, repetition: int) -> bool:
     """Whether a site pattern, as Recipe.overrides has them, means the site of the op's k-th repetition at a path."""
     names = (f"{path}/{op}", f"{path}/{op}#{repetition}") if "/" in pattern else (path,)
@@ -108,6 +120,10 @@ class Recipe:
             )
         if not isinstance(self.backward_operands, BackwardOperands):
             raise TypeError(f"Recipe.backward_operands must be a BackwardOperands, got {self.backward_operands!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(
+                f"Recipe.overrides must be a dict of site patterns to recipes, got {type(self.overrides).__name__}"
+            )
         for pattern, recipe in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(recipe, Recipe):
                 raise TypeError(f"Recipe.overrides maps site patterns to recipes, got {pattern!r}: {recipe!r}")

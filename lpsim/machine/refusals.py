@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpsim.formats.rounding import Key
 from lpsim.machine.frames import BACKWARD, ROOT, Frame
-from lpsim.machine.recipes import Recipe
+from lpsim.machine.recipes import Recipe, check_recipe
 
 
 class UnknownOpError(NotImplementedError):
@@ -25,7 +26,7 @@ class EscapedProductWarning(UserWarning):
     """The same as a warning, for simulations with on_escape="warn"."""
 
 
-def check_arguments(model: nn.Module, recipe: Recipe, audit: bool, on_escape: str) -> None:
+def check_arguments(model: nn.Module, recipe: Recipe, seed: int, audit: bool, on_escape: str) -> None:
     """Raises ValueError or TypeError for arguments that `simulate` cannot make a simulation of."""
     if on_escape not in ("warn", "raise"):
         raise ValueError(f'on_escape must be "warn" or "raise", got {on_escape!r}')
@@ -35,8 +36,8 @@ def check_arguments(model: nn.Module, recipe: Recipe, audit: bool, on_escape: st
         raise TypeError(
             f"simulate takes an nn.Module, got {type(model).__name__}; call a function from a module's forward"
         )
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, got {recipe!r}; for a format, use Recipe.forward(format)")
+    check_recipe(recipe)
+    Key(seed)  # raises for a seed that random bits cannot be keyed by
     for path, module in model.named_modules():
         _check_module(path or ROOT, module)
 

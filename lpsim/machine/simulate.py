@@ -98,10 +98,10 @@ def simulate(
 ) -> Simulation:
     """A context in which `model` runs on the machine that `recipe` describes.
 
-    seed: of all stochastic rounding. audit: count what runs in the first step (see Simulation.audit); this costs some
-    microseconds per aten op, until `step` first changes. on_escape: what to do at the end of the `with` if the audit
-    found matrix products that ran outside the recipe: "warn" gives an EscapedProductWarning, "raise" raises an
-    EscapedProductError. Both name the aten op and the module it ran in.
+    seed: of all stochastic rounding, an int in [0, 2**64). audit: count what runs in the first step (see
+    Simulation.audit); this costs some microseconds per aten op, until `step` first changes. on_escape: what to do at
+    the end of the `with` if the audit found matrix products that ran outside the recipe: "warn" gives an
+    EscapedProductWarning, "raise" raises an EscapedProductError. Both name the aten op and the module it ran in.
 
     Raises ValueError for on_escape="raise" without an audit (only the audit sees such products) and for an override
     whose module path matches no module; TypeError for a model that cannot be simulated (compiled, scripted,
@@ -143,7 +143,7 @@ class Simulation:
     def __init__(
         self, model: nn.Module, recipe: Recipe, seed: int = 0, audit: bool = True, on_escape: str = "warn"
     ) -> None:
-        check_arguments(model, recipe, audit, on_escape)
+        check_arguments(model, recipe, seed, audit, on_escape)
         self.model = model
         self.recipe = recipe
         self.seed = seed

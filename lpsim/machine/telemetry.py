@@ -29,14 +29,13 @@ from lpsim.formats import BlockFormat, Format
 from lpsim.machine import measured
 from lpsim.machine.arguments import lies_in
 from lpsim.machine.ops import Call, Role
+from lpsim.machine.simulate import Simulation
 from lpsim.machine.weight_watch import WeightWatch
 from lpsim.quantization import storage
 from lpsim.quantization.quantizer import Quantizer
 
 if TYPE_CHECKING:
     import pandas
-
-    from lpsim.machine.simulate import Simulation
 
 __all__ = ["COSINES", "NonFinite", "Row", "Telemetry"]
 
@@ -125,14 +124,24 @@ class NonFinite:
 
 
 class Telemetry:
-    """Observes every `every`-th step of a simulation, and keeps the rows.
+    """Observes every `every`-th step of a simulation, and keeps the rows. A simulation has one at a time.
 
     first_nonfinite: where and when the first NaN or Inf appeared among what was observed; None while there is none.
     """
 
     def __init__(self, simulation: Simulation, every: int = 100) -> None:
+        if not isinstance(simulation, Simulation):
+            raise TypeError(
+                f"Telemetry takes the Simulation that `with simulate(model, recipe) as simulation` gives, "
+                f"got {type(simulation).__name__}"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps, at least 1, got {every!r}")
+        if simulation.sampler is not None:
+            raise ValueError(
+                "this simulation already has a Telemetry or another sampler, which a second would replace; "
+                "detach it before, by simulation.sampler = None"
+            )
         self.simulation = simulation
         self.every = every
         self.first_nonfinite: NonFinite | None = None

@@ -305,7 +305,7 @@ def _given_scales(amax: np.ndarray, fmt: BlockFormat, outer: float, p: Plan) -> 
         if fmt.scale_rule is ScaleRule.ROUND:
             wanted = amax / dtype(fmt.element.max)
         else:
-            wanted = np.array([fmt.scale_rule(float(a), fmt.element) for a in distinct], dtype)[where]
+            wanted = np.array([fmt.scale_by_rule(float(a)) for a in distinct], dtype)[where]
         wanted = np.ascontiguousarray(wanted / dtype(outer))
         rounded = np.empty_like(wanted)
         q = _scale_plan(fmt.scale, p)

@@ -182,7 +182,7 @@ def _own_scales(maxima: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> t
     """The user's rule for every tile, computed once for each distinct finite maximum, on the host."""
     amax = maxima.view(dtype)
     distinct, where = torch.unique(torch.where(amax.isfinite(), amax, 0), return_inverse=True)
-    scales = [fmt.scale_rule(a, fmt.element) for a in distinct.tolist()]  # type: ignore[operator]
+    scales = [fmt.scale_by_rule(a) for a in distinct.tolist()]
     return torch.tensor(scales, dtype=dtype, device=maxima.device)[where]
 
 

@@ -5,8 +5,10 @@ Backends are tried in the order of the table BACKENDS; the reference serves what
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import operator
 import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from lpsim.formats import BlockFormat, Format
+from lpsim.formats.named import check_format
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
 from lpsim.quantization import plan
 
@@ -59,9 +62,7 @@ class Quantizer:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, Format):
-            hint = f"; did you mean lpsim.formats.get({self.format!r})?" if isinstance(self.format, str) else ""
-            raise TypeError(f"format must be a format, got {type(self.format).__name__}{hint}")
+        check_format("format", self.format)
         if not isinstance(self.rounding, Rounding):
             raise TypeError(f"rounding must be a Rounding, one of {[r.name for r in Rounding]}, got {self.rounding!r}")
         if not isinstance(self.overflow, Overflow):
@@ -111,7 +112,8 @@ class Quantizer:
         formats without 1-d blocks). key: the random bits' key, required by STOCHASTIC. out: receives the result; x
         itself is allowed.
 
-        Raises TypeError for another dtype, ValueError for a wrong axis, a missing key or an unfit `out`.
+        Raises TypeError for another dtype, a sparse, nested or meta tensor, an axis that is no int and a key that is no
+        Key; ValueError for an axis out of range, a missing key or an unfit `out`.
         """
         axis = self._check(x, axis, key)
         if x.requires_grad:
@@ -124,7 +126,11 @@ class Quantizer:
             )
         device = "cpu" if x.is_cpu else x.device.type
         serving = self._backends.get(device) or self._backends.setdefault(device, _serving(self, device))
-        return serving.quantize(x, self, axis, key, out)
+        try:
+            return serving.quantize(x, self, axis, key, out)
+        except (RuntimeError, TypeError):
+            check_memory(x)  # only here, so that calls that succeed do not pay for it
+            raise
 
     # What calls have found out, kept here because hashing a format takes longer than quantizing a small tensor.
 
@@ -147,12 +153,33 @@ class Quantizer:
             raise TypeError(f"a tensor is quantized, got {type(x).__name__}")
         if x.dtype not in FLOATING:
             raise TypeError(f"a float32, bfloat16, float16 or float64 tensor is quantized, got {x.dtype}")
-        if self.rounding is Rounding.STOCHASTIC and key is None:
-            raise ValueError("stochastic rounding needs a key: pass key=Key(seed=...)")
+        if key is None:
+            if self.rounding is Rounding.STOCHASTIC:
+                raise ValueError("stochastic rounding needs a key: pass key=Key(seed=...)")
+        elif not isinstance(key, Key):
+            raise TypeError(f"key must be a Key, such as Key(seed=3), got {key!r}")
+        if type(axis) is not int:
+            axis = _as_int(axis)
         dim = x.dim() or 1
         if not -dim <= axis < dim:
             raise ValueError(f"axis must lie in [{-dim}, {dim}) for a tensor of shape {tuple(x.shape)}, got {axis}")
         return axis % dim
+
+
+def _as_int(axis: Any) -> int:
+    """An axis that is an int of another type, such as NumPy's. Raises TypeError for anything else."""
+    if not isinstance(axis, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(axis)
+    raise TypeError(f"axis must be an int, got {axis!r}")
+
+
+def check_memory(x: torch.Tensor) -> None:
+    """Raises TypeError for a tensor whose elements do not lie in memory one beside the other."""
+    kind = "nested" if x.is_nested else "meta" if x.is_meta else str(x.layout) if x.layout is not torch.strided else ""
+    if kind:
+        taken = "dense tensors with values (torch.strided, on a CPU or GPU) are quantized"
+        raise TypeError(f"{taken}, got a {kind} tensor") from None
 
 
 def clipping_ratio(fmt: BlockFormat) -> float:

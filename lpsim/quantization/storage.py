@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, Format, reference
+from lpsim.formats import BlockFormat, Codebook, Element, FixedFormat, FloatFormat, Format, Specials, reference
 from lpsim.formats.rounding import Key, Overflow, ScaleRule
-from lpsim.quantization.quantizer import Quantizer
+from lpsim.quantization.quantizer import Quantizer, check_memory
 
 CHUNK = 1 << 15  # elements at a time, so that the float64 steps stay in the cache; whole bytes of codes of any width
 
@@ -31,6 +31,9 @@ class Encoded:
     scales, row-major over `grid`; empty without blocks. tensor_scale: uint8, the code of the second scale, or empty.
     microexponents: uint8, those of all sub-blocks, packed, row-major over `sub_grid`; empty without sub-blocks.
     shape and dtype: of the tensor that `decode` gives. axis: the axis blocks lie along, from the front.
+
+    torch.save and torch.load store it. If its scale rule is a function, loading needs that, too:
+    torch.serialization.add_safe_globals([function]).
     """
 
     format: Format
@@ -62,6 +65,10 @@ class Encoded:
         return 8 * stored / elements if elements else math.nan
 
 
+# torch.load takes only types that it knows
+torch.serialization.add_safe_globals([Encoded, BlockFormat, Codebook, FixedFormat, FloatFormat, Specials, ScaleRule])
+
+
 def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | None = None) -> Encoded:
     """x quantized and stored. A format stands for its Quantizer, ties to even.
 
@@ -78,6 +85,7 @@ def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | 
     if element.bits > 32:
         raise ValueError(f"{fmt.name}: codes of more than 32 bits are not packed; keep the tensor itself")
     axis = q._check(x, axis, key)
+    check_memory(x)
     x, shape = x.detach(), tuple(x.shape)
     wide = x.to(_working(x.dtype))
     scales = tensor_scale = microexponents = torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -106,7 +114,12 @@ def encode(x: Tensor, quantizer: Quantizer | Format, axis: int = -1, key: Key | 
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The tensor in storage: element · (scale · tensor_scale), in float32 or float64 and then in its dtype."""
+    """The tensor in storage: element · (scale · tensor_scale), in float32 or float64 and then in its dtype.
+
+    Raises TypeError for what `encode` did not give.
+    """
+    if not isinstance(encoded, Encoded):
+        raise TypeError(f"decode takes what encode gives, an Encoded, got {type(encoded).__name__}")
     e, fmt = encoded, encoded.format
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     working = _working(e.dtype)
@@ -178,7 +191,7 @@ def block_scales(x: Tensor, fmt: BlockFormat, axis: int) -> tuple[Tensor, Tensor
             wanted = amax / torch.full_like(outer, fmt.element.max)
         else:
             distinct, where = torch.unique(amax, return_inverse=True)
-            chosen = [fmt.scale_rule(a, fmt.element) for a in distinct.tolist()]  # type: ignore[operator]
+            chosen = [fmt.scale_by_rule(a) for a in distinct.tolist()]
             wanted = torch.tensor(chosen, dtype=x.dtype, device=x.device)[where]
         scale = Quantizer(fmt.scale).quantize(wanted / outer).clamp(fmt.scale.min_normal, fmt.scale.max)
     else:

@@ -79,3 +79,23 @@ def test_bytes_of_a_step_by_hand() -> None:
 def test_every_format_has_a_cost() -> None:
     for fmt in formats.ALL_FORMATS.values():
         assert 0 < cost.mac_area(fmt) < math.inf and 0 < cost.mac_energy(fmt) < math.inf
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cost.mac_area("mxfp4_e2m1"),
+        lambda: cost.mac_energy(formats.nvfp4, "mxfp4_e2m1"),
+        lambda: cost.mac_cells(formats.nvfp4, accumulator="mxfp4_e2m1"),
+        lambda: cost.step_bytes(1, 1, "mxfp4_e2m1"),
+        lambda: cost.step_bytes(1, 1, formats.nvfp4, state="mxfp4_e2m1"),
+    ],
+)
+def test_a_name_is_no_format(call) -> None:
+    with pytest.raises(TypeError, match=r"did you mean lpsim\.formats\.get\('mxfp4_e2m1'\)"):
+        call()
+
+
+def test_an_accumulator_has_no_blocks() -> None:
+    with pytest.raises(TypeError, match="must be a format without blocks, got BlockFormat"):
+        cost.mac_area(formats.nvfp4, accumulator=formats.nvfp4)

@@ -108,6 +108,7 @@ def test_constants_stated_by_the_specifications() -> None:
             "2^0",
         ),
         (lambda: formats.get("mxfp6_e3m3"), "mxfp6_e3m2"),
+        (lambda: formats.get("MXFP4"), "did you mean mxfp4_e2m1?"),
         (lambda: formats.get("nonsense"), "known"),
         (lambda: formats.from_dict({"kind": "other"}), "known"),
         (lambda: formats.register(FloatFormat("bfloat16", 5, 2)), "another name"),
@@ -125,6 +126,29 @@ def test_wrong_types_are_refused() -> None:
         BlockFormat("f", formats.mxfp4_e2m1, formats.float8_e8m0fnu)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="format"):
         formats.register("mxfp4_e2m1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        *(
+            (lambda flag=flag: FloatFormat("f", 2, 2, **{flag: "no"}), flag)
+            for flag in ("signed", "subnormals", "zero")
+        ),
+        (lambda: FixedFormat("f", 4, 2, symmetric=1), "symmetric"),
+        (lambda: formats.p3109(8, 3, signed=0), "signed"),
+        (lambda: formats.p3109(8, 3, extended=None), "extended"),
+    ],
+)
+def test_flags_are_true_or_false(build, message: str) -> None:
+    with pytest.raises(TypeError, match=f"{message} must be True or False"):
+        build()
+
+
+@pytest.mark.parametrize("values", [("1", 2.0), "12", (None, 1.0), 3])
+def test_a_codebook_holds_numbers(values) -> None:
+    with pytest.raises(TypeError, match="f: values must be a tuple of numbers"):
+        Codebook("f", values)
 
 
 def test_scales_that_are_0_in_float32_are_refused() -> None:

@@ -287,6 +287,12 @@ def test_bad_input_is_an_error():
         lmd.for_model(model, others=torch.optim.AdamW, others_lr=0.1)
     with pytest.raises(ValueError, match="others_weight_decay is for the AdamW"):
         lmd.for_model(model, others=torch.optim.AdamW, others_weight_decay=0.0)
+    with pytest.raises(TypeError, match=r"others must be a function .* torch\.optim\.SGD.*, not 'sgd'"):
+        lmd.for_model(model, others="sgd")
+    with pytest.raises(ValueError, match="lr must be a number"):
+        lmd.for_model(model, lr="0.1")
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        lmd.for_model(model, betas=0.9)
     with pytest.raises(TypeError, match=r"must return a torch\.optim\.Optimizer"):
         lmd.for_model(model, others=lambda groups: None)
     with pytest.raises(TypeError, match="one LMD"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmd import LMD, update
+from lmd import LMD, Combined, update
 from tests.lmd.small_nets import BACKENDS, DTYPES, KINDS, equal, make_batch, make_net, one, same, train, values
 
 
@@ -78,6 +78,9 @@ def test_a_foreign_state_is_refused():
     net = make_net()
     with pytest.raises(ValueError, match="not a state of LMD"):
         LMD(net.parameters()).load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
+    for optimizer in (LMD(net.parameters()), Combined(LMD(net.parameters()))):
+        with pytest.raises(ValueError, match="no optimizer's state: a dict with `state` and `param_groups`"):
+            optimizer.load_state_dict({})
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

@@ -190,6 +190,8 @@ def test_mistakes_are_told() -> None:
         attribute(model, batches, loss, Recipe(overrides={"mlp.0/conv2d": Recipe()}))
     with pytest.raises(ValueError, match="parts are by class, role, site, site-role; got 'layer'"):
         attribute(model, batches, loss, Recipe(), by=["layer"])
+    with pytest.raises(TypeError, match=r'named_recipes\.get\("nvfp4"\)\.recipe'):
+        attribute(model, batches, loss, "nvfp4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no batch"):
         attribute(model, [], loss, Recipe())
     with pytest.raises(ValueError, match="requires a gradient"):

@@ -97,6 +97,24 @@ def test_a_tensor_with_nan_or_inf_is_named(bad: float) -> None:
         compare([formats.mxfp4_e2m1], {"fine": NORMAL, "layer.weight": torch.tensor([1.0, bad])})
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f, x: compare([f], x), TypeError, "tensors must be a dict of names to tensors, got Tensor"),
+        (lambda f, x: compare([f], {"a": 3}), TypeError, "a: a floating-point tensor is needed, got int"),
+        (lambda f, x: compare([f.name], {"a": x}), TypeError, r"formats\.get\('mxfp4_e2m1'\)"),
+        (
+            lambda f, x: pareto_front(compare([f], {"a": x}), price="cost"),
+            ValueError,
+            "no column 'cost'; it has format, .*, bits, area, energy, flag",
+        ),
+    ],
+)
+def test_mistakes_are_told(call, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(formats.mxfp4_e2m1, NORMAL)
+
+
 def test_no_row_of_the_front_is_beaten_and_every_other_is() -> None:
     frame = compare([f for f in formats.ALL_FORMATS.values() if f.bits < 17], {"normal": NORMAL})
     frame = frame[frame["flag"] == ""]

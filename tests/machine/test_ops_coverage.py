@@ -456,3 +456,8 @@ def test_names_and_in_place_forms() -> None:
     assert inplace_argument(torch.Tensor.add_) == inplace_argument(torch.Tensor.__ipow__) == -1
     assert inplace_argument(F.dropout) == 3
     assert inplace_argument(torch.add) is None
+
+
+def test_what_draws_nothing_is_not_said_to_draw() -> None:
+    for name in ("zeros", "ones", "eye", "constant", "dirac", "zeros_like"):
+        assert WRAPPED[name].reason == "creates values without reading any"

@@ -37,12 +37,16 @@ def test_bad_recipes() -> None:
         Recipe(backward_operands="quantized")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="maps site patterns to recipes"):
         Recipe(overrides={"lm_head": None})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"Recipe\.overrides must be a dict .*, got list"):
+        Recipe(overrides=[("lm_head", Recipe())])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'a' has overrides of its own"):
         Recipe(overrides={"a": Recipe(overrides={"b": Recipe()})})
     with pytest.raises(TypeError, match="matmul"):
         Gemm(accumulate=FP4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown recipe 'nvfp5'; did you mean nvfp4"):
         named_recipes.get("nvfp5")
+    with pytest.raises(ValueError, match="unknown recipe 'NVFP4'; did you mean nvfp4"):
+        named_recipes.get("NVFP4")
 
 
 @pytest.mark.parametrize("named", ALL_RECIPES.values(), ids=ALL_RECIPES)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
+from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, named_recipes, simulate
 from lpsim.machine.recipes import BackwardOperands
 from lpsim.machine.simulate import EscapedProductError, EscapedProductWarning, UnknownOpError
 
@@ -399,6 +399,16 @@ def test_what_cannot_be_simulated_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(TypeError, match=r"Recipe\.forward\(format\)"):
         simulate(model, FP4.format)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r'got str; use named_recipes\.get\("nvfp4"\)\.recipe'):
+        simulate(model, "nvfp4")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^recipe must be a Recipe, got NamedRecipe; .{,50} its attribute \.recipe$"):
+        simulate(model, named_recipes.get("nvfp4"))  # type: ignore[arg-type]
+    for seed in ("a", None, True, 1.0):
+        with pytest.raises(TypeError, match="seed must be an int"):
+            simulate(model, Recipe(), seed=seed)  # type: ignore[arg-type]
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=r"seed must lie in \[0, 2\*\*64\)"):
+            simulate(model, Recipe(), seed=seed)
     with pytest.raises(TypeError, match=r"nn\.Module"):
         simulate(lambda x: x, Recipe())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="DataParallel"):

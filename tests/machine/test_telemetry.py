@@ -256,6 +256,21 @@ def test_bad_arguments() -> None:
     for every in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="every must be a number of steps"):
             Telemetry(sim, every=every)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes the Simulation that .* gives, got Linear"):
+        Telemetry(sim.model)  # type: ignore[arg-type]
+
+
+def test_a_simulation_has_one_telemetry_at_a_time() -> None:
+    layer = nn.Linear(2, 2)
+    with simulate(layer, Recipe.forward(formats.mxfp4_e2m1)) as sim:
+        first = Telemetry(sim)
+        with pytest.raises(ValueError, match=r"already has a Telemetry .* simulation\.sampler = None"):
+            Telemetry(sim)
+        layer(torch.ones(1, 2))
+        sim.sampler = None
+        second = Telemetry(sim)
+        layer(torch.ones(1, 2))
+    assert [row.calls for row in first.rows()] == [row.calls for row in second.rows()] == [1, 1, 1]
 
 
 def test_large_tensors_give_the_same_sums_at_one_and_two_threads() -> None:

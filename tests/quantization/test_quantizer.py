@@ -2,12 +2,13 @@
 
 import itertools
 import multiprocessing
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, formats
+from lpsim import Key, Overflow, Quantizer, Rounding, ScaleRule, available_backends, encode, formats
 from lpsim.formats import BlockFormat, Codebook, FixedFormat, FloatFormat, Specials, reference
 from lpsim.quantization import cpu, plan
 from tests.laws import ODD_ONES, SCALAR, assert_same_bits, critical_inputs, hostile_tensors, pairs
@@ -335,6 +336,11 @@ def test_the_gradient_passes_straight_through() -> None:
         assert not Quantizer(formats.mxfp4_e2m1)(x).requires_grad
 
 
+def nested(x: torch.Tensor, layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # that the interface may change
+        return torch.nested.nested_tensor([x, x], layout=layout)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -343,9 +349,20 @@ def test_the_gradient_passes_straight_through() -> None:
         (lambda q, x: q([1.0]), TypeError, "tensor"),
         (lambda q, x: q(x, axis=2), ValueError, "axis"),
         (lambda q, x: q(x, axis=-3), ValueError, "axis"),
+        *(
+            (lambda q, x, axis=axis: q(x, axis), TypeError, "axis must be an int")
+            for axis in ("0", None, (0, 1), 1.0, True)
+        ),
+        (lambda q, x: q(x, key=3), TypeError, r"Key\(seed=3\)"),
+        (lambda q, x: q(x, key=torch.Generator()), TypeError, r"Key\(seed=3\)"),
+        (lambda q, x: q(x.to_sparse()), TypeError, "dense tensors with values .*, got a torch.sparse_coo tensor"),
+        (lambda q, x: q(x.to("meta")), TypeError, "dense tensors with values .*, got a meta tensor"),
+        (lambda q, x: q(nested(x, torch.strided)), TypeError, "dense tensors with values .*, got a nested tensor"),
+        (lambda q, x: q(nested(x, torch.jagged)), TypeError, "dense tensors with values .*, got a nested tensor"),
         (lambda q, x: Quantizer(q.format, Rounding.STOCHASTIC)(x), ValueError, "key=Key"),
         (lambda q, x: q.quantize(x, out=torch.empty(3)), ValueError, "out must be"),
-        (lambda q, x: Quantizer("mxfp4_e2m1"), TypeError, "formats.get"),
+        (lambda q, x: Quantizer("mxfp4_e2m1"), TypeError, r"formats.get\('mxfp4_e2m1'\)\?$"),
+        (lambda q, x: Quantizer("mxfp4"), TypeError, r"formats.get\('mxfp4_e2m1'\)\?$"),
         (lambda q, x: Quantizer(q.format, "even"), TypeError, "TIES_TO_EVEN"),
         (lambda q, x: Quantizer(q.format, random_bits=4), ValueError, "STOCHASTIC"),
         (lambda q, x: Quantizer(q.format, Rounding.STOCHASTIC, random_bits=33), ValueError, "32"),
@@ -360,6 +377,23 @@ def test_the_gradient_passes_straight_through() -> None:
 def test_bad_input_is_refused_with_what_would_be_right(call, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call(Quantizer(formats.mxfp4_e2m1), torch.randn(4, 32))
+
+
+def test_an_axis_may_be_an_int_of_another_type() -> None:
+    x, quantizer = torch.randn(4, 32), Quantizer(formats.mxfp4_e2m1)
+    assert torch.equal(quantizer(x, axis=np.int64(0)), quantizer(x, axis=0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1", None])
+def test_a_scale_rule_must_give_a_finite_number_of_at_least_0(backend: str, value: object) -> None:
+    def faulty(amax: float, element: object) -> float:
+        return value  # type: ignore[return-value]
+
+    fmt = BlockFormat("own", formats.float4_e2m1fn, formats.float8_e4m3fn, scale_rule=faulty)
+    for call in (Quantizer(fmt, backend=backend), lambda x: encode(x, fmt)):
+        with pytest.raises(ValueError, match=r"own: the scale rule .*faulty must give a finite number of at least 0"):
+            call(torch.ones(4, 32))
 
 
 def test_backends_in_this_environment() -> None:

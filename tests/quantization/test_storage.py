@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 
 import numpy as np
@@ -213,6 +214,20 @@ def test_refusals() -> None:
         encode(torch.ones(2, dtype=torch.int32), formats.float8_e5m2)
     with pytest.raises(TypeError, match="format must be a format"):
         encode(torch.ones(2), "float8_e5m2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dense tensors with values .*, got a torch.sparse_coo tensor"):
+        encode(torch.ones(2).to_sparse(), formats.float8_e5m2)
+    with pytest.raises(TypeError, match="decode takes what encode gives, an Encoded, got Tensor"):
+        decode(torch.ones(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fmt", [*SCALAR, *ODD_ONES, *BLOCKS], ids=lambda fmt: fmt.name)
+def test_torch_saves_and_loads_it(fmt: object) -> None:
+    encoded = encode(torch.linspace(0, 3, 48).reshape(2, 24).bfloat16(), fmt)
+    torch.save(encoded, file := io.BytesIO())
+    file.seek(0)
+    with torch.serialization.safe_globals([half_amax] if fmt is OWN else []):
+        loaded = torch.load(file, weights_only=True)
+    assert loaded.format == fmt and torch.equal(decode(loaded), decode(encoded))
 
 
 def test_codes_are_exact_where_float32_is_not() -> None:

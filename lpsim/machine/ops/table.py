@@ -238,13 +238,13 @@ WRAPPED: dict[str, Op] = {
         "draws random numbers: data, not arithmetic",
         "normal uniform bernoulli exponential log_normal cauchy geometric random multinomial poisson binomial "
         "rand_like randn_like randint_like kaiming_uniform kaiming_normal xavier_uniform xavier_normal trunc_normal "
-        "constant ones zeros eye dirac orthogonal sparse",
+        "orthogonal sparse",
     ),
     **_entries(
         Kind.EXEMPT,
         "creates values without reading any",
-        "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor "
-        "empty_strided new_empty_strided tensor asarray as_tensor",
+        "zeros ones eye constant dirac zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+        "new_tensor empty_strided new_empty_strided tensor asarray as_tensor",
     ),
     **_entries(
         Kind.EXEMPT,
