@@ -93,11 +93,10 @@ def final(axis: Axis, numbers: bool) -> alt.LayerChart:
     Rows: signature, run, status, final (as text), value (or null), x, colour. Parameter: higher_is_better.
     """
     hover = _hover()
-    labels = alt.Axis(title=None, labelAngle=0 if numbers else -35, labelLimit=150, labelOverlap=numbers)
     x = (
-        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=labels)
+        alt.X("x:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(title=None, labelOverlap=True))
         if numbers
-        else alt.X("x:N", sort=None, axis=labels)
+        else alt.X("x:N", sort=None, axis=_names())
     )
     shared: dict[str, Any] = {"x": x, "color": _colour(), "detail": "signature:N", "tooltip": _tooltips()}
     size = alt.when(hover, empty=False).then(alt.value(220)).otherwise(alt.value(64))
@@ -117,6 +116,21 @@ def final(axis: Axis, numbers: bool) -> alt.LayerChart:
     )
     better = alt.param(name="higher_is_better", value=False)
     return _finished(alt.LayerChart(layer=[points, lost]).add_params(better), height=280)
+
+
+def _names() -> alt.Axis:
+    """Names of arms, each part on a line of its own where there is room, else askew."""
+    room = "width / domain('x').length > 100"
+    return alt.Axis(
+        title=None,
+        labelExpr=f"{room} ? split(datum.label, ', ') : datum.label",
+        labelAngle=alt.ExprRef(f"{room} ? 0 : -40"),
+        labelAlign=alt.ExprRef(f"{room} ? 'center' : 'right'"),
+        labelBaseline=alt.ExprRef(f"{room} ? 'top' : 'middle'"),
+        labelLimit=110,
+        labelOverlap=False,
+        minExtent=70,
+    )
 
 
 def small() -> alt.LayerChart:
