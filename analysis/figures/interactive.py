@@ -127,9 +127,9 @@ def _names() -> alt.Axis:
         labelAngle=alt.ExprRef(f"{room} ? 0 : -40"),
         labelAlign=alt.ExprRef(f"{room} ? 'center' : 'right'"),
         labelBaseline=alt.ExprRef(f"{room} ? 'top' : 'middle'"),
-        labelLimit=110,
+        labelLimit=alt.ExprRef(f"{room} ? 130 : 90"),
         labelOverlap=False,
-        minExtent=70,
+        minExtent=80,
     )
 
 
