@@ -120,11 +120,15 @@ def final_metric(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
     caption = "Each point is one finished run; bars are the mean and its 95% t interval over seeds (none for n = 1)."
     if not replicates_only:
         caption = f"Each point is one finished run. A column mixes {', '.join(roles.others)}, so no mean is drawn."
+    labelled = roles.label(points)
+    present = [level for level in roles.colours if (labelled[roles.hue] == level).any()]
     return _panels(
         "final-metric",
-        roles.label(points),
+        labelled,
         roles,
-        lambda part, ax: plots.final_metric(part, ax, hue=roles.hue, colours=roles.colours, intervals=replicates_only),
+        lambda part, ax: plots.final_metric(
+            part, ax, hue=roles.hue, levels=present, colours=roles.colours, intervals=replicates_only
+        ),
         title=f"Final {plots.LABELS[runs['metric'].iloc[0]]}",
         caption=caption,
         legend=False,

@@ -133,20 +133,22 @@ def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["step"].isin(steps[np.linspace(0, len(steps) - 1, POINTS).round().astype(int)])]
 
 
-def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], intervals: bool) -> Axes:
+def final_metric(
+    frame: pd.DataFrame, ax: Axes, *, hue: str, levels: Sequence[str], colours: Mapping[str, Any], intervals: bool
+) -> Axes:
     """`primary_metric` of every run as a point over the level of `hue`; with `intervals` the mean and its 95% t
     interval beside them.
 
-    Pass `intervals` only where the points over a level differ in seeds alone.
+    levels: of all panels that share the axis, in their order on it; a panel may lack some. Pass `intervals` only where
+    the points over a level differ in seeds alone.
     """
-    levels = [level for level in colours if (frame[hue] == level).any()]
     at = {level: place for place, level in enumerate(levels)}
     x = frame[hue].map(at).astype("float64")
     sns.scatterplot(
         x=x - 0.12 * intervals, y=frame["primary_metric"], hue=frame[hue], hue_order=levels,
         palette={level: colours[level] for level in levels}, ax=ax, legend=False, s=34, alpha=0.75, linewidth=0,
     )  # fmt: skip
-    for level in levels if intervals else []:
+    for level in [level for level in levels if intervals and (frame[hue] == level).any()]:
         mean, low, high = interval(frame.loc[frame[hue] == level, "primary_metric"])
         place = at[level] + 0.12
         ax.plot([place], [mean], "_", color=colours[level], markersize=13, markeredgewidth=2)

@@ -359,12 +359,30 @@ def test_plots_draw_every_run_on_the_axes_they_are_given(quick: Path) -> None:
         values = losses.loc[losses["format"] == level, "value"]
         assert (box.vertices[:, 1].min(), box.vertices[:, 1].max()) == (values.min(), values.max())
     ax = Figure().subplots()
-    assert plots.final_metric(runs, ax, hue="format", colours=colours, intervals=False) is ax
+    assert plots.final_metric(runs, ax, hue="format", levels=made.FORMATS, colours=colours, intervals=False) is ax
     assert sum(len(points.get_offsets()) for points in ax.collections) == len(runs)
     ax = Figure().subplots()
     rows = tables.differences(runs).assign(name="row")
     assert plots.forest(rows, ax, hue="format", colours=colours, label="change") is ax
     assert len(ax.get_yticks()) == len(rows)
+
+
+def test_every_point_of_the_final_metric_stands_over_its_own_format(tmp_path: Path) -> None:
+    """Panels share the axis, though each optimizer has formats that the other lacks."""
+    formats = {"adamw": ("float32", "mxfp4_e2m1"), "lmd": ("float32", "mxfp6_e3m2", "own")}
+    configs = [made.config("gpt2-micro", o, f, seed) for o, names in formats.items() for f in names for seed in (0, 1)]
+    runs = load.runs(made.write_runs(tmp_path, configs))
+    drawing = figures.final_metric(runs, figures.roles(runs, tables.factors(runs), runs))
+    assert drawing is not None
+    for figure in (drawing.figure, drawing.slim):
+        assert [ax.get_title("left") for ax in figure.axes] == ["optimizer = adamw", "optimizer = lmd"]
+        labels = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+        assert labels == ["float32", "mxfp4_e2m1", "mxfp6_e3m2", "own"]
+        for ax, optimizer in zip(figure.axes, formats, strict=True):
+            drawn = [(labels[round(x)], y) for points in ax.collections for x, y in points.get_offsets().tolist()]
+            mine = runs[runs["optimizer"] == optimizer]
+            assert sorted(drawn) == sorted(zip(mine["format"], mine["primary_metric"], strict=True))
+            assert ax.get_xticks().tolist() == [0, 1, 2, 3] and ax.get_xlim()[0] < 0 < 3 < ax.get_xlim()[1]
 
 
 def test_verdicts() -> None:
