@@ -134,14 +134,11 @@ def frontier_runs(folder: str | Path) -> pd.DataFrame:
     return read(folder).frontier_runs
 
 
-def read(folder: str | Path) -> Results:
-    """Everything in a grid folder, each file read once. Raises ValueError when `folder` is no grid folder."""
-    results = _read(Path(folder))
-    return replace(results, runs=_with_none(results.runs))
-
-
-def _read(folder: Path) -> Results:
-    """`read`, with None as a missing value."""
+def read(folder: str | Path, plain: bool = False) -> Results:
+    """Everything in a grid folder, each file read once; `plain`: settings that are None stay missing, and numbers
+    beside them numbers. Raises ValueError when `folder` is no grid folder.
+    """
+    folder = Path(folder)
     if not (folder / "grid.json").is_file():
         raise ValueError(_no_grid_folder(folder))
     problem_rows: list[dict[str, str]] = []
@@ -167,10 +164,11 @@ def _read(folder: Path) -> Results:
     weights, values = histograms(folder, listed, problem_rows)
     pushed = frontier_tables(folder / FRONTIER, problem_rows)
     observed = [run_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TABLES.items()]
+    runs = _with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS]))
     return Results(
         folder=folder,
         grid=grid,
-        runs=_with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
+        runs=runs if plain else _with_none(runs),
         metrics=metric_frame(numbers),
         environment=frame_of(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
@@ -198,7 +196,7 @@ def read_all(folders: Sequence[str | Path]) -> Results:
     parts: list[Results] = []
     seen: set[str] = set()
     for folder in folders:
-        part = _without(_read(Path(folder)), seen)
+        part = _without(read(folder, plain=True), seen)
         part.runs["grid"] = part.runs.get("grid", part.folder.name)
         seen |= set(part.runs["signature"])
         parts.append(part)

@@ -230,6 +230,8 @@ def test_none_is_a_level_of_a_setting_and_a_setting_that_is_not_there_is_none(tm
     told = [summary.arm_name(row, names) for row in tables.arms(runs).to_dict("records")]
     assert told[0] == "lmd, clip_norm none, noise_scale none" and told[-1] == "adamw, clip_norm 0.05"
     assert drawings.levels(runs["optimizer.noise_scale"]) == ["none", "0.5", "–"]
+    plain = load.read(tmp_path, plain=True).runs["clip_norm"]
+    assert plain.isna().sum() == 9 and set(plain.dropna()) == {0.05}
     grids = [made.write_runs(tmp_path / str(c), [clipped("lmd", s, c) for s in range(3)]) for c in (None, 1.0)]
     both = tables.effects(load.read_all(grids).runs)
     assert list(zip(both["factor"], both["reference"], both["level"], strict=True)) == [("clip_norm", "none", "1")]
