@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis import load
 from analysis.figures import comparisons, plots
 from analysis.figures import drawings as figures
-from analysis.page import report, summary
+from analysis.page import provenance, report, summary
 from analysis.statistics import tables
 from tests.analysis import run_folders as made
 
@@ -163,6 +163,27 @@ def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     for text in ("train loss is NaN", "ValueError: no <such> block", "config.json is torn or not JSON"):
         assert text in page.texts
     assert any(text.startswith("Traceback (most recent call last)") for text in page.texts)
+
+
+def test_the_cause_of_a_lost_run_is_told_in_full(tmp_path: Path) -> None:
+    configs = made.quickstart(1)[:2]
+    made.write_runs(tmp_path, configs, lambda _: ("failed", 20))
+    cause = "RuntimeError: the magic smoke came out of seed 1, as it did of all seeds before"
+    path = tmp_path / made.signature(configs[0]) / "result.json"
+    made.write_json(path, json.loads(path.read_text()) | {"cause": cause})
+    assert f'<td class="wrap">{cause}</td>' in "".join(provenance.left_out(load.read(tmp_path)))
+
+
+def test_a_resumed_run_tells_of_its_environment_no_more_than_the_others(tmp_path: Path) -> None:
+    configs = made.quickstart(1)[:2]
+    made.write_runs(tmp_path, configs)
+    path = tmp_path / made.signature(configs[0]) / "env.json"
+    environment = json.loads(path.read_text())
+    made.write_json(path, environment | {"resumed": [environment]})
+    results = load.read(tmp_path)
+    assert "version" not in results.environment
+    page = "".join(provenance.provenance(results))
+    assert "<td>version</td>" not in page and "– (" not in page and "1 run, in 1 session" in page
 
 
 @pytest.mark.usefixtures("undrawn")
