@@ -8,14 +8,17 @@ says.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 from analysis.figures import plots
 from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
@@ -23,6 +26,8 @@ from analysis.statistics.stability import LEARNING_RATE
 from analysis.statistics.tables import BASELINE, TASK, counted, text
 
 PANELS_A_ROW, PANELS, LEVELS = 3, 6, 12  # what one figure shows at most
+LETTERS, LEAST_LETTERS = 80, 12  # of a line of a name in the key, which are tried
+KEY_HEIGHT = 0.55  # inches that figures keep for it
 SMOOTH = 30  # a smoothed training loss is the mean over this part of the longest run
 
 
@@ -202,7 +207,23 @@ def _panels(
 
 
 def key(figure: Figure, colours: dict[str, Any], width: float, title: str | None = None) -> None:
-    """What the colours mean, above the panels."""
+    """What the colours mean, above the panels: in as many columns as the figure has room for, names too long for it
+    broken, and the figure higher by the lines that takes.
+    """
     handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
-    columns = min(len(colours), 2 if width == NARROW else 6)
-    figure.legend(handles, list(colours), loc="outside upper left", ncols=columns, title=title, alignment="left")
+    renderer, room = FigureCanvasAgg(figure).get_renderer(), figure.bbox.width - 0.1 * figure.dpi
+
+    def legend(names: list[str], columns: int) -> Bbox:
+        for earlier in figure.legends:
+            earlier.remove()
+        made = figure.legend(handles, names, loc="outside upper left", ncols=columns, title=title, alignment="left")
+        return made.get_window_extent(renderer)
+
+    columns, letters, names = min(len(colours), 2 if width == NARROW else 6), LETTERS, list(colours)
+    while (size := legend(names, columns)).width > room and (columns > 1 or letters > LEAST_LETTERS):
+        if columns > 1:
+            columns -= 1
+        else:
+            letters -= 4
+            names = [textwrap.fill(name, letters, break_on_hyphens=False) for name in colours]
+    figure.set_figheight(figure.get_figheight() + max(size.height / figure.dpi - KEY_HEIGHT, 0))

@@ -100,6 +100,23 @@ def test_time_and_divergences_are_by_arm() -> None:
     assert resources.divergences(lost.assign(status="finished")) is None
 
 
+def test_long_names_of_arms_stay_inside_the_figure() -> None:
+    long = [
+        f"lmd-for-model, noise_scale 0.05, weight_decay {k}, prior half-normal, recipe stochastic" for k in range(6)
+    ]
+    rows = pd.DataFrame({"name": long, "format": "f", "metric": "validation_loss", "difference": 0.1})
+    rows = rows.assign(low=0.05, high=0.3)
+    drawing = comparisons.costs([comparisons.Costs("t", rows, rows, ["f"], "")])
+    assert drawing is not None
+    for figure in (drawing.figure, drawing.slim):
+        figure.draw_without_rendering()
+        (key,) = figure.legends
+        box = key.get_window_extent()
+        assert [text.get_text().replace("\n", " ") for text in key.get_texts()] == long
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert figure.axes[0].get_window_extent().height > 1.3 * figure.dpi and not box.overlaps(figure.axes[0].bbox)
+
+
 def test_costs_are_drawn_while_their_arms_can_be_told_apart() -> None:
     rows = pd.DataFrame({"name": ["a", "b"], "format": "f", "metric": "validation_accuracy", "difference": [0.1, 0.2]})
     rows = rows.assign(low=0.05, high=0.3)
