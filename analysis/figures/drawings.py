@@ -96,11 +96,14 @@ def curves(
     mean = f" Each run is smoothed, the mean of {smooth} neighbouring values." if smooth > 1 else ""
     lost = (frame["status"] == "diverged").any()
     mark = f" × is the last finite value of a diverged run{', drawn alone' if many else ''}." if lost else ""
+    limits = plots.steady_limits(frame)
+    if math.isfinite(limits[0]):
+        mark += " Diverged curves leave the figure, with × at its edge: the axis spans the other runs."
     return _panels(
         f"{split}-{metric}".replace("_", "-"),
         frame,
         roles,
-        lambda lines, ax: plots.curves(lines, ax, colours=roles.colours, label=label),
+        lambda lines, ax: plots.curves(lines, ax, colours=roles.colours, label=label, limits=limits),
         prepare=lambda part: plots.lines(part, roles.hue, smooth),
         title=label[0].upper() + label[1:],
         caption=f"{line}.{mixed}{mean}{mark}",
