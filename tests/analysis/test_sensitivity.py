@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import load
+from analysis.page import summary
 from analysis.page.worst import section
 from analysis.statistics import tables
 from analysis.statistics.sensitivity import COMPARISONS, sensitivity, worst_case
@@ -71,6 +72,7 @@ def test_arms_that_a_setting_alone_tells_apart_keep_their_own_values(tmp_path: P
     fine = table[table["optimizer.lr"] == 0.005]
     assert len(fine) == 1 and (fine["difference"] == fine["worst_difference"]).all()
     page = "".join(section(table))
+    assert summary.SAME not in page  # of the rate that diverged, the worst value stands on both sides
     assert "adamw, mxfp4_e2m1, lr 0.005 − float32" in page and "adamw, mxfp4_e2m1, lr 1e+06 − float32" in page
 
 
