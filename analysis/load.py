@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.run_files import (
+    DEFINITION,
     FINAL,
     FRONTIER,
     LATER,
@@ -33,6 +34,10 @@ from analysis.run_files import (
     read_run,
     run_tables,
 )
+
+NONE = "none"  # the level of a setting that is None
+RECIPE = "recipe."
+OWNERS = {"optimizer": "optimizer", "model": "model", "data": "data", "schedule": "schedule.name"}  # of x.*: its name
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def runs(folder: str | Path) -> pd.DataFrame:
     ...), status, step, cause, traceback, `metric` (the name of the primary metric), `primary_metric` (its value),
     `final.*`.
 
-    A number that is missing or not finite stays NaN or infinite; a run without result.json is "unfinished". Times stand
+    A number that is missing or not finite stays NaN or infinite; a run without result.json is "unfinished". A setting
+    that is None in some runs and a value in others is text, "none" and the values to 6 digits. Times stand
     in `environment`, so that this frame of a resumed grid equals an uninterrupted one's. Raises ValueError when
     `folder` is no grid folder.
     """
@@ -128,8 +134,10 @@ def frontier_runs(folder: str | Path) -> pd.DataFrame:
     return read(folder).frontier_runs
 
 
-def read(folder: str | Path) -> Results:
-    """Everything in a grid folder, each file read once. Raises ValueError when `folder` is no grid folder."""
+def read(folder: str | Path, plain: bool = False) -> Results:
+    """Everything in a grid folder, each file read once; `plain`: settings that are None stay missing, and numbers
+    beside them numbers. Raises ValueError when `folder` is no grid folder.
+    """
     folder = Path(folder)
     if not (folder / "grid.json").is_file():
         raise ValueError(_no_grid_folder(folder))
@@ -156,10 +164,11 @@ def read(folder: str | Path) -> Results:
     weights, values = histograms(folder, listed, problem_rows)
     pushed = frontier_tables(folder / FRONTIER, problem_rows)
     observed = [run_tables(folder, listed, f"{name}.parquet", wanted, problem_rows) for name, wanted in TABLES.items()]
+    runs = _with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS]))
     return Results(
         folder=folder,
         grid=grid,
-        runs=_with_primary_metric(frame_of(run_rows, [*REQUIRED, *RESULT_COLUMNS])),
+        runs=runs if plain else _with_none(runs),
         metrics=metric_frame(numbers),
         environment=frame_of(environment_rows, ["signature", "session"]),
         problems=pd.DataFrame(problem_rows, columns=["folder", "reason"]).astype("str"),
@@ -187,7 +196,7 @@ def read_all(folders: Sequence[str | Path]) -> Results:
     parts: list[Results] = []
     seen: set[str] = set()
     for folder in folders:
-        part = _without(read(folder), seen)
+        part = _without(read(folder, plain=True), seen)
         part.runs["grid"] = part.runs.get("grid", part.folder.name)
         seen |= set(part.runs["signature"])
         parts.append(part)
@@ -195,7 +204,9 @@ def read_all(folders: Sequence[str | Path]) -> Results:
     return Results(
         folder=parts[0].folder.parent / "+".join(part.folder.name for part in parts),
         grid={"grid": " + ".join(names), "source": ", ".join(str(part.grid.get("source")) for part in parts)},
-        runs=_with_primary_metric(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts])),
+        runs=_with_none(
+            _with_primary_metric(_together([part.runs.drop(columns=["metric", "primary_metric"]) for part in parts]))
+        ),
         metrics=pd.concat([part.metrics for part in parts], ignore_index=True),
         environment=_together([part.environment for part in parts]),
         problems=pd.concat(
@@ -250,6 +261,32 @@ def _no_grid_folder(folder: Path) -> str:
     inside = sorted(str(child.parent) for child in folder.glob("*/grid.json"))
     hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
     return f"{folder}: no grid folder (it holds no grid.json; expected runs/<grid>, as `lpsim run` writes it){hint}"
+
+
+def _with_none(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with None as the level "none" of every setting that has other levels too.
+
+    What an optimizer (model, data set, schedule) does not have at all stays missing in its runs: it is no level there.
+    """
+    out = runs.copy()
+    for name in config_columns(runs):
+        owner = OWNERS.get(name.split(".")[0]) if "." in name else None
+        known = owner in runs or name.startswith(RECIPE) or "." not in name
+        column = runs[name]
+        if not known or name in REQUIRED or name.endswith(DEFINITION) or not column.isna().any():
+            continue
+        has = column.notna()
+        owned = has.groupby(runs[owner], dropna=False).transform("any") if owner else has.any()
+        none = ~has & owned
+        if none.any():
+            values = [_text(value) if there else None for value, there in zip(column, has, strict=True)]
+            out[name] = pd.Series(values, index=runs.index, dtype="str").mask(none, NONE)
+    return out
+
+
+def _text(value: object) -> str:
+    """A setting as text; a number to 6 digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _with_primary_metric(frame: pd.DataFrame) -> pd.DataFrame:

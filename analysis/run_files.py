@@ -103,7 +103,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], pd.Dat
     resumed = environment.pop("resumed", [])
     if not isinstance(resumed, list) or not all(isinstance(session, dict) for session in resumed):
         raise Unreadable("env.json: resumed is no list of environments")
-    sessions = [flatten(session) for session in (environment, *resumed)]
+    sessions = [flatten({k: v for k, v in each.items() if k != "version"}) for each in (environment, *resumed)]
     numbers = _numbers(folder / "metrics.jsonl")
     row: dict[str, Any] = {"signature": folder.name, **config}
     if (folder / "result.json").exists():

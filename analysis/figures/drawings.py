@@ -8,14 +8,17 @@ says.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 from analysis.figures import plots
 from analysis.figures.saving import NARROW, WIDTH, Drawing, drawn
@@ -23,6 +26,8 @@ from analysis.statistics.stability import LEARNING_RATE
 from analysis.statistics.tables import BASELINE, TASK, counted, text
 
 PANELS_A_ROW, PANELS, LEVELS = 3, 6, 12  # what one figure shows at most
+LETTERS, LEAST_LETTERS = 80, 12  # of a line of a name in the key, which are tried
+KEY_HEIGHT = 0.55  # inches that figures keep for it
 SMOOTH = 30  # a smoothed training loss is the mean over this part of the longest run
 
 
@@ -91,11 +96,14 @@ def curves(
     mean = f" Each run is smoothed, the mean of {smooth} neighbouring values." if smooth > 1 else ""
     lost = (frame["status"] == "diverged").any()
     mark = f" × is the last finite value of a diverged run{', drawn alone' if many else ''}." if lost else ""
+    limits = plots.steady_limits(frame)
+    if math.isfinite(limits[0]):
+        mark += " Diverged curves leave the figure, with × at its edge: the axis spans the other runs."
     return _panels(
         f"{split}-{metric}".replace("_", "-"),
         frame,
         roles,
-        lambda lines, ax: plots.curves(lines, ax, colours=roles.colours, label=label),
+        lambda lines, ax: plots.curves(lines, ax, colours=roles.colours, label=label, limits=limits),
         prepare=lambda part: plots.lines(part, roles.hue, smooth),
         title=label[0].upper() + label[1:],
         caption=f"{line}.{mixed}{mean}{mark}",
@@ -120,11 +128,15 @@ def final_metric(runs: pd.DataFrame, roles: Roles) -> Drawing | None:
     caption = "Each point is one finished run; bars are the mean and its 95% t interval over seeds (none for n = 1)."
     if not replicates_only:
         caption = f"Each point is one finished run. A column mixes {', '.join(roles.others)}, so no mean is drawn."
+    labelled = roles.label(points)
+    present = [level for level in roles.colours if (labelled[roles.hue] == level).any()]
     return _panels(
         "final-metric",
-        roles.label(points),
+        labelled,
         roles,
-        lambda part, ax: plots.final_metric(part, ax, hue=roles.hue, colours=roles.colours, intervals=replicates_only),
+        lambda part, ax: plots.final_metric(
+            part, ax, hue=roles.hue, levels=present, colours=roles.colours, intervals=replicates_only
+        ),
         title=f"Final {plots.LABELS[runs['metric'].iloc[0]]}",
         caption=caption,
         legend=False,
@@ -198,7 +210,23 @@ def _panels(
 
 
 def key(figure: Figure, colours: dict[str, Any], width: float, title: str | None = None) -> None:
-    """What the colours mean, above the panels."""
+    """What the colours mean, above the panels: in as many columns as the figure has room for, names too long for it
+    broken, and the figure higher by the lines that takes.
+    """
     handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
-    columns = min(len(colours), 2 if width == NARROW else 6)
-    figure.legend(handles, list(colours), loc="outside upper left", ncols=columns, title=title, alignment="left")
+    renderer, room = FigureCanvasAgg(figure).get_renderer(), figure.bbox.width - 0.1 * figure.dpi
+
+    def legend(names: list[str], columns: int) -> Bbox:
+        for earlier in figure.legends:
+            earlier.remove()
+        made = figure.legend(handles, names, loc="outside upper left", ncols=columns, title=title, alignment="left")
+        return made.get_window_extent(renderer)
+
+    columns, letters, names = min(len(colours), 2 if width == NARROW else 6), LETTERS, list(colours)
+    while (size := legend(names, columns)).width > room and (columns > 1 or letters > LEAST_LETTERS):
+        if columns > 1:
+            columns -= 1
+        else:
+            letters -= 4
+            names = [textwrap.fill(name, letters, break_on_hyphens=False) for name in colours]
+    figure.set_figheight(figure.get_figheight() + max(size.height / figure.dpi - KEY_HEIGHT, 0))

@@ -29,6 +29,7 @@ INK, FAINT = "#333333", "#b0b0b0"
 LOG_RATIO = 8  # a value axis that spans at least this ratio is logarithmic
 FAR = 30  # a difference this many times their median makes a forest's axis logarithmic
 MANY_RUNS = 2  # runs of one colour in one panel beyond which they are drawn as median and band
+ROOM = 0.05  # of what values span, beyond them
 POINTS = 150  # steps of a curve that are drawn at most
 FEW_RATES = 5  # learning rates up to which each is a tick
 RASTER_POINTS = 5_000  # points in one panel beyond which its lines are an image inside the SVG
@@ -103,10 +104,18 @@ def lines(frame: pd.DataFrame, hue: str, smooth: int = 1) -> Lines:
     return Lines(dict(tuple(bands.groupby(hue))), runs, dict(tuple(ends.groupby(hue))), frame["value"])
 
 
-def curves(drawn: Lines, ax: Axes, *, colours: Mapping[str, Any], label: str) -> Axes:
-    """`value` against `step`; × where a diverged run's last finite value is.
+def curves(
+    drawn: Lines,
+    ax: Axes,
+    *,
+    colours: Mapping[str, Any],
+    label: str,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+) -> Axes:
+    """`value` against `step`; × where a diverged run's last finite value is, at the edge where that is beyond limits.
 
-    The value axis is logarithmic when the values are positive and span a ratio of 8 or more.
+    limits: what the value axis spans, of all panels that share it; infinite ones leave it as it comes. It is
+    logarithmic when the values are positive and span a ratio of 8 or more.
     """
     rasterized = len(drawn.values) > RASTER_POINTS
     for level, colour in colours.items():
@@ -118,11 +127,29 @@ def curves(drawn: Lines, ax: Axes, *, colours: Mapping[str, Any], label: str) ->
             ax.plot(run["step"], run["value"], color=colour, linewidth=1.2, alpha=0.9, rasterized=rasterized)
         if level in drawn.ends:
             at = drawn.ends[level]
-            ax.plot(at["step"], at["value"], "x", color=colour, markersize=7, markeredgewidth=2)
-    value_axis(ax, drawn.values)
+            y = at["value"].clip(*limits)
+            ax.plot(at["step"], y, "x", color=colour, markersize=7, markeredgewidth=2, clip_on=False, zorder=3)
+    value_axis(ax, drawn.values.clip(*limits))
+    if np.all(np.isfinite(limits)):
+        ax.set_ylim(*limits)
     ax.set(xlabel="step", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     return ax
+
+
+def steady_limits(frame: pd.DataFrame) -> tuple[float, float]:
+    """What the `value` of runs that did not diverge spans, with a little room; infinite where a diverged run's lies
+    nowhere beyond, or none is left.
+    """
+    values = frame.loc[np.isfinite(frame["value"]), "value"]
+    steady = values[frame["status"] != "diverged"]
+    if steady.empty or (values.min() >= steady.min() and values.max() <= steady.max()):
+        return -np.inf, np.inf
+    low, high = float(steady.min()), float(steady.max())
+    if low > 0 and high / low >= LOG_RATIO:
+        return low * (low / high) ** ROOM, high * (high / low) ** ROOM
+    room = ROOM * (high - low or abs(high) or 1.0)
+    return low - room, high + room
 
 
 def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,20 +160,22 @@ def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["step"].isin(steps[np.linspace(0, len(steps) - 1, POINTS).round().astype(int)])]
 
 
-def final_metric(frame: pd.DataFrame, ax: Axes, *, hue: str, colours: Mapping[str, Any], intervals: bool) -> Axes:
+def final_metric(
+    frame: pd.DataFrame, ax: Axes, *, hue: str, levels: Sequence[str], colours: Mapping[str, Any], intervals: bool
+) -> Axes:
     """`primary_metric` of every run as a point over the level of `hue`; with `intervals` the mean and its 95% t
     interval beside them.
 
-    Pass `intervals` only where the points over a level differ in seeds alone.
+    levels: of all panels that share the axis, in their order on it; a panel may lack some. Pass `intervals` only where
+    the points over a level differ in seeds alone.
     """
-    levels = [level for level in colours if (frame[hue] == level).any()]
     at = {level: place for place, level in enumerate(levels)}
     x = frame[hue].map(at).astype("float64")
     sns.scatterplot(
         x=x - 0.12 * intervals, y=frame["primary_metric"], hue=frame[hue], hue_order=levels,
         palette={level: colours[level] for level in levels}, ax=ax, legend=False, s=34, alpha=0.75, linewidth=0,
     )  # fmt: skip
-    for level in levels if intervals else []:
+    for level in [level for level in levels if intervals and (frame[hue] == level).any()]:
         mean, low, high = interval(frame.loc[frame[hue] == level, "primary_metric"])
         place = at[level] + 0.12
         ax.plot([place], [mean], "_", color=colours[level], markersize=13, markeredgewidth=2)

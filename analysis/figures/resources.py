@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from analysis.figures import plots
 from analysis.figures.comparisons import LINE, ROWS
@@ -34,12 +35,14 @@ def costs(runs: pd.DataFrame) -> Drawing | None:
     def build(width: float) -> Figure:
         lines = len(shown) if width == NARROW else 1
         size = (width, (0.8 + 0.24 * len(arms)) * lines)
-        figure = Figure(figsize=size, layout="constrained")
+        room = ConstrainedLayoutEngine(wspace=0.06)  # beside the numbers of the medians
+        figure = Figure(figsize=size, layout=room)
         grid = figure.subplots(lines, len(shown) // lines, sharey=True, squeeze=False)
         for name, ax in zip(shown, grid.flat, strict=True):
             plots.strip(runs, ax, value=name, rows=arms, label=COSTS[name])
             ax.set_yticks(range(len(arms)), _broken(arms, width))
             ax.label_outer()
+            ax.tick_params(axis="y", length=0)
             ax.xaxis.label.set_visible(True)
         return figure
 

@@ -70,7 +70,9 @@ def _map(frame: pd.DataFrame, quantity: Quantity) -> Drawing:
     names = list(dict.fromkeys(frame["format"]))
     if len(names) > PANELS:
         caption += f" Panels for {', '.join(names[PANELS:])} are left out."
-    names, bounds = names[:PANELS], (frame["value"].min(), frame["value"].max())
+    names = names[:PANELS]
+    cells = frame[frame["format"].isin(names) & frame["operand"].isin(order)].groupby(["format", "operand", "step"])
+    bounds = (cells["value"].median().min(), cells["value"].median().max())  # of what is drawn
 
     def build(width: float) -> Figure:
         columns = 1 if width == NARROW else min(len(names), PANELS_A_ROW)

@@ -14,11 +14,12 @@ from typing import Any
 import pandas as pd
 
 from analysis.page import summary
-from analysis.page.summary import arm_name, count, of_task, varying, verdict
+from analysis.page.summary import SAME, arm_name, count, of_task, varying, verdict
 from analysis.statistics.power import sd_of_interval, seeds_to_decide
 from analysis.statistics.tables import BASELINE, TASK, best_arm, higher_is_better
 
 BULLETS = 6  # decided comparisons that are spelled out, shared among the tasks
+ARMS = 3  # that lost all their runs and are named
 TABLES = ("differences", "contrasts", "optimizers", "effects", "against_first")
 Row = Mapping[str, Any]
 
@@ -29,6 +30,8 @@ class Comparison:
 
     decided: bool
     measured: bool  # it has an interval
+    paired: bool  # some seed has both runs
+    same: bool  # in every pair, exactly
     headline: str  # as the answer of the report: decided or not
     sentence: str  # where it is decided
     phrase: str  # what is asked, where it is not
@@ -45,6 +48,7 @@ class Answer:
     decided: list[str]
     undecided: str  # one line; empty where everything is decided
     open: list[str]  # what is undecided, one by one
+    apart: list[tuple[str, list[str]]]  # in a line and one by one: what is the same in every pair, what has no pair
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,21 @@ def answer(frames: Mapping[str, pd.DataFrame]) -> Answer:
         left += max(len(rest) - shown, 0)
     if left:
         decided.append(f"{left} more are decided; the tables below have them.")
-    undecided = [(task, each) for task, each in every if not each.decided]
+    undecided = [(task, each) for task, each in every if each.paired and not each.decided and not each.same]
     undecided.sort(key=lambda pair: (math.isnan(pair[1].more), pair[1].more))
     each_open = [of(task, f"{each.phrase}{_more(each.more)}") for task, each in undecided]
-    line = _undecided([each for _, each in undecided], len(every), of(undecided[0][0], "") if undecided else "")
+    paired = sum(each.paired for _, each in every)
+    line = _undecided([each for _, each in undecided], paired, of(undecided[0][0], "") if undecided else "")
+    apart = [
+        (f"{title}: {count(len(phrases), 'comparison')}.", phrases)
+        for title, phrases in (
+            (SAME[0].upper() + SAME[1:], [of(task, each.phrase) for task, each in every if each.same]),
+            ("Without any pair of runs", [of(task, each.phrase) for task, each in every if not each.paired]),
+        )
+        if phrases
+    ]
     headlines = {names[task]: mine.headline for task, mine in found.items() if mine.headline is not None}
-    return Answer(_verdict(headlines) if several else "", sentences, decided, line, each_open)
+    return Answer(_verdict(headlines) if several else "", sentences, decided, line, each_open, apart)
 
 
 def _verdict(headlines: Mapping[str, Comparison]) -> str:
@@ -259,14 +272,19 @@ def _comparison(row: Row, headline: str, sentence: str, phrase: str) -> Comparis
     needed = seeds_to_decide(row["difference"], sd_of_interval(row["low"], row["high"], row["n"]))
     decided = verdict(row) in ("better", "worse")
     more = max(needed - row["n"], 1.0) if not math.isnan(needed) else math.nan
+    same = verdict(row) == SAME
     if decided:
         whole = f"{headline} ({span(row, whole=True)})."
+    elif same:
+        whole = f"{headline.replace('**', '')}: {SAME} ({count(row['n'], 'seed')})."
     else:
         doubt = f"{span(row, whole=True)}{_more(more, '; ')}"
         whole = f"{headline.replace('**', '')}, **which may be chance** ({doubt})."
     return Comparison(
         decided=decided,
         measured=row["n"] > 1,
+        paired=row["n"] > 0,
+        same=same,
         headline=whole,
         sentence=sentence,
         phrase=phrase,
@@ -289,10 +307,36 @@ def _best(table: pd.DataFrame) -> str:
 
 
 def _lost(table: pd.DataFrame) -> Iterator[str]:
-    diverged, failed = int(table["diverged"].sum()), int(table["failed"].sum() + table["unfinished"].sum())
-    parts = [f"{diverged} diverged"] * (diverged > 0) + [f"{failed} did not finish"] * (failed > 0)
+    """How many runs are in no mean, and the arms that lost all of theirs."""
+    counts = {"diverged": "diverged", "failed": "failed", "unfinished": "did not finish"}
+    parts = [f"{n} {word}" for name, word in counts.items() if (n := int(table[name].sum()))]
     if parts:
-        yield f"Of {count(int(table['runs'].sum()), 'run')} {' and '.join(parts)}; they are in no mean."
+        told = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+        whole = _wholly_lost(table)
+        named = "; ".join([*whole[:ARMS], *([f"so did those of {len(whole) - ARMS} more arms"] * (len(whole) > ARMS))])
+        start = f"Of {count(int(table['runs'].sum()), 'run')} {told}; they are in no mean."
+        yield f"{start} {named[0].upper()}{named[1:]}." if named else start
+
+
+def _wholly_lost(table: pd.DataFrame) -> list[str]:
+    """`all 4 runs of adamw, lr 1e+06 diverged`: of arms in all formats, else in one; none where all are."""
+    lost = table["diverged"] + table["failed"]
+    tasks = list(table.groupby(list(TASK), dropna=False, sort=False))
+    names = summary.short_names([task for task, _ in tasks])
+    found = []
+    for task, mine in tasks if (lost < table["runs"]).any() else ():
+        every = varying(mine)
+        others = [name for name in every if name != "format"]
+        for _, group in mine.groupby(others, dropna=False, sort=False):
+            wholly = (lost[group.index] == group["runs"]).all()
+            for part, told in [(group, others)] if wholly else [(group.loc[[at]], every) for at in group.index]:
+                diverged, failed, runs = (int(part[name].sum()) for name in ("diverged", "failed", "runs"))
+                if diverged + failed == runs:
+                    how = " or ".join(["diverged"] * (diverged > 0) + ["failed"] * (failed > 0))
+                    which = f"all {runs} runs" if runs > 1 else "the only run"
+                    on = f" on {names[task]}" if len(tasks) > 1 else ""
+                    found.append(f"{which} of {arm_name(part.iloc[0], told)}{on} {how}")
+    return found
 
 
 def _undecided(comparisons: Sequence[Comparison], total: int, where: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,14 @@ NUMBERS = ("sqnr_db", "clipped", "underflowed", "swallowed")  # that are told of
 DULL = {("train", "time_ms"), ("train", "lr")}  # of which no curve is offered
 FIRST = (("validation", "loss"), ("validation", "accuracy"), ("train", "loss"))  # the order of those that are
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#56b4e9", "#ca9161", "#949494")  # of roles
+ONCE = {  # options of one session, and whether a value follows
+    "--only": True,
+    "--retry-failed": False,
+    "--dry-run": False,
+    "--report": False,
+    "--watch": False,
+}
+LEAST_LETTERS = 4  # more letters of an option than these, its dashes included, tell which is meant
 Data = dict[str, Any]
 
 
@@ -189,14 +197,27 @@ def _runs(
 
 def command(results: Results, signature: str) -> str | None:
     """What runs this one run anew, and nothing else: its folder is set aside, then the grid's own command finds it
-    missing. None where grid.json does not say how the grid was run.
+    missing. Of that command without what chooses runs or does something else beside running them (ONCE). None where
+    grid.json does not say how the grid was run.
     """
     folder, grid = results.grid_of(signature)
     argv = grid.get("argv")
     if not isinstance(argv, list) or not argv:
         return None
     run, aside = shlex.quote(str(folder / signature)), shlex.quote(f"{folder}.{signature}")
-    return f"mv {run} {aside} && {shlex.join(map(str, argv))}"
+    return f"mv {run} {aside} && {shlex.join(_lasting(map(str, argv)))}"
+
+
+def _lasting(argv: Iterable[str]) -> Iterator[str]:
+    """The command without the options of ONCE and their values."""
+    words = iter(argv)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        meant = [option for option in ONCE if len(name) > LEAST_LETTERS and option.startswith(name)]
+        if not meant:
+            yield word
+        elif ONCE[meant[0]] and not has_value:
+            next(words, None)
 
 
 def telemetry(results: Results, runs: pd.DataFrame, sites: Sequence[str]) -> dict[str, Data]:

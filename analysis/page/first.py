@@ -58,13 +58,15 @@ def _answer(results: Results, frames: dict[str, pd.DataFrame]) -> Iterator[str |
         yield page.answer([*([f"**{found.verdict}**"] if found.verdict else []), *found.sentences])
     if drawing := _picture(results, frames):
         yield drawing
-    if found.decided or found.undecided:
+    if found.decided or found.undecided or found.apart:
         yield page.heading(2, "How sure is it?", style="small")
     if found.decided:
         yield page.paragraph("Decided, the surest first; in brackets the 95% interval:")
         yield page.bullets(found.decided)
     if found.undecided:
         yield page.folded(found.undecided, page.bullets(found.open), style="open")
+    for line, each in found.apart:
+        yield page.folded(line, page.bullets(each), style="open")
 
 
 def _picture(results: Results, frames: dict[str, pd.DataFrame]) -> Drawing | None:

@@ -41,7 +41,7 @@ def left_out(results: Results) -> Iterator[str]:
             *factor_columns(runs, names),
             Column("seed", texts(runs["seed"], str), number=True),
             Column("step", texts(runs["step"], lambda step: f"{step:.0f}"), number=True),
-            Column("cause", texts(causes, _text_or_dash), wrap=True),
+            Column("cause", texts(causes, lambda cause: "–" if pd.isna(cause) else cause), wrap=True),
             Column("signature", list(runs["signature"])),
         ]
         yield page.table(columns)

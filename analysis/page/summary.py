@@ -38,6 +38,7 @@ PASSES = {
     "all": "The operands of all products, forward and backward, are rounded to the format; weights are kept in "
     "float32.",
 }
+SAME = "the same in every pair"
 FORMATS = 4  # whose meaning the first screen tells at most
 SENTENCES = 4  # differences that are spelled out; of more, the number and the largest
 
@@ -181,7 +182,7 @@ def _changes(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterator[s
     """What an optimizer changes by in each format, arms without a pair included."""
     start = f"{optimizer}, against its own {BASELINE} with the same seeds: "
     if len(rows) <= SENTENCES:
-        words = {"better": ": better", "worse": ": worse", "undecided": ": undecided"}
+        words = {"better": ": better", "worse": ": worse", "undecided": ": undecided", SAME: f": {SAME}"}
         parts = [
             f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
         ]
@@ -205,6 +206,7 @@ def _comparison(optimizer: str, rows: pd.DataFrame, names: list[str]) -> Iterato
     settings = rows["reference_settings"].iloc[0]
     start = f"{optimizer}'s change from {BASELINE} minus {reference}'s{f' ({settings})' if settings else ''}: "
     words = {"better": f": {optimizer} loses less", "worse": f": {optimizer} loses more", "undecided": ": undecided"}
+    words[SAME] = f": {SAME}"
     if len(rows) <= SENTENCES:
         parts = [
             f"{arm_name(row, names)} {change(row)}{words.get(verdict(row), '')}" for row in rows.to_dict("records")
@@ -229,6 +231,8 @@ def _settings(optimizer: str, rows: pd.DataFrame) -> Iterator[str]:
         f"{'has' if len(decided) == 1 else 'have'} an interval that excludes "
         f"0{': ' if named else ''}{'; '.join(named)}{more}."
     )
+    if same := [effect_name(row) for row in rows[verdicts == SAME].to_dict("records")]:
+        yield f"{optimizer} ends {SAME} after {'; '.join(same)}."
 
 
 def effect_name(row: Mapping[str, Any] | pd.Series) -> str:
@@ -267,9 +271,14 @@ def short(factor: str) -> str:
 
 
 def verdict(row: Mapping[str, Any] | pd.Series) -> str:
-    """What a difference says: "worse", "better" or "undecided"; "n = 1" or "no pair" when it has no interval."""
+    """What a difference says: "worse", "better", "undecided" or, where it is exactly 0 throughout, SAME; "n = 1" or "no
+    pair" when it has no interval.
+    """
     if row["n"] < 2:
         return "n = 1" if row["n"] else "no pair"
+    every_pair = "same" not in row or row["same"] == row["runs"] - row["excluded"]
+    if row["difference"] == row["low"] == row["high"] == 0 and every_pair:
+        return SAME
     without_width = row["high"] - row["low"] <= 1e-9 * abs(row["difference"])  # a coarse metric, not a sure effect
     if row["low"] <= 0 <= row["high"] or without_width:
         return "undecided"

@@ -31,7 +31,7 @@ LEGEND = (
         "worse, better, undecided",
         "The interval lies wholly on the worse side of 0, wholly on the better side, or contains 0. Undecided does "
         "not mean equal. An interval without width is undecided, too: all seeds differ by the same step of a coarse "
-        "metric.",
+        "metric. The same in every pair: no pair differs at all, so that the setting or format did nothing here.",
     ),
     (
         "claim, prediction, p corrected",

@@ -32,6 +32,8 @@ def section(rows: pd.DataFrame) -> Iterator[str]:
         for row in kept
     ]
     now, then = [summary.verdict(row) for row in kept], [summary.verdict(row) for row in then_rows]
+    # that a value stands on both sides was not measured
+    then = ["undecided" if b == summary.SAME != a else b for a, b in zip(now, then, strict=True)]
     columns = [
         Column("comparison", [_compared(row, names) for row in kept], wrap=True),
         Column("n", [str(n) for n in rows["n"]], number=True),

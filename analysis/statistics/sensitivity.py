@@ -57,9 +57,10 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
     tasks = set(changed.itertuples(index=False, name=None))
     rows, compared = [], set()
     for comparison, table in COMPARISONS.items() if tasks else ():
-        keys = [name for name in names if name in table(runs.iloc[:0])]
+        measured = table(runs)
+        keys = [name for name in names if name in measured]  # of no runs it would have other factors
         then = {_key(row, keys): row for row in table(replaced).to_dict("records")}
-        for row in table(runs).to_dict("records"):
+        for row in measured.to_dict("records"):
             task = tuple(row[name] for name in TASK)
             if comparison == "difference":
                 compared.add(task)

@@ -220,12 +220,13 @@ def _against_reference(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def effects(runs: pd.DataFrame) -> pd.DataFrame:
     """What each setting does, all else equal. One row a level of a factor beyond model, data, optimizer and format:
-    model, data, optimizer, factor, level, reference, metric, runs, n, difference, low, high, excluded.
+    model, data, optimizer, factor, level, reference, metric, runs, n, difference, low, high, excluded, same.
 
+    A setting that an optimizer does not have has no level there; one that is None has the level "none" (`load.runs`).
     `reference` is the level that the grid lists first for this task and optimizer. A run at `level` is paired with the
     run at `reference` that agrees in every other factor and in the seeds; the differences are averaged within a seed
     first, because arms of one seed are not independent, so n is the number of seeds. `excluded` runs have no counted
-    partner or are not counted themselves.
+    partner or are not counted themselves; of the others `same` differ by exactly 0.
     """
     columns, seeds = factors(runs), replicates(runs)
     group_columns = [*TASK, "optimizer"]
@@ -250,9 +251,21 @@ def effects(runs: pd.DataFrame) -> pd.DataFrame:
                         "metric": group["metric"].iloc[0],
                     }
                     | {"runs": len(both), "n": len(by_seed), "difference": mean, "low": low, "high": high}
-                    | {"excluded": int(change.isna().sum())}
+                    | {"excluded": int(change.isna().sum()), "same": int((change == 0).sum())}
                 )
-    statistics = ["factor", "level", "reference", "metric", "runs", "n", "difference", "low", "high", "excluded"]
+    statistics = [
+        "factor",
+        "level",
+        "reference",
+        "metric",
+        "runs",
+        "n",
+        "difference",
+        "low",
+        "high",
+        "excluded",
+        "same",
+    ]
     return pd.DataFrame(rows, columns=[*group_columns, *statistics])
 
 

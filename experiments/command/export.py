@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from analysis import load
 
     try:
-        runs = exported(load.read(options.folder))
+        runs = exported(load.read(options.folder, plain=True))
         for name, value in sinks.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         importlib.import_module(options.to)

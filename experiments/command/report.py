@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
         return write_report(options.folders, options.output, options.tables)
     if not options.watch > 0:
         raise UserError(f"--watch takes a positive number of seconds, not {options.watch:g}")
+    _must_be_grids(options.folders)
     said: list[str] = []
 
     def write() -> None:
@@ -56,13 +57,18 @@ def write_report(folders: Sequence[Path], output: Path | None, tables: str | Non
 
 def written(folders: Sequence[Path], output: Path | None, tables: str | None) -> Path:
     """Where the report was written. Raises UserError."""
-    for folder in folders:
-        if not (folder / "grid.json").exists():
-            near = sorted(str(path.parent) for place in (folder, folder.parent) for path in place.glob("*/grid.json"))
-            raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none near it'}")
+    _must_be_grids(folders)
     from analysis.page.report import write_report as write
 
     try:
         return write(folders, output, tables)
     except (ValueError, OSError) as error:
         raise UserError(f"no report of {', '.join(map(str, folders))}: {error}") from error
+
+
+def _must_be_grids(folders: Sequence[Path]) -> None:
+    """Raises UserError where one holds no grid, or none yet."""
+    for folder in folders:
+        if not (folder / "grid.json").exists():
+            near = sorted(str(path.parent) for place in (folder, folder.parent) for path in place.glob("*/grid.json"))
+            raise UserError(f"{folder} holds no grid (no grid.json); there are: {', '.join(near) or 'none near it'}")

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from analysis import load
 
     try:
-        results = load.read(options.folder)
+        results = load.read(options.folder, plain=True)
         rows = all_rows(results)
         columns = options.columns or usual_columns(results)
         check_fields([*columns, *([] if options.sort is None else [options.sort])], rows)

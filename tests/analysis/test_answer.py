@@ -1,5 +1,6 @@
 """Laws of a report's first screen: few sentences, decided things first, nothing decided without an interval."""
 
+import json
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,7 +134,45 @@ def test_lost_runs_are_said_on_the_first_screen(tmp_path: Path) -> None:
     lost = {made.signature(configs[0]): "diverged", made.signature(configs[1]): "failed"}
     outcome = lambda config: (lost.get(made.signature(config), "finished"), 100)  # noqa: E731
     found = answered(made.write_runs(tmp_path / "grid", configs, outcome))
-    assert found.sentences[-1] == "Of 18 runs 1 diverged and 1 did not finish; they are in no mean."
+    assert found.sentences[-1] == "Of 18 runs 1 diverged and 1 failed; they are in no mean."
+
+
+def test_an_arm_that_lost_all_its_runs_is_named_and_its_comparisons_are_not_undecided(tmp_path: Path) -> None:
+    configs = [
+        made.config("gpt2-micro", "adamw", format, seed, lr=lr)
+        for lr in (0.005, 1e6, 0.1)
+        for format in ("float32", "mxfp4_e2m1")
+        for seed in range(2)
+    ]
+    fate = {1e6: {"float32": "diverged", "mxfp4_e2m1": "diverged"}, 0.1: {"mxfp4_e2m1": "failed"}}
+
+    def outcome(config: made.Config) -> tuple[str, int | None]:
+        return fate.get(config["optimizer"]["lr"], {}).get(config["recipe"]["format"], "finished"), 60
+
+    found = answered(made.write_runs(tmp_path / "grid", configs, outcome))
+    assert found.sentences[-1] == (
+        "Of 12 runs 4 diverged and 2 failed; they are in no mean. All 4 runs of adamw, lr 1e+06 diverged; "
+        "all 2 runs of adamw, mxfp4_e2m1, lr 0.1 failed."
+    )
+    ((line, without),) = found.apart
+    assert line == f"Without any pair of runs: {len(without)} comparisons." and len(without) == 3
+    assert all("1e+06" in phrase or "mxfp4_e2m1 costs adamw, lr 0.1" in phrase for phrase in without)
+    assert not any("1e+06" in phrase for phrase in found.open)
+    all_lost = answered(made.write_runs(tmp_path / "lost", configs, lambda _: ("diverged", 60)))
+    assert all_lost.sentences[-1] == "Of 12 runs 12 diverged; they are in no mean."
+
+
+def test_a_setting_that_changes_nothing_is_the_same_in_every_pair_not_undecided(tmp_path: Path) -> None:
+    configs = [ablation(noise, seed) for noise in (0.05, 0.0) for seed in range(4)]
+    folder = made.write_runs(tmp_path / "grid", configs)
+    for config in configs:
+        path = folder / made.signature(config) / "result.json"
+        result = json.loads(path.read_text())
+        made.write_json(path, result | {"final": {"validation_loss": 2.0 + config["seed"]}})
+    found = answered(folder)
+    (same,) = found.apart
+    assert same == ("The same in every pair: 1 comparison.", ["what noise scale 0 instead of 0.05 does to lmd"])
+    assert found.undecided == "" and not any("chance" in sentence for sentence in found.sentences)
 
 
 def test_a_grid_where_nothing_finished_says_so(tmp_path: Path) -> None:

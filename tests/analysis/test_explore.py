@@ -78,5 +78,10 @@ def test_the_command_sets_one_run_aside_and_runs_its_own_grid(tmp_path: Path) ->
     assert explore_data.command(results, second) == (
         f"mv {whole}/{second} {whole}.{second} && lpsim run 'my grid.py' --jobs 2"
     )
+    once = ["lpsim", "run", "--only", "seed=1", "g.py", "--only=a=b", "--retry", "--dry-run", "--report", "--runs", "r"]
+    made.write_json(whole / "grid.json", grid | {"argv": once})
+    assert explore_data.command(load.read(whole), second) == (
+        f"mv {whole}/{second} {whole}.{second} && lpsim run g.py --runs r"
+    )
     made.write_json(whole / "grid.json", grid | {"argv": []})
     assert explore_data.command(load.read(whole), second) is None

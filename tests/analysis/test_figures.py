@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.figures import comparisons, interactive, plots, printing, resources, saving, weights
+from analysis.figures import comparisons, drawings, interactive, plots, printing, resources, rounding, saving, weights
 
 
 def bars(width: float) -> Figure:
@@ -98,6 +98,65 @@ def test_time_and_divergences_are_by_arm() -> None:
     lost = runs.assign(status=["finished", "diverged", "finished", "finished"], step=[10, 4, 10, 10], where="nan at x")
     assert texts(resources.divergences(lost)) == ["nan at x"]
     assert resources.divergences(lost.assign(status="finished")) is None
+
+
+def test_the_scale_of_a_rounding_map_is_that_of_what_it_shows() -> None:
+    """A finer quantizer, whose operands are left out, does not darken those that are drawn."""
+    sites = [(f"s{k}", 15 + k / 10) for k in range(rounding.SITES)] + [(f"v{k}", 55.0) for k in range(5)]
+    rows = pd.DataFrame(sites, columns=["site", "sqnr_db"]).assign(
+        signature="a", role="fprop.lhs", step=0, clipped=0.0, underflowed=0.0, rounded_to="mx"
+    )
+    (drawing,) = rounding.maps(pd.DataFrame({"signature": ["a"], "format": "f"}), rows)
+    (mesh,) = drawing.figure.axes[0].collections
+    assert mesh.get_clim() == (15.0, 15 + (rounding.SITES - 1) / 10)
+
+
+def test_a_diverged_run_does_not_flatten_the_others() -> None:
+    """In every panel the axis spans the runs that did not diverge; the end of one that did stands at its edge."""
+    runs = pd.DataFrame({"signature": list("abc"), "optimizer": ["x", "x", "y"], "format": "float32"})
+    runs["status"] = ["finished", "diverged", "finished"]
+    losses = {"a": [2.0, 1.5], "b": [2.0, 1e12], "c": [2.5, 1.0]}
+    rows = [(name, step, loss) for name, found in losses.items() for step, loss in enumerate(found)]
+    metrics = pd.DataFrame(rows, columns=["signature", "step", "value"]).assign(split="validation", metric="loss")
+    roles = drawings.Roles("format", {"float32": plots.INK}, "optimizer", ["x", "y"], [])
+    drawing = drawings.curves(runs, metrics, roles, "validation", "loss", "loss")
+    assert drawing is not None and "Diverged curves leave the figure" in drawing.caption
+    for ax in drawing.figure.axes:
+        low, high = ax.get_ylim()
+        assert 0.8 < low < 1.0 and 2.5 < high < 2.7
+    (mark,) = [line for line in drawing.figure.axes[0].lines if line.get_marker() == "x"]
+    assert mark.get_ydata().tolist() == [drawing.figure.axes[0].get_ylim()[1]]
+    within = drawings.curves(runs, metrics.replace(1e12, 2.2), roles, "validation", "loss", "loss")
+    assert within is not None and "leave" not in within.caption
+    alone = drawings.curves(runs[1:2], metrics, roles, "validation", "loss", "loss")
+    assert alone is not None and "leave" not in alone.caption
+
+
+def test_the_numbers_of_medians_keep_off_the_next_panel() -> None:
+    runs = pd.DataFrame({"arm": ["a", "b"], "time_ms": [1234.0, 2.0], "peak_memory_mb": [500.0, 600.0]})
+    drawing = resources.costs(runs)
+    assert drawing is not None
+    drawing.figure.draw_without_rendering()
+    left, right = drawing.figure.axes
+    beside = max(text.get_window_extent().x1 for text in left.texts)
+    assert beside + 0.1 * drawing.figure.dpi < right.get_window_extent().x0
+
+
+def test_long_names_of_arms_stay_inside_the_figure() -> None:
+    long = [
+        f"lmd-for-model, noise_scale 0.05, weight_decay {k}, prior half-normal, recipe stochastic" for k in range(6)
+    ]
+    rows = pd.DataFrame({"name": long, "format": "f", "metric": "validation_loss", "difference": 0.1})
+    rows = rows.assign(low=0.05, high=0.3)
+    drawing = comparisons.costs([comparisons.Costs("t", rows, rows, ["f"], "")])
+    assert drawing is not None
+    for figure in (drawing.figure, drawing.slim):
+        figure.draw_without_rendering()
+        (key,) = figure.legends
+        box = key.get_window_extent()
+        assert [text.get_text().replace("\n", " ") for text in key.get_texts()] == long
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert figure.axes[0].get_window_extent().height > 1.3 * figure.dpi and not box.overlaps(figure.axes[0].bbox)
 
 
 def test_costs_are_drawn_while_their_arms_can_be_told_apart() -> None:

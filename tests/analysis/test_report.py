@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis import load
 from analysis.figures import comparisons, plots
 from analysis.figures import drawings as figures
-from analysis.page import report, summary
+from analysis.page import provenance, report, summary
 from analysis.statistics import tables
 from tests.analysis import run_folders as made
 
@@ -163,6 +163,27 @@ def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
     for text in ("train loss is NaN", "ValueError: no <such> block", "config.json is torn or not JSON"):
         assert text in page.texts
     assert any(text.startswith("Traceback (most recent call last)") for text in page.texts)
+
+
+def test_the_cause_of_a_lost_run_is_told_in_full(tmp_path: Path) -> None:
+    configs = made.quickstart(1)[:2]
+    made.write_runs(tmp_path, configs, lambda _: ("failed", 20))
+    cause = "RuntimeError: the magic smoke came out of seed 1, as it did of all seeds before"
+    path = tmp_path / made.signature(configs[0]) / "result.json"
+    made.write_json(path, json.loads(path.read_text()) | {"cause": cause})
+    assert f'<td class="wrap">{cause}</td>' in "".join(provenance.left_out(load.read(tmp_path)))
+
+
+def test_a_resumed_run_tells_of_its_environment_no_more_than_the_others(tmp_path: Path) -> None:
+    configs = made.quickstart(1)[:2]
+    made.write_runs(tmp_path, configs)
+    path = tmp_path / made.signature(configs[0]) / "env.json"
+    environment = json.loads(path.read_text())
+    made.write_json(path, environment | {"resumed": [environment]})
+    results = load.read(tmp_path)
+    assert "version" not in results.environment
+    page = "".join(provenance.provenance(results))
+    assert "<td>version</td>" not in page and "– (" not in page and "1 run, in 1 session" in page
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -359,12 +380,30 @@ def test_plots_draw_every_run_on_the_axes_they_are_given(quick: Path) -> None:
         values = losses.loc[losses["format"] == level, "value"]
         assert (box.vertices[:, 1].min(), box.vertices[:, 1].max()) == (values.min(), values.max())
     ax = Figure().subplots()
-    assert plots.final_metric(runs, ax, hue="format", colours=colours, intervals=False) is ax
+    assert plots.final_metric(runs, ax, hue="format", levels=made.FORMATS, colours=colours, intervals=False) is ax
     assert sum(len(points.get_offsets()) for points in ax.collections) == len(runs)
     ax = Figure().subplots()
     rows = tables.differences(runs).assign(name="row")
     assert plots.forest(rows, ax, hue="format", colours=colours, label="change") is ax
     assert len(ax.get_yticks()) == len(rows)
+
+
+def test_every_point_of_the_final_metric_stands_over_its_own_format(tmp_path: Path) -> None:
+    """Panels share the axis, though each optimizer has formats that the other lacks."""
+    formats = {"adamw": ("float32", "mxfp4_e2m1"), "lmd": ("float32", "mxfp6_e3m2", "own")}
+    configs = [made.config("gpt2-micro", o, f, seed) for o, names in formats.items() for f in names for seed in (0, 1)]
+    runs = load.runs(made.write_runs(tmp_path, configs))
+    drawing = figures.final_metric(runs, figures.roles(runs, tables.factors(runs), runs))
+    assert drawing is not None
+    for figure in (drawing.figure, drawing.slim):
+        assert [ax.get_title("left") for ax in figure.axes] == ["optimizer = adamw", "optimizer = lmd"]
+        labels = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+        assert labels == ["float32", "mxfp4_e2m1", "mxfp6_e3m2", "own"]
+        for ax, optimizer in zip(figure.axes, formats, strict=True):
+            drawn = [(labels[round(x)], y) for points in ax.collections for x, y in points.get_offsets().tolist()]
+            mine = runs[runs["optimizer"] == optimizer]
+            assert sorted(drawn) == sorted(zip(mine["format"], mine["primary_metric"], strict=True))
+            assert ax.get_xticks().tolist() == [0, 1, 2, 3] and ax.get_xlim()[0] < 0 < 3 < ax.get_xlim()[1]
 
 
 def test_verdicts() -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import load
+from analysis.page import summary
+from analysis.page.worst import section
 from analysis.statistics import tables
-from analysis.statistics.sensitivity import sensitivity, worst_case
+from analysis.statistics.sensitivity import COMPARISONS, sensitivity, worst_case
 from tests.analysis import run_folders as made
 
 
@@ -50,6 +52,28 @@ def test_every_comparison_has_a_row_that_counts_all_seeds(tmp_path: Path) -> Non
     assert set(table.loc[touched, "n"]) == {2}
     others = table[~touched]
     pd.testing.assert_series_equal(others["difference"], others["worst_difference"], check_names=False)
+
+
+def test_arms_that_a_setting_alone_tells_apart_keep_their_own_values(tmp_path: Path) -> None:
+    """Of two learning rates one diverges; the other's comparisons stay, and each row says whose it is."""
+    configs = [
+        made.config("gpt2-micro", "adamw", format, seed, lr=lr)
+        for lr in (0.005, 1e6)
+        for format in ("float32", "mxfp4_e2m1")
+        for seed in range(3)
+    ]
+    lost = lambda config: ("diverged", 60) if config["optimizer"]["lr"] > 1 else ("finished", None)  # noqa: E731
+    runs = load.runs(made.write_runs(tmp_path, configs, lost))
+    worst = {name: table(worst_case(runs)) for name, table in COMPARISONS.items()}
+    table = sensitivity(runs)
+    for row in table[table["comparison"] == "difference"].to_dict("records"):
+        mine = worst["difference"].query("`optimizer.lr` == @row['optimizer.lr']").iloc[0]
+        assert row["worst_difference"] == mine["difference"]
+    fine = table[table["optimizer.lr"] == 0.005]
+    assert len(fine) == 1 and (fine["difference"] == fine["worst_difference"]).all()
+    page = "".join(section(table))
+    assert summary.SAME not in page  # of the rate that diverged, the worst value stands on both sides
+    assert "adamw, mxfp4_e2m1, lr 0.005 − float32" in page and "adamw, mxfp4_e2m1, lr 1e+06 − float32" in page
 
 
 def test_a_grid_without_divergence_has_no_rows(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from analysis import load
+from analysis.figures import drawings
+from analysis.page import summary
 from analysis.statistics import tables
 from tests.analysis import run_folders as made
 
@@ -194,6 +196,51 @@ def test_effects_recover_an_additive_truth(tmp_path: Path) -> None:
     np.testing.assert_allclose(table["difference"], [0.1, 0.3, -0.4], atol=1e-12)
     assert (table["n"] == 3).all()  # seeds, not the 6 or 9 pairs
     assert list(table["runs"]) == [6, 6, 9]
+
+
+def clipped(optimizer: str, seed: int, clip_norm: float | None) -> made.Config:
+    return made.config("gpt2-micro", optimizer, "float32", seed) | {"clip_norm": clip_norm}
+
+
+def test_none_is_a_level_of_a_setting_and_a_setting_that_is_not_there_is_none(tmp_path: Path) -> None:
+    """clip_norm is of every run, noise_scale of LMD alone: None of it there is a level, its absence in AdamW is not."""
+    configs = [
+        clipped("lmd", seed, clip) | {"optimizer": {"name": "lmd", "lr": 0.1, "noise_scale": noise}}
+        for clip in (None, 0.05)
+        for noise in (None, 0.5)
+        for seed in range(3)
+    ]
+    configs += [clipped("adamw", seed, clip) for clip in (None, 0.05) for seed in range(3)]
+    runs = loaded(tmp_path, configs)
+    adamw = runs["optimizer"] == "adamw"
+    assert list(dict.fromkeys(runs["clip_norm"])) == ["none", "0.05"]
+    assert list(dict.fromkeys(runs.loc[~adamw, "optimizer.noise_scale"])) == ["none", "0.5"]
+    assert runs.loc[adamw, "optimizer.noise_scale"].isna().all()
+    runs["primary_metric"] = 5.0 * runs["seed"] + runs["clip_norm"].map({"none": 0.0, "0.05": 0.25})
+    table = tables.effects(runs)
+    assert list(zip(table["optimizer"], table["factor"], table["reference"], table["level"], strict=True)) == [
+        ("lmd", "clip_norm", "none", "0.05"),
+        ("lmd", "optimizer.noise_scale", "none", "0.5"),
+        ("adamw", "clip_norm", "none", "0.05"),
+    ]
+    np.testing.assert_allclose(table["difference"], [0.25, 0.0, 0.25], atol=1e-12)
+    assert list(table["same"]) == [0, 6, 0]
+    assert [summary.verdict(row) for row in table.to_dict("records")][1] == "the same in every pair"
+    names = summary.varying(tables.arms(runs))
+    told = [summary.arm_name(row, names) for row in tables.arms(runs).to_dict("records")]
+    assert told[0] == "lmd, clip_norm none, noise_scale none" and told[-1] == "adamw, clip_norm 0.05"
+    assert drawings.levels(runs["optimizer.noise_scale"]) == ["none", "0.5", "–"]
+    plain = load.read(tmp_path, plain=True).runs["clip_norm"]
+    assert plain.isna().sum() == 9 and set(plain.dropna()) == {0.05}
+    grids = [made.write_runs(tmp_path / str(c), [clipped("lmd", s, c) for s in range(3)]) for c in (None, 1.0)]
+    both = tables.effects(load.read_all(grids).runs)
+    assert list(zip(both["factor"], both["reference"], both["level"], strict=True)) == [("clip_norm", "none", "1")]
+
+
+def test_no_difference_is_told_only_where_every_pair_has_none() -> None:
+    row = {"n": 3, "difference": 0.0, "low": 0.0, "high": 0.0, "metric": "validation_loss", "runs": 6, "excluded": 2}
+    assert summary.verdict(row) == summary.verdict(row | {"same": 4}) == "the same in every pair"
+    assert summary.verdict(row | {"same": 2}) == "undecided"  # pairs of a seed that cancel
 
 
 def test_against_first_pairs_every_arm_with_the_first_of_its_task(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_the_command_writes_the_report_and_can_be_left(
     monkeypatch.setattr(report, "written", ctrl_c)
     assert cli.main(["report", str(folder), "--watch"]) == 130
     assert "the report stays as it was last written" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "made.py"), "--watch"]) == 2  # no grid, or none that has begun
+    without = capsys.readouterr().err
+    assert f"made.py holds no grid (no grid.json); there are: {folder}" in without and without.count("\n") == 1
     assert cli.main(["report", str(folder), "--watch", "0"]) == 2
     assert "--watch takes a positive number of seconds, not 0" in capsys.readouterr().err
 
