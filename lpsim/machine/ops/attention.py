@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lpsim.machine.ops.product import Role
+from lpsim.machine.ops.product import Role, only_first
 from lpsim.machine.ops.site import Call, Composite
 
 
@@ -127,6 +126,7 @@ class _Softmax(torch.autograd.Function):
                 x.masked_fill_(empty, 0)
         ctx.mark_dirty(scores)
         ctx.save_for_backward(scores)
+        ctx.site = call.site.name
         ctx.factor, ctx.shape, ctx.bias_shape = factor, shape, None if bias is None else bias.shape
         return scores
 
@@ -134,8 +134,10 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            if torch.is_grad_enabled():
-                return once_differentiable(_softmax_backward)(ctx, weights, grad)
+            if torch.is_grad_enabled():  # create_graph=True
+                with torch.no_grad():
+                    gradients = _softmax_backward(ctx, weights, grad)
+                return only_first(ctx.site, gradients, (weights, grad))
             return _softmax_backward(ctx, weights, grad)
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lpsim.machine import precision
 from lpsim.machine.ops import exact
@@ -108,7 +107,9 @@ class Product(torch.autograd.Function):
         # what follows are the machine's ops, not the model's
         with torch._C.DisableTorchFunction(), precision.pinned():
             if torch.is_grad_enabled():  # create_graph=True
-                return once_differentiable(_backward)(ctx, lhs, rhs, grad)
+                with torch.no_grad():
+                    gradients = _backward(ctx, lhs, rhs, grad)
+                return only_first(ctx.call.site.name, gradients, (lhs, rhs, grad))
             if torch.is_autocast_enabled(grad.device.type):
                 with torch.autocast(grad.device.type, enabled=False):
                     return _backward(ctx, lhs, rhs, grad)
@@ -137,6 +138,30 @@ def _backward(ctx: Any, lhs: Tensor, rhs: Tensor, grad: Tensor) -> tuple[Tensor 
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_lhs, grad_rhs, grad_bias, None, None, None
+
+
+def only_first(
+    site: str, gradients: tuple[Tensor | None, ...], of: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients at a site, computed from the tensors `of`: to differentiate them is an error that says why."""
+    if not any(x is not None and x.requires_grad for x in of):
+        return gradients
+    leaves = [None if x is None else x.detach().requires_grad_() for x in gradients]
+    return _FirstDerivative.apply(site, *leaves)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, site: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.site = site
+        return tuple(None if x is None else x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"{ctx.site}: a second derivative is not simulated, since a rounded function has none; compute what is "
+            "differentiated twice inside `simulation.suspended()`, or leave this site by an override with Recipe()"
+        )
 
 
 def _summed_to(shape: torch.Size, grad: Tensor) -> Tensor:
