@@ -6,6 +6,7 @@ in, these forms go out, each after its length.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -55,10 +56,8 @@ class Printer:
             if asked is None or asked.cancel():
                 _printed(drawing, self._forms)
                 continue
-            try:
+            with contextlib.suppress(OSError, EOFError):  # that process has died: made when they are asked for
                 drawing.__dict__.update(pickle.loads(asked.result()))
-            except (OSError, EOFError):
-                continue
 
     def __enter__(self) -> Printer:
         return self

@@ -35,7 +35,6 @@ ONCE = {  # options of one session, and whether a value follows
     "--retry-failed": False,
     "--dry-run": False,
     "--report": False,
-    "--watch": False,
 }
 LEAST_LETTERS = 4  # more letters of an option than these, its dashes included, tell which is meant
 Data = dict[str, Any]

@@ -104,8 +104,6 @@ def _run_grid(options: argparse.Namespace) -> int:
         source, configs = load_grid(options.grid, formats, options.twin)
         chosen = _chosen(configs, source, options) if options.only or options.dry_run else None
         if options.dry_run:
-            if processes(options) < 1:
-                raise ValueError(f"--jobs must be at least 1, is {options.jobs}")
             print(plan(chosen or [], folder_of(source, options), processes(options), options.retry_failed))
             return 0
         claims = load_claims(options.grid, formats, options.twin)
@@ -125,8 +123,9 @@ def _chosen(configs: list[Config] | Adaptive, source: Path, options: argparse.Na
 
     if not isinstance(configs, list):
         raise ValueError(f"{source.stem} looks at its runs to decide on more: what it will ask for is not known before")
-    runs = resolved(configs, folder_of(source, options), options.telemetry_every)
-    distinct(runs, folder_of(source, options).name, options.processes_per_run)
+    folder = folder_of(source, options)
+    asked = resolved(configs, folder, options.telemetry_every)
+    runs = list(distinct(asked, folder.name, options.processes_per_run).values())
     if not options.only:
         return runs
     fields = [with_left_out(flatten(run.to_dict())) for run in runs]
@@ -212,7 +211,9 @@ def make_executor(options: argparse.Namespace, folder: Path) -> StoppableExecuto
 
 
 def processes(options: argparse.Namespace) -> int:
-    """How many runs are computed at once on this machine."""
+    """How many runs are computed at once on this machine. Raises ValueError for none."""
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, is {options.jobs}")
     cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
     return int(max(1, cores // options.processes_per_run) if options.jobs is None else options.jobs)
 

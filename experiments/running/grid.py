@@ -65,9 +65,7 @@ def labels(configs: Mapping[str, Config]) -> dict[str, str]:
         settings = {signature: dict(_leaves(configs[signature].to_dict())) for signature in signatures}
         paths = sorted({path for leaves in settings.values() for path in leaves})
         differ = [path for path in paths if len({repr(leaves.get(path)) for leaves in settings.values()}) > 1]
-        differ = [
-            path for path in differ if not any(word in path for word in (own.DEFINITION, "_definition"))
-        ] or differ
+        differ = [path for path in differ if "_definition" not in path] or differ
         for signature, leaves in settings.items():
             values = [f"{path.rpartition('.')[2]} {leaves[path]}" for path in differ if path in leaves]
             names[signature] = ", ".join([common, *values])

@@ -230,7 +230,8 @@ class Config(Settings):
         )
         self.require(
             0 <= self.warmup_steps < self.steps,
-            f"warmup_steps must lie in [0, steps), is {self.warmup_steps} and steps {self.steps} (its default is 50)",
+            f"warmup_steps must lie in [0, steps), is {self.warmup_steps} and steps {self.steps} "
+            f"(its default is {Config.warmup_steps})",
         )
         self.require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction must lie in [0, 1]")
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or None")

@@ -1,4 +1,5 @@
-"""What a number is: formats as data (`definitions`, `named`, `codebooks`), rounding, and the oracle `reference`.
+"""What a number is: formats (`definitions`, `named`, `codebooks`; `format_data`: as JSON), rounding, and the oracle
+`reference`.
 
 In: a definition of a few numbers. Out: values, codes and bit counts, and the exact result of every rounding, one number
 at a time in Python floats. This room imports no other; every other may import it.
@@ -13,10 +14,9 @@ from lpsim.formats.definitions import (
     FloatFormat,
     Format,
     Specials,
-    from_dict,
     p3109,
-    to_dict,
 )
+from lpsim.formats.format_data import from_dict, to_dict
 from lpsim.formats.named import (
     ALL_FORMATS,
     bfloat16,

@@ -6,7 +6,6 @@ the recipe that rounds at some of them and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from lpsim.machine.arguments import lies_in
 from lpsim.machine.frames import OUTSIDE
 from lpsim.machine.measured import Batches, Loss, gradients, run
 from lpsim.machine.ops import WRAPPED, Call, Kind, Role, site_name
+from lpsim.machine.places import nearest_first
 from lpsim.machine.recipes import Gemm, Recipe, matches
 from lpsim.quantization.quantizer import Quantizer
 
@@ -141,12 +141,9 @@ def at_sites(pieces: Sequence[Piece], patterns: Sequence[str]) -> list[Piece]:
 
 
 def _unknown(what: str, pattern: str, sites: Sequence[str]) -> str:
-    names = list(dict.fromkeys(sites))
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-    listed = list(dict.fromkeys([*near, *names]))[:9]
     return (
-        f"{what} {pattern!r} matches no site of the model; there are: {', '.join(listed)}"
-        f"{', ...' if len(names) > len(listed) else ''}. A pattern without / is matched against the module's path"
+        f"{what} {pattern!r} matches no site of the model; there are: {nearest_first(pattern, sites)}. "
+        "A pattern without / is matched against the module's path"
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -12,7 +11,7 @@ from lpsim.machine.frames import BACKWARD, OUTSIDE, ROOT, Frame
 from lpsim.machine.ops import WRAPPED, Op, Site
 from lpsim.machine.recipes import Recipe
 
-__all__ = ["Place", "Places"]
+__all__ = ["Place", "Places", "nearest_first"]
 
 
 class Place:
@@ -56,10 +55,12 @@ class Places:
         for pattern in self._recipe.overrides:
             prefix = pattern.rpartition("/")[0] if "/" in pattern else pattern
             if not any(fnmatchcase(path, prefix) for path in (*paths, ROOT, OUTSIDE, BACKWARD)):
-                raise ValueError(f"the override {pattern!r} matches no module; modules are {_nearest(prefix, paths)}")
+                raise ValueError(
+                    f"the override {pattern!r} matches no module; modules are {nearest_first(prefix, paths)}"
+                )
             op = pattern.rpartition("/")[2].partition("#")[0] if "/" in pattern else "*"
-            if not any(fnmatchcase(name, op) for name in _op_names()):
-                raise ValueError(f"the override {pattern!r} matches no op; ops are {_nearest(op, _op_names())}")
+            if op != "*" and not any(name == op or fnmatchcase(name, op) for name in _op_names()):
+                raise ValueError(f"the override {pattern!r} matches no op; ops are {nearest_first(op, _op_names())}")
 
     def of_product(self, frame: Frame, op: Op) -> Place:
         """Where a product is about to run: its site, or those of its parts."""
@@ -109,18 +110,15 @@ class Places:
 _NOTHING = Recipe()
 
 
-@functools.cache
-def _op_names() -> list[str]:
-    """Of all sites: the ops, and the parts of those that have some."""
-    ops = {op.name: op for op in WRAPPED.values()}
-    return [
-        name
-        for op in ops.values()
-        for name in (op.name, *(f"{op.name}.{part}" for part in (*op.parts, *op.vector_parts)))
-    ]
+def _op_names() -> Iterator[str]:
+    """Of all sites: the ops, and the parts of those that have some. Not kept, since a user may add an op."""
+    for op in WRAPPED.values():
+        yield op.name
+        yield from (f"{op.name}.{part}" for part in (*op.parts, *op.vector_parts))
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """Some of the known names, those first that are like it."""
-    listed = list(dict.fromkeys([*difflib.get_close_matches(name, known, n=3, cutoff=0.3), *known]))
+def nearest_first(name: str, known: Iterable[str]) -> str:
+    """At most nine of the known names, those first that are like it."""
+    names = list(dict.fromkeys(known))
+    listed = list(dict.fromkeys([*difflib.get_close_matches(name, names, n=3, cutoff=0.3), *names]))
     return ", ".join(listed[:9]) + (", ..." if len(listed) > 9 else "")

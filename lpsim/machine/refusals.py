@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -139,6 +140,23 @@ def left_in_backward(ops: Sequence[str]) -> str:
         'override: overrides={"<backward>": Recipe(fprop=...)}, or "<backward>/matmul" for one op; '
         '{"<backward>": Recipe()} leaves them as they are'
     )
+
+
+class Escapes:
+    """Tells of products that ran outside the recipe, each once: by a warning, or an error if on_escape is "raise"."""
+
+    def __init__(self, on_escape: str) -> None:
+        self._on_escape = on_escape
+        self._told: set[str] = set()
+
+    def tell(self, products: Sequence[str], text: Callable[[Sequence[str]], str]) -> None:
+        """Of those that were not told of before, `text`. To be called where a simulation ends."""
+        untold = [product for product in products if product not in self._told]
+        self._told.update(untold)
+        if untold and self._on_escape == "raise":
+            raise EscapedProductError(text(untold))
+        if untold:
+            warnings.warn(text(untold), EscapedProductWarning, stacklevel=3)
 
 
 def _path(frame: Frame | None) -> str:

@@ -10,9 +10,8 @@ Some calls are exempt by rule, because they are not the model's arithmetic:
 - everything in Optimizer.step under no_grad; the audit still lists its matrix products;
 - calls outside every module that autograd does not record: clipping, weight averages, metrics, data preparation.
   Matrix products there still follow the recipe, and functions that hide products (torch.linalg.solve, torch.cov) raise;
-- what hooks or a user's autograd.Function run in the backward pass: `vector` rounds forward results only, and whether a
-  product there is dgrad or wgrad cannot be known. An override for `<backward>` rounds such products, by its fprop;
-  without one, a recipe that rounds dgrad or wgrad is told of them at the end, as of products that escaped.
+- what hooks or a user's autograd.Function run in the backward pass: `vector` rounds forward results only, and a product
+  there may be dgrad or wgrad (see `places.Places`). If the recipe rounds such, it is told of them at the end.
 
 In evaluation, nn.TransformerEncoder and nn.MultiheadAttention use fused kernels, but not while a mode sees their calls.
 So where the recipe and all its overrides round nothing, these modules run unseen, and give exactly torch's result.
@@ -61,6 +60,7 @@ from lpsim.machine.refusals import (
     NORMS,
     EscapedProductError,
     EscapedProductWarning,
+    Escapes,
     UnknownOpError,
     check_arguments,
     escaped_products,
@@ -160,8 +160,7 @@ class Simulation:
         self._mode = _Mode(self)
         self._stepping = RunningSteps(self._mode, self._paths, lambda: self._counting is None, self._after_step)
         self._auditor: Auditor | None = Auditor(self._running_module) if audit else None
-        self._on_escape = on_escape
-        self._told: set[str] = set()  # escaped products of earlier `with`s
+        self._escapes = Escapes(on_escape)
         self._counting: Auditor | None = None  # the auditor, as long as it counts
         self._stack: ExitStack | None = None
 
@@ -196,13 +195,8 @@ class Simulation:
         if (unmatched := self._places.unmatched()) is not None:
             warnings.warn(unmatched, stacklevel=2)
         known = () if self._auditor is None else self._auditor.escaped
-        for products, text in ((known, escaped_products), (self._places.left_in_backward, left_in_backward)):
-            untold = [product for product in products if product not in self._told]
-            self._told.update(untold)
-            if untold and self._on_escape == "raise":
-                raise EscapedProductError(text(untold))
-            if untold:
-                warnings.warn(text(untold), EscapedProductWarning, stacklevel=2)
+        self._escapes.tell(known, escaped_products)
+        self._escapes.tell(self._places.left_in_backward, left_in_backward)
 
     def _running_module(self) -> str | None:
         frame = self._paths.current()
@@ -297,9 +291,8 @@ class Simulation:
         name = op_name(func)
         if name in _ATTRIBUTE:
             return _run
-        op = WRAPPED.get(name)
-        if op is None:
-            return partial(self._left if self.recipe.plain else self._unlisted, name)
+        if (op := WRAPPED.get(name)) is None:
+            return partial(self._unlisted, name)
         if op.transparent:
             return self._through
         if op.function is not None:
@@ -333,13 +326,11 @@ class Simulation:
         with self._mode:
             return body(func)(*args, **kwargs)
 
-    def _left(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function that is not in the table, where the recipe rounds nothing anywhere."""
-        with self._owned("left by the recipe"):
-            return func(*args, **kwargs)
-
     def _unlisted(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function that is not in the table, if a rule exempts it."""
+        """Run a function that is not in the table, if a rule exempts it or the recipe rounds nothing anywhere."""
+        if self.recipe.plain:
+            with self._owned("left by the recipe"):
+                return func(*args, **kwargs)
         hides_products = name in HIDES_PRODUCTS
         if self._optimizing():
             return self._optimizers(name, hides_products, func, args, kwargs)

@@ -260,7 +260,7 @@ NUMBERS = 5  # what lies behind a record that TensorScale.record writes, each in
 
 @functools.cache
 def tensor_scale_for(double: bool) -> TensorScale:
-    """The kernels for float32 or float64 tensors whose scale is a float32."""
+    """The kernels for float32 or float64 tensors. They round a tensor's scale to float32, unless limits fix it."""
     element, pattern, size = (np.float64, np.int64, 8) if double else (np.float32, np.int32, 4)
     infinity = 2047 << 52 if double else 255 << 23
     files = FINGERPRINT
