@@ -52,7 +52,7 @@ from lpsim.accumulators.registers import (
 )
 
 ROWS, VECTORS = 4, WIDTH // LANES
-DEPTH = 64  # of the columns that stay in the nearest cache while all rows of a task pass by
+DEPTH = 32  # of the columns that stay in the nearest cache while all rows of a task pass by
 _PANELS = 1 << 12  # how many k of columns, with their codes, stay in the second cache: 256 · 3 bytes each
 F64 = ir.DoubleType()
 V64, VB = ir.VectorType(F64, 8), ir.VectorType(ir.IntType(8), WIDTH)
