@@ -22,9 +22,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The table as texts, numbers as in the report: columns that hold one value in many rows left out (counts and
     metrics stay), low and high as one interval.
     """
-    last = list(table.columns).index("metric") if "metric" in table else 0
-    names = list(table.columns[: last + 1]) if last else []
-    kept = [name for name in table.columns if not (name in names and len(table) > 1 and _constant(table[name]))]
+    left_out = _same_in_all_rows(table)
+    kept = [name for name in table.columns if name not in left_out]
     out: dict[str, list[str]] = {}
     for name in kept:
         start = name.removesuffix("low")
@@ -40,12 +39,19 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def latex(table: pd.DataFrame) -> str:
-    r"""The table as a LaTeX tabular, which needs \usepackage{booktabs}; every text is escaped."""
+    r"""The table as a LaTeX tabular, which needs \usepackage{booktabs}; every text is escaped.
+
+    A comment on top has what is the same in every row and so has no column.
+    """
     shown = readable(table)
-    texts = shown.map(lambda value: value.replace("−", "-").replace("–", "--").replace("…", "..."))
-    style = texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    style = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
     numbers = ["r" if _numeric(table, name) else "l" for name in shown.columns]
-    return str(style.to_latex(hrules=True, column_format="".join(numbers)))
+    written = str(style.to_latex(hrules=True, column_format="".join(numbers)))
+    for sign, command in (("−", "$-$"), ("–", "--"), ("…", r"\ldots{}")):
+        written = written.replace(sign, command)
+    common = {_heading(name): " ".join(text(value).split()) for name, value in _same_in_all_rows(table).items()}
+    same = [f"{heading} = {value}" for heading, value in common.items() if value]
+    return f"% in every row: {'; '.join(same)}\n{written}" if same else written
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -86,8 +92,11 @@ def _heading(name: str) -> str:
     return name.removeprefix("optimizer.").removeprefix("recipe.").replace("_", " ")
 
 
-def _constant(column: pd.Series) -> bool:
-    return column.nunique(dropna=False) == 1
+def _same_in_all_rows(table: pd.DataFrame) -> dict[str, object]:
+    """What several rows have in common, up to the column of the metric's name: column -> value."""
+    last = list(table.columns).index("metric") if "metric" in table else 0
+    names = list(table.columns[: last + 1]) if last and len(table) > 1 else []
+    return {name: table[name].iloc[0] for name in names if table[name].nunique(dropna=False) == 1}
 
 
 def _numeric(table: pd.DataFrame, heading: str) -> bool:

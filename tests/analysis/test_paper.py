@@ -58,7 +58,7 @@ def test_tables_for_a_paper_hold_every_row_and_escape_every_text(tmp_path: Path)
         assert all(rule in tex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
         assert tex.count(r"\\") == 1 + len(table)
         assert (r"a|b \& \$x\_1\$ 5\%" in tex) == (table["optimizer"].nunique() > 1)  # a constant is left out
-        assert "$x_1$" not in tex
+        assert "$x_1$" not in tex.partition(r"\begin{tabular}")[2]  # above it there may be a comment
         assert len(lines) == 2 + len(table)
         assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
 
@@ -70,6 +70,16 @@ def test_a_paper_prints_the_numbers_of_the_report(tmp_path: Path) -> None:
     row = table.iloc[0]
     assert shown["difference"][0] == f"{row['difference']:+.4f}".replace("-", "−")
     assert shown["95% interval"][0] == f"[{row['low']:+.4f}, {row['high']:+.4f}]".replace("-", "−")
+
+
+def test_a_latex_table_has_minus_signs_and_says_what_all_its_rows_have_in_common(tmp_path: Path) -> None:
+    runs = load.runs(made.write_runs(tmp_path / "grid", made.quickstart(2)))
+    table = tables.differences(runs[runs["model"] == runs["model"].iloc[0]])
+    comment, tabular = paper.latex(table).split("\n", 1)
+    assert comment.startswith(f"% in every row: model = {table['model'].iloc[0]}; data = ")
+    assert f"metric = {table['metric'].iloc[0]}" in comment
+    shown = [paper.readable(table)[name].str.count("−").sum() for name in ("difference", "95% interval")]
+    assert tabular.count("$-$") == sum(shown) > 0
 
 
 @pytest.mark.usefixtures("undrawn")
