@@ -291,6 +291,12 @@ def test_a_closure_is_evaluated_under_the_samples(mc_samples):
         torch.testing.assert_close(returned.detach(), torch.stack(losses).mean())
 
 
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_a_closure_may_return_nothing(mc_samples):
+    p, optimizer = one(torch.ones(3), mc_samples=mc_samples)
+    assert optimizer.step(lambda: p.sum().backward()) is None
+
+
 def test_a_step_inside_the_block_is_refused():
     p, optimizer = one(torch.randn(4))
     with optimizer.sampled_params():
@@ -339,6 +345,7 @@ def test_function_modes_see_the_model_and_the_closure_not_the_optimizer(settings
         ({"lr": math.nan}, "lr"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
+        ({"lr": torch.ones(2)}, "lr must be a number"),
         ({"lr": "0.1"}, "lr must be a number, finite and at least 0, not '0.1'"),
         ({"kappa": None}, "kappa must be a number"),
         ({"betas": 0.9}, "betas must be two numbers"),
@@ -350,6 +357,7 @@ def test_function_modes_see_the_model_and_the_closure_not_the_optimizer(settings
         ({"noise_scale": 5.0}, "noise_scale must be at most 4"),
         ({"kappa": 0.0}, "kappa"),
         ({"prior": "laplace"}, "prior must be one of .*half-normal"),
+        ({"prior": ["flat"]}, "prior must be one of"),
         ({"prior": "exponential"}, "use parameterization='split'"),
         ({"parameterization": "both"}, "parameterization must be one of"),
         ({"mc_samples": 0}, "mc_samples"),
@@ -367,10 +375,17 @@ def test_settings_out_of_range(settings, message):
         LMD([nn.Parameter(torch.ones(3))], **settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_parameters_must_be_real_floats(dtype):
-    with pytest.raises(TypeError, match="real floating-point"):
+    with pytest.raises(TypeError, match="real floating-point parameters of 16, 32 or 64 bits"):
         LMD([nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype.is_complex)])
+
+
+def test_parameters_must_have_values_before_a_step():
+    p, optimizer = one(torch.ones(3, device="meta"))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="no values yet"):
+        optimizer.step()
 
 
 def test_weights_that_are_not_finite_are_refused_where_their_scale_is_read():
