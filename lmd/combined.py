@@ -92,10 +92,11 @@ class Combined(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters; a closure is evaluated once, under LMD's sample, and its loss returned.
 
-        Raises as LMD's does, before anything changes; where LMD skips a step (nonfinite="skip"), the others do. LMD
-        looks at its own gradients only.
+        Raises as LMD's does, before anything changes, but for the lack of a gradient only where the others have none,
+        too. Where LMD skips a step (nonfinite="skip"), the others do. LMD looks at its own gradients only.
         """
         skipped = self.skipped_steps
+        self.lmd.beside = self.others
         loss = self.lmd.step(closure)
         if self.skipped_steps == skipped:
             for other in self.others:

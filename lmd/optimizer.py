@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -14,7 +14,16 @@ from torch.optim import Optimizer
 
 from lmd import plain, update
 from lmd.plain import MASTER_DTYPE
-from lmd.settings import PARAMETERIZATIONS, Group, check_dtypes, check_settings, check_shapes, check_state, in_numbers
+from lmd.settings import (
+    PARAMETERIZATIONS,
+    Group,
+    check_dtypes,
+    check_settings,
+    check_shapes,
+    check_state,
+    check_whole,
+    in_numbers,
+)
 
 NONFINITE = ("raise", "skip")
 LR, WEIGHT_DECAY, NOISE_SCALE = 0.01, 0.5, 0.05  # defaults, here and in lmd.for_model
@@ -68,8 +77,11 @@ class LMD(Optimizer):
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. A sparse gradient is the dense one that
-    it stands for. Complex and integer parameters are refused (TypeError); parameters without a gradient are left alone.
+    it stands for. Parameters of other dtypes (complex, integer, 8-bit) are refused (TypeError); parameters without a
+    gradient are left alone.
     """
+
+    beside: Sequence[Optimizer] = ()  # what else steps with this one: a step needs a gradient of any
 
     def __init__(
         self,
@@ -124,11 +136,12 @@ class LMD(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as torch does.
 
-        Raises ValueError for a setting out of range and for a parameter that is sharded in another way than
-        fully_shard's, TypeError for a parameter of an integer or complex dtype.
+        Raises ValueError for a setting out of range or of the whole optimizer, and for a parameter that is sharded in
+        another way than fully_shard's, TypeError for a parameter of another dtype than real ones of 16, 32 or 64 bits.
         """
         super().add_param_group(param_group)
         try:
+            check_whole(self.param_groups[-1])
             check_dtypes(self.param_groups[-1])
             check_settings(self.param_groups[-1], self.mc_samples)
             for p in filter(_is_sharded, self.param_groups[-1]["params"]):
@@ -434,7 +447,8 @@ class LMD(Optimizer):
         for group in self.param_groups:
             check_settings(group, self.mc_samples)
         work = [(group, plan, plan.gradients()) for group, plan in self._planned()]
-        if all(gradient is None for _, _, gradients in work for gradient in gradients):
+        others = (p.grad for other in self.beside for group in other.param_groups for p in group["params"])
+        if all(gradient is None for gradient in chain(*(gradients for _, _, gradients in work), others)):
             raise RuntimeError("no parameter has a gradient: call backward() before step()")
         # all plans are asked, whatever the first says: processes that share parameters wait for each other
         finite = all([plan.agreed(plan.finite(gradients)) for _, plan, gradients in work])

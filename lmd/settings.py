@@ -21,6 +21,13 @@ def check_state(state_dict: object) -> None:
         raise ValueError("this is no optimizer's state: a dict with `state` and `param_groups`, as state_dict() gives")
 
 
+def check_whole(group: Group) -> None:
+    """Raises ValueError for a setting that a group cannot have of its own."""
+    for name in ("mc_samples", "nonfinite"):
+        if name in group:
+            raise ValueError(f"{name} is a setting of the whole optimizer, not of a group: LMD(..., {name}=...)")
+
+
 def check_dtypes(group: Group) -> None:
     """Raises TypeError for a parameter of another dtype than DTYPES."""
     for p in group["params"]:

@@ -375,6 +375,12 @@ def test_settings_out_of_range(settings, message):
         LMD([nn.Parameter(torch.ones(3))], **settings)
 
 
+@pytest.mark.parametrize("setting", [{"mc_samples": 2}, {"nonfinite": "skip"}], ids=str)
+def test_a_group_has_no_setting_of_the_whole_optimizer(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is a setting of the whole optimizer"):
+        LMD([{"params": [nn.Parameter(torch.ones(3))], **setting}])
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_parameters_must_be_real_floats(dtype):
     with pytest.raises(TypeError, match="real floating-point parameters of 16, 32 or 64 bits"):

@@ -199,6 +199,28 @@ def test_combined_refuses_what_it_cannot_do():
         optimizer.load_state_dict({"parts": [LMD([p]).state_dict()]})
 
 
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_combined_trains_the_others_while_lmds_parameters_are_frozen(by_closure):
+    """As a head is trained first, and the rest later."""
+    p, q, r = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer, alone = Combined(LMD([p]), torch.optim.SGD([q], lr=0.1)), torch.optim.SGD([r], lr=0.1)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step(lambda: None) if by_closure else optimizer.step()
+    p.requires_grad_(False)
+
+    def closure() -> None:
+        (p * q).square().sum().backward()
+
+    optimizer.step(closure) if by_closure else (closure(), optimizer.step())
+    r.square().sum().backward()
+    alone.step()
+    assert torch.equal(q, r) and torch.equal(p, torch.ones(3))
+    p.requires_grad_(True)
+    closure()
+    optimizer.step()
+    assert not (p == 1.0).any()
+
+
 def test_combined_evaluates_as_lmd_does():
     torch.manual_seed(0)
     p, q = nn.Parameter(torch.randn(9)), nn.Parameter(torch.ones(2))
