@@ -165,8 +165,8 @@ class LMD(Optimizer):
         The sample is a function of the seed and the step: entered again before `step`, the block gives the same
         sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
         samples in turn and each exit leaves in `grad` the running average of the weight-scaled gradients, expressed
-        at the mean (without weight_scaling of the gradients themselves); enter S times (or a multiple) a step. Free
-        where noise_scale is 0. Raises RuntimeError when nested.
+        at the mean (without weight_scaling of the gradients themselves); enter S times (or a multiple) a step; a block
+        that ends in an exception counts for nothing. Free where noise_scale is 0. Raises RuntimeError when nested.
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
@@ -178,8 +178,10 @@ class LMD(Optimizer):
             try:
                 yield
             except BaseException:
-                for p, gradient in earlier.items():
-                    p.grad = gradient
+                if self.mc_samples > 1:  # as if the block had not been entered
+                    self._draws -= 1
+                    for p in chain.from_iterable(group["params"] for group in self.param_groups):
+                        p.grad = earlier.get(p)
                 raise
         if self.mc_samples > 1:
             with torch.no_grad(), OUTSIDE_MODES():
