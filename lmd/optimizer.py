@@ -332,7 +332,7 @@ class LMD(Optimizer):
 
     def _prepare(self, p: Tensor, group: Group) -> None:
         """Makes the state of a parameter from its present value, the first time; later it follows the parameter to its
-        device, and gets a master when the parameter has become narrow."""
+        device, dtype and layout, which kernels rely on, and gets a master when the parameter has become narrow."""
         if p.is_meta:
             raise ValueError(
                 "a parameter has no values yet, it is on the meta device: give it some before the first step"
@@ -347,8 +347,10 @@ class LMD(Optimizer):
                 state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         check_shapes(state, p)
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.device != p.device:
-                state[name] = value.to(p.device)
+            if isinstance(value, Tensor):
+                state[name] = value = value.to(p.device, dtype)
+                if value.ndim and value.stride() != p.stride():
+                    state[name] = torch.empty_like(p, dtype=dtype).copy_(value)
         if dtype != p.dtype and "master" not in state:
             state["master"] = p.detach().to(dtype)
         if "rms" not in state:  # new, or saved by a version before it

@@ -70,7 +70,7 @@ class Plan:
     def gradients(self) -> list[Tensor | None]:
         """The parameters' gradients, in the dtype and the layout of the means; None where there is none."""
         found: list[Tensor | None] = []
-        for p, own, mean in zip(self.params, self.memory, self.means, strict=True):
+        for p, mean in zip(self.params, self.means, strict=True):
             gradient = p.grad
             if gradient is not None:
                 if self.shards is not None:
@@ -79,12 +79,12 @@ class Plan:
                     gradient = gradient.to_dense()  # a row without a gradient moves on by its momentum and its prior
                 if gradient.dtype != mean.dtype:
                     gradient = gradient.to(mean.dtype)
-                if gradient.shape != own.shape:
+                if gradient.shape != mean.shape:
                     raise ValueError(
-                        f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(own.shape)}: it is from "
+                        f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(mean.shape)}: it is from "
                         "before the parameter changed its shape; call zero_grad()"
                     )
-                if not gradient.is_contiguous() and own.is_contiguous():
+                if not gradient.is_contiguous() and mean.is_contiguous():
                     gradient = gradient.contiguous()
             found.append(gradient)
         return found

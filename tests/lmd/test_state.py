@@ -164,6 +164,27 @@ def test_a_parameter_that_becomes_narrower_gets_a_master(kind):
 
 
 @BACKENDS
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("change", ["dtype", "layout"])
+def test_a_state_in_another_dtype_or_layout_is_the_same_state(change, kind, dtype, fused):
+    """As that of a float64 or a channels-last model, in a float32 or a contiguous one."""
+    torch.manual_seed(0)
+    w, g = torch.randn(4, 5).to(dtype), torch.randn(2, 4, 5).to(dtype)
+    (p, optimizer), (q, other) = (one(w, parameterization=kind, fused=fused) for _ in range(2))
+    for gradient in g:
+        p.grad, q.grad = gradient, gradient.clone()
+        optimizer.step()
+        other.step()
+        for name, value in other.state[q].items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                other.state[q][name] = value.double() if change == "dtype" else value.t().contiguous().t()
+    other.step()
+    optimizer.step()
+    assert torch.equal(p, q) and same(dict(optimizer.state[p]), dict(other.state[q]))
+
+
+@BACKENDS
 def test_a_gradient_of_another_dtype_is_the_one_in_the_parameters(fused):
     torch.manual_seed(0)
     w, g = torch.randn(20), torch.randn(20).bfloat16()
