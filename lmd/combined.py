@@ -13,10 +13,20 @@ from lmd.settings import check_state
 
 
 class _States(ChainMap[Any, Any]):
-    """The parts' states by parameter. Looking one up makes none: they are defaultdicts, and ChainMap would ask each."""
+    """The parts' states by parameter. Looking one up makes none: they are defaultdicts, and ChainMap would ask each.
+
+    What is deleted is deleted from its part; ChainMap would look into the first part only.
+    """
 
     def __getitem__(self, parameter: Any) -> Any:
         return next((state[parameter] for state in self.maps if parameter in state), {})
+
+    def __delitem__(self, parameter: Any) -> None:
+        del next((state for state in self.maps if parameter in state), self.maps[0])[parameter]
+
+    def clear(self) -> None:
+        for state in self.maps:
+            state.clear()
 
 
 class Combined(Optimizer):

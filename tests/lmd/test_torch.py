@@ -199,6 +199,20 @@ def test_combined_refuses_what_it_cannot_do():
         optimizer.load_state_dict({"parts": [LMD([p]).state_dict()]})
 
 
+def test_what_is_deleted_from_a_combined_state_is_deleted_from_the_parts():
+    net = make_net()
+    optimizer = combine(net)
+    train_combined(net, optimizer, range(1))
+    for p in net.parameters():
+        del optimizer.state[p]
+        assert not any(p in part.state for part in optimizer.parts)
+        with pytest.raises(KeyError):
+            del optimizer.state[p]
+    train_combined(net, optimizer, range(1))
+    optimizer.state.clear()
+    assert not any(part.state for part in optimizer.parts)
+
+
 @pytest.mark.parametrize("by_closure", [False, True])
 def test_combined_trains_the_others_while_lmds_parameters_are_frozen(by_closure):
     """As a head is trained first, and the rest later."""
