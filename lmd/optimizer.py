@@ -457,7 +457,12 @@ class LMD(Optimizer):
         # all plans are asked, whatever the first says: processes that share parameters wait for each other
         finite = all([plan.agreed(plan.finite(gradients)) for _, plan, gradients in work])
         if not finite and self.nonfinite == "raise":
-            raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
+            pairs = [pair for _, plan, gradients in work for pair in zip(plan.params, gradients, strict=True)]
+            bad = [tuple(p.shape) for p, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+            raise FloatingPointError(
+                f"a gradient holds NaN or an infinity ({len(bad)} of {len(pairs)} parameters, of shapes {bad[:3]}); "
+                "nonfinite='skip' would skip such a step"
+            )
         if finite:
             for group, plan, gradients in work:
                 still = [mean.clone() for mean in plan.means] if group["lr"] == 0.0 else []
