@@ -47,10 +47,11 @@ def check_shapes(state: Mapping[str, Any], p: Tensor) -> None:
 
 def in_numbers(group: Group) -> Group:
     """The group, with numbers where settings are tensors of one element."""
-    if not any(isinstance(value, Tensor) for value in (*group.values(), *group["betas"])):
+    betas = group["betas"] if isinstance(group["betas"], Sequence) else ()  # what else it is, a step refuses
+    if not any(isinstance(value, Tensor) for value in (*group.values(), *betas)):
         return group
     found = {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
-    return found | {"betas": tuple(map(float, group["betas"]))}
+    return found | {"betas": tuple(map(float, betas))}
 
 
 def _is_finite(value: Any) -> bool:
