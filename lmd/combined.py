@@ -1,21 +1,32 @@
 """LMD for some parameters and other optimizers for the rest, as one optimizer for one training loop."""
 
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lmd.optimizer import LMD, check_state
+from lmd.optimizer import LMD
+from lmd.settings import check_state
 
 
 class _States(ChainMap[Any, Any]):
-    """The parts' states by parameter. Looking one up makes none: they are defaultdicts, and ChainMap would ask each."""
+    """The parts' states by parameter. Looking one up makes none: they are defaultdicts, and ChainMap would ask each.
+
+    What is deleted is deleted from its part; ChainMap would look into the first part only.
+    """
 
     def __getitem__(self, parameter: Any) -> Any:
         return next((state[parameter] for state in self.maps if parameter in state), {})
+
+    def __delitem__(self, parameter: Any) -> None:
+        del next((state for state in self.maps if parameter in state), self.maps[0])[parameter]
+
+    def clear(self) -> None:
+        for state in self.maps:
+            state.clear()
 
 
 class Combined(Optimizer):
@@ -23,9 +34,10 @@ class Combined(Optimizer):
 
         optimizer = Combined(LMD(matrices), AdamW(vectors, lr=0.003))
 
-    It is used as LMD is: `sampled_params`, `step`, `zero_grad`. Its groups and its state are those of its parts, so
-    schedulers, gradient clipping and GradScaler see them all. A group added later is LMD's; median_params and
-    posterior_samples are at `lmd`. Gradients of the others' parameters are taken under LMD's sample, too.
+    It is used as LMD is: `sampled_params`, `step`, `zero_grad`, `posterior_samples`. Its groups and its state are those
+    of its parts, so schedulers, gradient clipping and GradScaler see them all; a schedule that also cycles betas needs
+    others that have some. A group added later is LMD's. Gradients of the others' parameters are taken under LMD's
+    sample, too.
 
     Raises ValueError for a parameter in two of them, TypeError for a second LMD (their noise would coincide: use
     groups), ValueError for mc_samples above 1, which averages LMD's own gradients only.
@@ -38,6 +50,8 @@ class Combined(Optimizer):
             raise ValueError("mc_samples averages the gradients of LMD's own parameters only; it must be 1 here")
         super().__init__([group for part in (lmd, *others) for group in part.param_groups], {})
         self.lmd, self.others = lmd, others
+        # what schedules look into: the settings that every part has
+        self.defaults = {name: v for name, v in lmd.defaults.items() if all(name in other.defaults for other in others)}
 
     @property
     def parts(self) -> tuple[Optimizer, ...]:
@@ -72,15 +86,29 @@ class Combined(Optimizer):
         """As LMD's; the others' parameters keep their values."""
         return self.lmd.sampled_params()
 
+    def median_params(self) -> AbstractContextManager[None]:
+        """As LMD's; the others' parameters keep their values."""
+        return self.lmd.median_params()
+
+    def posterior_samples(self, count: int) -> Iterator[AbstractContextManager[None]]:
+        """As LMD's; the others' parameters keep their values."""
+        return self.lmd.posterior_samples(count)
+
+    @property
+    def skipped_steps(self) -> int:
+        """As LMD's."""
+        return self.lmd.skipped_steps
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters; a closure is evaluated once, under LMD's sample, and its loss returned.
 
-        Raises as LMD's does, before anything changes; where LMD skips a step (nonfinite="skip"), the others do. LMD
-        looks at its own gradients only.
+        Raises as LMD's does, before anything changes, but for the lack of a gradient only where the others have none,
+        too. Where LMD skips a step (nonfinite="skip"), the others do. LMD looks at its own gradients only.
         """
-        skipped = self.lmd.skipped_steps
+        skipped = self.skipped_steps
+        self.lmd.beside = self.others
         loss = self.lmd.step(closure)
-        if self.lmd.skipped_steps == skipped:
+        if self.skipped_steps == skipped:
             for other in self.others:
                 other.step()
         return loss
@@ -90,7 +118,17 @@ class Combined(Optimizer):
 
         {"parts": their state dicts, in order} where one of them holds more than torch's state dicts do.
         """
-        owns = [part.state_dict() for part in self.parts]
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = self._joined([part.state_dict() for part in self.parts])
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            found = post_hook(self, state)
+            state = state if found is None else found
+        return state
+
+    @staticmethod
+    def _joined(owns: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state dict of parts with these."""
         if not all(map(_is_plain, owns)):
             return {"parts": owns}
         whole: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -107,11 +145,16 @@ class Combined(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state of another number of parts or groups, and as the parts do."""
         parts = self.parts
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            found = pre_hook(self, state_dict)
+            state_dict = state_dict if found is None else found
         saved = state_dict["parts"] if "parts" in state_dict else self._divided(state_dict)
         if len(saved) != len(parts):
             raise ValueError(f"this state is of {len(saved)} combined optimizers, not of {len(parts)}")
         for part, own in zip(parts, saved, strict=True):
             part.load_state_dict(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _divided(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The parts' state dicts, by the number of their groups."""

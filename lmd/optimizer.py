@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -14,17 +14,25 @@ from torch.optim import Optimizer
 
 from lmd import plain, update
 from lmd.plain import MASTER_DTYPE
-from lmd.priors import PRIORS
+from lmd.settings import (
+    PARAMETERIZATIONS,
+    Group,
+    check_dtypes,
+    check_settings,
+    check_shapes,
+    check_state,
+    check_whole,
+    in_numbers,
+)
 
-PARAMETERIZATIONS = ("shared", "split")
 NONFINITE = ("raise", "skip")
 LR, WEIGHT_DECAY, NOISE_SCALE = 0.01, 0.5, 0.05  # defaults, here and in lmd.for_model
 POSTERIOR_DRAW = 1 << 31  # draws of posterior_samples start here, draws of training at 0
 
 # A TorchFunctionMode (a simulated machine, a default device) is for the model: the optimizer's own calls pass it by.
 OUTSIDE_MODES: Any = torch._C.DisableTorchFunction
+OUTSIDE_COMPILER: Any = torch._disable_dynamo  # torch.compile would trace Numba's compiler; as torch does, loaded late
 
-Group = dict[str, Any]
 Values = Callable[[Group, plain.Plan], list[Tensor]]  # what to put in place of a plan's parameters
 
 
@@ -69,8 +77,11 @@ class LMD(Optimizer):
         seed: 64 bits; equal seeds and gradients give equal trajectories, bit for bit.
 
     Parameters of bfloat16 and float16 get a float32 master copy in the state. A sparse gradient is the dense one that
-    it stands for. Complex and integer parameters are refused (TypeError); parameters without a gradient are left alone.
+    it stands for. Parameters of other dtypes (complex, integer, 8-bit) are refused (TypeError); parameters without a
+    gradient are left alone.
     """
+
+    beside: Sequence[Optimizer] = ()  # what else steps with this one: a step needs a gradient of any
 
     def __init__(
         self,
@@ -104,7 +115,7 @@ class LMD(Optimizer):
         self._sharded = False  # whether some parameter is a DTensor, as after fully_shard
         self._draws = 0  # samples taken since the last step
         self._plans: list[tuple[int, plain.Plan]] = []  # with the numbers of their groups
-        self._signature: list[int] = []  # of the parameters and states that the plans were made for
+        self._signature: list[Any] = []  # of the parameters and states that the plans were made for
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -125,13 +136,14 @@ class LMD(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as torch does.
 
-        Raises ValueError for a setting out of range and for a parameter that is sharded in another way than
-        fully_shard's, TypeError for a parameter of an integer or complex dtype.
+        Raises ValueError for a setting out of range or of the whole optimizer, and for a parameter that is sharded in
+        another way than fully_shard's, TypeError for a parameter of another dtype than real ones of 16, 32 or 64 bits.
         """
         super().add_param_group(param_group)
         try:
-            _check_dtypes(self.param_groups[-1])
-            _check_settings(self.param_groups[-1], self.mc_samples)
+            check_whole(self.param_groups[-1])
+            check_dtypes(self.param_groups[-1])
+            check_settings(self.param_groups[-1], self.mc_samples)
             for p in filter(_is_sharded, self.param_groups[-1]["params"]):
                 from lmd import sharded
 
@@ -153,8 +165,8 @@ class LMD(Optimizer):
         The sample is a function of the seed and the step: entered again before `step`, the block gives the same
         sample, so gradients may be accumulated over several blocks. With mc_samples = S > 1 the blocks go through S
         samples in turn and each exit leaves in `grad` the running average of the weight-scaled gradients, expressed
-        at the mean (without weight_scaling of the gradients themselves); enter S times (or a multiple) a step. Free
-        where noise_scale is 0. Raises RuntimeError when nested.
+        at the mean (without weight_scaling of the gradients themselves); enter S times (or a multiple) a step; a block
+        that ends in an exception counts for nothing. Free where noise_scale is 0. Raises RuntimeError when nested.
         """
         draw = self._draws % self.mc_samples
         earlier: dict[Tensor, Tensor] = {}
@@ -166,8 +178,10 @@ class LMD(Optimizer):
             try:
                 yield
             except BaseException:
-                for p, gradient in earlier.items():
-                    p.grad = gradient
+                if self.mc_samples > 1:  # as if the block had not been entered
+                    self._draws -= 1
+                    for p in chain.from_iterable(group["params"] for group in self.param_groups):
+                        p.grad = earlier.get(p)
                 raise
         if self.mc_samples > 1:
             with torch.no_grad(), OUTSIDE_MODES():
@@ -203,18 +217,30 @@ class LMD(Optimizer):
         self._sampling = True
         changed: list[plain.Plan] = []
         try:
-            with torch.no_grad(), OUTSIDE_MODES():
-                for group, plan in self._planned() if any(group["noise_scale"] for group in self.param_groups) else ():
-                    if group["noise_scale"] > 0.0:
-                        found = plan.rounded(values(group, plan))
-                        changed.append(plan)
-                        plan.replace(found)
+            self._replace(values, changed)
             yield
         finally:
-            with OUTSIDE_MODES():
-                for plan in changed:
-                    plan.restore()
+            self._restore(changed)
             self._sampling = False
+
+    @OUTSIDE_COMPILER
+    def _replace(self, values: Values, changed: list[plain.Plan]) -> None:
+        with torch.inference_mode(False), torch.no_grad(), OUTSIDE_MODES():  # the state is for training, too
+            for group, plan in self._planned() if any(group["noise_scale"] for group in self.param_groups) else ():
+                if group["noise_scale"] > 0.0:
+                    found = plan.rounded(values(group, plan))
+                    changed.append(plan)
+                    plan.replace(found)
+        if changed:
+            torch.clear_autocast_cache()  # casts of the means, which autocast would take for the sample's
+
+    @OUTSIDE_COMPILER
+    def _restore(self, changed: list[plain.Plan]) -> None:
+        with OUTSIDE_MODES():
+            for plan in changed:
+                plan.restore()
+        if changed:
+            torch.clear_autocast_cache()
 
     def _set_gradients_aside(self) -> dict[Tensor, Tensor]:
         """Takes the gradients of earlier samples away, so that backward starts from none."""
@@ -225,6 +251,7 @@ class LMD(Optimizer):
                     earlier[p], p.grad = p.grad, None
         return earlier
 
+    @OUTSIDE_COMPILER
     def _average_gradients(self, earlier: dict[Tensor, Tensor], draw: int) -> None:
         """grad <- earlier + g (theta+ + theta-) / (S E[theta+ + theta-]); `step` multiplies by the expectation."""
         for group, plan in self._planned():
@@ -250,14 +277,15 @@ class LMD(Optimizer):
                 self._plans += [(i, plan) for plan in self._make_plans(group, first)]
                 first += len(group["params"])
             self._signature = self._sign()
-        return [(self.param_groups[i], plan) for i, plan in self._plans]
+        groups = [*map(in_numbers, self.param_groups)]
+        return [(groups[i], plan) for i, plan in self._plans]
 
-    def _sign(self) -> list[int]:
+    def _sign(self) -> list[Any]:
         lists = [group["params"] for group in self.param_groups]
         params, states = [*chain.from_iterable(lists)], map(dict.values, self.state.values())
         where = map(Tensor.data_ptr, map(_local, params) if self._sharded else params)
-        trained = map(attrgetter("requires_grad"), params)
-        return [*map(len, lists), *where, *trained, *map(id, chain.from_iterable(states))]
+        looks = map(attrgetter("requires_grad", "shape"), params)
+        return [*map(len, lists), *where, *looks, *map(id, chain.from_iterable(states))]
 
     def _make_plans(self, group: Group, first: int) -> list[plain.Plan]:
         """The group's parameters that are not frozen, numbered from `first` on, divided among the backends."""
@@ -303,20 +331,29 @@ class LMD(Optimizer):
         return plain.Plan
 
     def _prepare(self, p: Tensor, group: Group) -> None:
-        """Makes the state of a parameter from its present value, the first time."""
-        state = self.state[p]
+        """Makes the state of a parameter from its present value, the first time; later it follows the parameter to its
+        device, dtype and layout, which kernels rely on, and gets a master when the parameter has become narrow."""
+        if p.is_meta:
+            raise ValueError(
+                "a parameter has no values yet, it is on the meta device: give it some before the first step"
+            )
+        state, dtype = self.state[p], MASTER_DTYPE.get(p.dtype, p.dtype)
         if not state:
-            dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
             weights: Any = p.detach()
             weights = weights.full_tensor() if _is_sharded(p) else weights
             state["m0"], state["prior_a"] = update.start(weights, group["kappa"])
             shared = group["parameterization"] == "shared"
             for name in ("v",) if shared else ("v_plus", "v_minus", "log_center"):
                 state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            if dtype != p.dtype:
-                state["master"] = p.detach().to(dtype)
+        check_shapes(state, p)
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value = value.to(p.device, dtype)
+                if value.ndim and value.stride() != p.stride():
+                    state[name] = torch.empty_like(p, dtype=dtype).copy_(value)
+        if dtype != p.dtype and "master" not in state:
+            state["master"] = p.detach().to(dtype)
         if "rms" not in state:  # new, or saved by a version before it
-            dtype = MASTER_DTYPE.get(p.dtype, p.dtype)
             state["rms"] = torch.full((), math.nan, dtype=dtype, device=p.device)
             state.setdefault("prior_a", 0.0)
 
@@ -338,9 +375,9 @@ class LMD(Optimizer):
         """As torch's, except that state keeps its dtype (torch would take the parameter's) and is copied, not aliased.
         A setting that the state was saved without, by an earlier version, stays this optimizer's.
 
-        Raises ValueError for the other parameterization's state: split has a free sqrt(m+ m-) for every weight and
-        two momenta, shared has neither, so no conversion continues the same trajectory. The weights themselves carry
-        over: load them into the model and start a fresh optimizer.
+        Raises ValueError for a state of parameters of other shapes, and for the other parameterization's state: split
+        has a free sqrt(m+ m-) for every weight and two momenta, shared has neither, so no conversion continues the same
+        trajectory. The weights themselves carry over: load them into the model and start a fresh optimizer.
         """
         check_state(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -352,13 +389,15 @@ class LMD(Optimizer):
                     f"this state was saved with parameterization={theirs!r}, the optimizer has {ours!r}; build "
                     f"LMD(..., parameterization={theirs!r}) to continue it, or start afresh from the model's weights"
                 )
+        names, params = ([g["params"] for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if [*map(len, names)] == [*map(len, params)]:  # if not, torch says so
+            for saved_id, p in zip(chain.from_iterable(names), chain.from_iterable(params), strict=True):
+                check_shapes(state_dict["state"].get(saved_id, {}), p)
         before = self.param_groups
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, before, strict=True):
             group.update({name: own[name] for name in self.defaults if name in own and name not in group})
-        saved_ids = [i for saved in state_dict["param_groups"] for i in saved["params"]]
-        ours_in_order = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, ours_in_order, strict=True):
+        for saved_id, p in zip(chain.from_iterable(names), chain.from_iterable(params), strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     if _is_sharded(p) and value.ndim:
@@ -369,6 +408,8 @@ class LMD(Optimizer):
         self._draws = 0
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._sampling:
+            raise RuntimeError("a copy made inside sampled_params would keep the sample: leave the block first")
         names = ("mc_samples", "nonfinite", "fused", "foreach", "_sampling", "_sharded", "_draws")
         own = {name: self.__dict__[name] for name in names}
         return {**super().__getstate__(), **own, "_plans": [], "_signature": []}
@@ -403,18 +444,25 @@ class LMD(Optimizer):
         for _ in range(self.mc_samples):
             with self.sampled_params(), torch.enable_grad():
                 losses.append(closure())
-        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+        return losses[0] if len(losses) == 1 or any(loss is None for loss in losses) else sum(losses) / len(losses)
 
+    @OUTSIDE_COMPILER
     def _update(self, at_sample: bool) -> None:
         for group in self.param_groups:
-            _check_settings(group, self.mc_samples)
+            check_settings(group, self.mc_samples)
         work = [(group, plan, plan.gradients()) for group, plan in self._planned()]
-        if all(gradient is None for _, _, gradients in work for gradient in gradients):
+        others = (p.grad for other in self.beside for group in other.param_groups for p in group["params"])
+        if all(gradient is None for gradient in chain(*(gradients for _, _, gradients in work), others)):
             raise RuntimeError("no parameter has a gradient: call backward() before step()")
         # all plans are asked, whatever the first says: processes that share parameters wait for each other
         finite = all([plan.agreed(plan.finite(gradients)) for _, plan, gradients in work])
         if not finite and self.nonfinite == "raise":
-            raise FloatingPointError("a gradient holds NaN or an infinity; nonfinite='skip' would skip such a step")
+            pairs = [pair for _, plan, gradients in work for pair in zip(plan.params, gradients, strict=True)]
+            bad = [tuple(p.shape) for p, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+            raise FloatingPointError(
+                f"a gradient holds NaN or an infinity ({len(bad)} of {len(pairs)} parameters, of shapes {bad[:3]}); "
+                "nonfinite='skip' would skip such a step"
+            )
         if finite:
             for group, plan, gradients in work:
                 still = [mean.clone() for mean in plan.means] if group["lr"] == 0.0 else []
@@ -425,12 +473,6 @@ class LMD(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
             group["skipped_steps"] += not finite
-
-
-def check_state(state_dict: object) -> None:
-    """Raises ValueError for what no optimizer's state_dict gave."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("this is no optimizer's state: a dict with `state` and `param_groups`, as state_dict() gives")
 
 
 def _sample(draw: int) -> Values:
@@ -450,50 +492,3 @@ def _local(tensor: Any) -> Tensor:
 def _layout(tensor: Any) -> Any:
     """How a tensor is sharded; None where it is not."""
     return (tensor.device_mesh, tensor.placements) if _is_sharded(tensor) else None
-
-
-def _check_dtypes(group: Group) -> None:
-    """Raises TypeError for a parameter of an integer or complex dtype."""
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise TypeError(f"LMD optimizes real floating-point parameters, not {p.dtype}")
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
-
-
-def _check_settings(group: Group, mc_samples: int) -> None:
-    """Raises ValueError for a setting out of range; called in every step, since schedules change them."""
-
-    def require(condition: bool, name: str, what: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must be {what}, not {group[name]!r}")
-
-    betas, prior, parameterization = group["betas"], group["prior"], group["parameterization"]
-    for name in ("lr", "weight_decay", "noise_scale", "saturation"):
-        require(_is_finite(group[name]) and group[name] >= 0.0, name, "a number, finite and at least 0")
-    require(group["lr"] <= 1.0, "lr", "at most 1, a factor of e a step")
-    require(group["noise_scale"] <= 4.0, "noise_scale", "at most 4, a factor of 50 a standard deviation")
-    require(_is_finite(group["kappa"]) and group["kappa"] > 0.0, "kappa", "a number, finite and above 0")
-    pair = isinstance(betas, Sequence) and len(betas) == 2
-    require(pair and all(_is_finite(beta) and 0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
-    require(group["lr"] * group["weight_decay"] < 1.0, "weight_decay", "below 1 / lr")
-    require(prior in PRIORS, "prior", f"one of {tuple(PRIORS)}")
-    require(parameterization in PARAMETERIZATIONS, "parameterization", f"one of {PARAMETERIZATIONS}")
-    for name in ("entropy", "weight_scaling"):
-        require(isinstance(group[name], bool), name, "True or False")
-    require(isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64, "seed", "an integer of 64 bits")
-    if parameterization == "shared" and not PRIORS[prior].keeps_product:
-        raise ValueError(
-            f"prior {prior!r} moves the product m+ m-, which the shared parameterization holds fixed: "
-            "use parameterization='split', or prior='log-normal' or 'flat'"
-        )
-    if parameterization == "split" and mc_samples > 1:
-        raise ValueError(
-            "mc_samples > 1 needs parameterization='shared': the averages of g theta+ and g theta- do not both fit "
-            "into the one gradient that clipping and GradScaler act on"
-        )

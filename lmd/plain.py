@@ -70,16 +70,21 @@ class Plan:
     def gradients(self) -> list[Tensor | None]:
         """The parameters' gradients, in the dtype and the layout of the means; None where there is none."""
         found: list[Tensor | None] = []
-        for p, own in zip(self.params, self.memory, strict=True):
+        for p, mean in zip(self.params, self.means, strict=True):
             gradient = p.grad
             if gradient is not None:
                 if self.shards is not None:
                     gradient = self.shards.rows(gradient)
                 if gradient.is_sparse:
                     gradient = gradient.to_dense()  # a row without a gradient moves on by its momentum and its prior
-                if gradient.dtype in MASTER_DTYPE:
-                    gradient = gradient.to(MASTER_DTYPE[gradient.dtype])
-                if not gradient.is_contiguous() and own.is_contiguous():
+                if gradient.dtype != mean.dtype:
+                    gradient = gradient.to(mean.dtype)
+                if gradient.shape != mean.shape:
+                    raise ValueError(
+                        f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(mean.shape)}: it is from "
+                        "before the parameter changed its shape; call zero_grad()"
+                    )
+                if not gradient.is_contiguous() and mean.is_contiguous():
                     gradient = gradient.contiguous()
             found.append(gradient)
         return found

@@ -1,10 +1,11 @@
 """LMD's samples in place of the weights: drawn from the seed and the step, and always put back."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmd import LMD, update
 from tests.lmd.small_nets import BACKENDS, DTYPES, KINDS, equal, make_net, one, train, values
@@ -65,6 +66,34 @@ def test_a_step_counts_as_a_change_in_place(fused):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_autocast_casts_the_weights_that_are_in_place():
+    """It keeps the casts of leaves until its block ends."""
+    p, optimizer = one(torch.randn(4, 4), noise_scale=1.0)
+    x, found, expected = torch.eye(4), [], []
+    with torch.autocast("cpu", torch.bfloat16):
+        for block in (nullcontext(), optimizer.sampled_params(), *optimizer.posterior_samples(2), nullcontext()):
+            with block:
+                found.append(nn.functional.linear(x, p).detach())
+                expected.append(p.detach().t().bfloat16())
+    assert equal(found, expected)
+    assert not any(torch.equal(found[i], found[i + 1]) for i in range(4))
+
+
+@BACKENDS
+@KINDS
+@DTYPES
+def test_a_sample_may_be_taken_in_inference_mode_before_training(kind, dtype, fused):
+    nets = make_net(dtype), make_net(dtype)
+    optimizers = [LMD(net.parameters(), parameterization=kind, fused=fused) for net in nets]
+    with torch.inference_mode():
+        for block in optimizers[0].posterior_samples(1):
+            with block:
+                pass
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(2))
+    assert equal(values(nets[0]), values(nets[1]))
 
 
 def test_frozen_parameters_are_not_sampled():

@@ -102,6 +102,102 @@ def test_a_copied_optimizer_goes_on_alike(clone):
     assert equal(values(net), values(other_net))
 
 
+@KINDS
+def test_a_state_of_parameters_of_other_shapes_is_refused_and_changes_nothing(kind):
+    net, wider = make_net(), nn.Sequential(nn.Linear(6, 18), nn.LayerNorm(18), nn.GELU(), nn.Linear(18, 1))
+    optimizer, other = (LMD(n.parameters(), parameterization=kind) for n in (net, wider))
+    train(net, optimizer, range(2))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"has shape \(17, 6\), its parameter \(18, 6\)"):
+        other.load_state_dict(optimizer.state_dict())
+    assert same(other.state_dict(), before)
+
+
+@BACKENDS
+@KINDS
+def test_a_parameter_of_another_shape_than_its_state_or_gradient_is_an_error(kind, fused):
+    """Else the kernels would write beyond its memory."""
+    p, optimizer = one(torch.randn(20, 4), parameterization=kind, fused=fused)
+    p.grad = torch.randn(20, 4)
+    optimizer.step()
+    whole = p.detach().clone()
+    p.data = p.data[:5]
+    for use in (optimizer.step, optimizer.sampled_params().__enter__):
+        with pytest.raises(ValueError, match=r"has shape \(20, 4\), its parameter \(5, 4\): .* delete"):
+            use()
+    del optimizer.state[p]
+    with pytest.raises(ValueError, match=r"a gradient has shape \(20, 4\), its parameter \(5, 4\): .* zero_grad"):
+        optimizer.step()
+    assert torch.equal(p, whole[:5])
+
+
+def test_a_copy_within_a_block_is_refused():
+    """It would hold the sample for good."""
+    net = make_net()
+    for optimizer in (LMD(net.parameters()), Combined(LMD(net.parameters()))):
+        with optimizer.sampled_params():
+            for clone in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(RuntimeError, match="leave the block first"):
+                    clone(optimizer)
+
+
+@KINDS
+def test_a_parameter_that_becomes_narrower_gets_a_master(kind):
+    """From its value then; the trajectory goes on as that of the master alone."""
+    net, wide = make_net(), make_net()
+    optimizers = [LMD(n.parameters(), parameterization=kind, fused=False) for n in (net, wide)]
+    for n, optimizer in zip((net, wide), optimizers, strict=True):
+        train(n, optimizer, range(2))
+    net.bfloat16()
+    for p, q in zip(net.parameters(), wide.parameters(), strict=True):
+        q.data.copy_(p.data)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for p, q in zip(net.parameters(), wide.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            q.grad = p.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(net.parameters(), wide.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16 and torch.equal(optimizers[0].state[p]["master"], q)
+        assert torch.equal(p, q.bfloat16())
+
+
+@BACKENDS
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("change", ["dtype", "layout"])
+def test_a_state_in_another_dtype_or_layout_is_the_same_state(change, kind, dtype, fused):
+    """As that of a float64 or a channels-last model, in a float32 or a contiguous one."""
+    torch.manual_seed(0)
+    w, g = torch.randn(4, 5).to(dtype), torch.randn(2, 4, 5).to(dtype)
+    (p, optimizer), (q, other) = (one(w, parameterization=kind, fused=fused) for _ in range(2))
+    for gradient in g:
+        p.grad, q.grad = gradient, gradient.clone()
+        optimizer.step()
+        other.step()
+        for name, value in other.state[q].items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                other.state[q][name] = value.double() if change == "dtype" else value.t().contiguous().t()
+    other.step()
+    optimizer.step()
+    assert torch.equal(p, q) and same(dict(optimizer.state[p]), dict(other.state[q]))
+
+
+@BACKENDS
+def test_a_gradient_of_another_dtype_is_the_one_in_the_parameters(fused):
+    torch.manual_seed(0)
+    w, g = torch.randn(20), torch.randn(20).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        p, optimizer = one(w, fused=fused)
+        p.grad_dtype = None
+        p.grad = g.to(dtype)
+        optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[1])
+
+
 def test_master_weights_see_steps_that_bfloat16_does_not():
     """40 steps of a factor of 2^-11 each: below half a bfloat16 ulp one by one, 2% together."""
     p, optimizer = one(torch.ones(8, dtype=torch.bfloat16), lr=2.0**-11, weight_decay=0.0, noise_scale=0.0)

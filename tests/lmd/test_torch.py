@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from lmd import LMD, Combined, update
@@ -199,6 +199,90 @@ def test_combined_refuses_what_it_cannot_do():
         optimizer.load_state_dict({"parts": [LMD([p]).state_dict()]})
 
 
+def test_what_is_deleted_from_a_combined_state_is_deleted_from_the_parts():
+    net = make_net()
+    optimizer = combine(net)
+    train_combined(net, optimizer, range(1))
+    for p in net.parameters():
+        del optimizer.state[p]
+        assert not any(p in part.state for part in optimizer.parts)
+        with pytest.raises(KeyError):
+            del optimizer.state[p]
+    train_combined(net, optimizer, range(1))
+    optimizer.state.clear()
+    assert not any(part.state for part in optimizer.parts)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_combined_trains_the_others_while_lmds_parameters_are_frozen(by_closure):
+    """As a head is trained first, and the rest later."""
+    p, q, r = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer, alone = Combined(LMD([p]), torch.optim.SGD([q], lr=0.1)), torch.optim.SGD([r], lr=0.1)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step(lambda: None) if by_closure else optimizer.step()
+    p.requires_grad_(False)
+
+    def closure() -> None:
+        (p * q).square().sum().backward()
+
+    optimizer.step(closure) if by_closure else (closure(), optimizer.step())
+    r.square().sum().backward()
+    alone.step()
+    assert torch.equal(q, r) and torch.equal(p, torch.ones(3))
+    p.requires_grad_(True)
+    closure()
+    optimizer.step()
+    assert not (p == 1.0).any()
+
+
+def test_combined_evaluates_as_lmd_does():
+    torch.manual_seed(0)
+    p, q = nn.Parameter(torch.randn(9)), nn.Parameter(torch.ones(2))
+    lmd = LMD([p])
+    optimizer = Combined(lmd, torch.optim.SGD([q], lr=0.1))
+    found: list[list[Tensor]] = []
+    for one_ in (lmd, optimizer):
+        found.append([])
+        for block in (one_.median_params(), *one_.posterior_samples(2)):
+            with block:
+                found[-1].append(p.detach().clone())
+    assert equal(*found)
+
+
+def test_one_cycle_takes_combined_optimizers_that_all_have_betas():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Combined(LMD([p]), torch.optim.AdamW([q]))
+    schedules.OneCycleLR(optimizer, max_lr=0.05, total_steps=5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05 / 25] * 2)
+    assert [group["betas"][0] for group in optimizer.param_groups] == [0.95] * 2
+    mixed = Combined(LMD([p]), torch.optim.SGD([q], lr=0.1))
+    with pytest.raises(ValueError, match="must support momentum"):
+        schedules.OneCycleLR(mixed, max_lr=0.05, total_steps=5)
+    schedules.OneCycleLR(mixed, max_lr=0.05, total_steps=5, cycle_momentum=False)
+
+
+def test_combined_calls_the_hooks_of_its_state():
+    net = make_net()
+    optimizer, calls = combine(net), []
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "epoch": 3})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append(state["epoch"]))
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["before saving", 3, "loaded"]
+
+
+@BACKENDS
+@KINDS
+def test_a_setting_may_be_a_tensor(kind, fused):
+    nets = make_net(), make_net()
+    numbers = {"lr": 0.0625, "betas": (0.5, 0.75), "weight_decay": 0.5, "noise_scale": 0.125}
+    tensors = {**{name: torch.tensor(number) for name, number in numbers.items()}, "betas": (torch.tensor(0.5), 0.75)}
+    for net, settings in zip(nets, (numbers, tensors), strict=True):
+        train(net, LMD(net.parameters(), parameterization=kind, fused=fused, **settings), range(3))
+    assert equal(values(nets[0]), values(nets[1]))
+
+
 def test_torch_schedules_set_the_step():
     p, optimizer = one(torch.ones(3), noise_scale=0.0, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
@@ -319,6 +403,26 @@ def test_grad_scaler_skips_and_unscales():
     train(reference, reference_optimizer, range(1))
     train(reference, reference_optimizer, range(2, 3))
     assert equal(values(net), values(reference))  # powers of two scale exactly
+
+
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_a_compiled_training_step_is_the_same_step(mc_samples):
+    nets = make_net(), make_net()
+    x, y = make_batch(0)
+    for net, decorate in zip(nets, (lambda f: f, torch.compile(backend="eager")), strict=True):
+        optimizer = LMD(net.parameters(), mc_samples=mc_samples)
+
+        def step(net: nn.Module = net, optimizer: LMD = optimizer) -> None:
+            optimizer.zero_grad()
+            for _ in range(mc_samples):
+                with optimizer.sampled_params():
+                    (net(x) - y).square().mean().backward()
+            optimizer.step()
+
+        run = decorate(step)
+        for _ in range(3):
+            run()
+    assert equal(values(nets[0]), values(nets[1]))
 
 
 def test_averaged_model_averages_the_means():

@@ -319,6 +319,20 @@ def test_without_gradients_weights_go_to_the_priors_medians(prior_a):
 # --- initialization ---
 
 
+@pytest.mark.parametrize("weights", [torch.zeros(3), torch.ones(3), torch.tensor([[0.5, -1.5], [1.0, 2.0]])], ids=str)
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_a_gradient_that_never_changes_takes_a_weight_to_the_bound_of_the_prior(weights, side):
+    """|a - prior_a| = 1 / weight_decay, for every weight of the tensor."""
+    m0, prior_a = update.start(weights, 3.0)
+    mean, v = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.5, "noise_scale": 0.05, "noise": None}
+    for _ in range(1000):
+        gradient = torch.full_like(mean, -side)
+        mean, v, _ = update.step_shared(mean, v, gradient, m0, prior=PRIORS["log-normal"], prior_a=prior_a, **settings)
+    bound = update.posterior_mean(torch.full_like(mean, prior_a + side * 2.0), m0, 0.05)
+    torch.testing.assert_close(mean, bound)
+
+
 def test_the_center_is_the_spread_of_the_weights():
     torch.manual_seed(0)
     weights = 0.02 * torch.randn(300, 257)
