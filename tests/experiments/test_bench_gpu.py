@@ -97,6 +97,20 @@ def test_where_two_results_differ_bit_by_bit() -> None:
     assert narrow["result"] == "float16" and narrow["largest_steps"] == 1
 
 
+def test_silicon_is_asked_for_what_the_device_and_torch_multiply() -> None:
+    """torch refuses two float8_e5m2 (ScaledBlas.cpp), and before capability 8.9 there is no float8."""
+    silicon = pytest.importorskip("experiments.bench.gpu.silicon", exc_type=ImportError)
+    halves, eighths = (torch.float16,) * 2, (torch.float8_e4m3fn, torch.float8_e5m2)
+    for maker, capability, has in (("nvidia", (8, 0), False), ("nvidia", (9, 0), True), ("amd", (9, 4), False)):
+        device = silicon.Silicon(maker, capability)
+        assert device.lacks(halves) is None and (device.lacks(eighths) is None) == has
+    assert {name.split(",")[0] for name in silicon.ways(eighths)} == {"torch._scaled_mm", "tl.dot"}
+    assert list(silicon.ways((torch.float8_e5m2,) * 2)) == ["tl.dot, 64 rows"]
+    why = {"operands": "float8_e5m2", "not_asked": "no float8"}
+    outcomes = [Outcome("device", 1.0, "done", 0.1, [{"name": "one", "torch": "2"}]), Outcome("silicon", 1, rows=[why])]
+    assert "not asked" in report.text(outcomes, small=False) and "no float8" in report.text(outcomes, small=False)
+
+
 def test_operands_are_what_they_are_called() -> None:
     types = torch.float8_e4m3fn, torch.float8_e5m2
     made = {name: (a.double(), b.double()) for name, a, b in operands.cases(types, 16, 32)}
