@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.bench.gpu import PARTS, operands, report
+from experiments.bench.gpu import PARTS, claims, operands, report
 from experiments.bench.gpu.machine import Machine, Record
 from experiments.bench.gpu.parts import Outcome, Part, run_part
 from experiments.command import cli
@@ -54,6 +55,33 @@ def test_without_a_gpu_it_says_in_one_line_what_it_needs(tmp_path: Path, capsys:
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and re.search(message, said), said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claims_need_no_package_beside_torch_triton_numba_and_pytest() -> None:
+    """All that the project installs otherwise is hidden from the import system, and every claim is still found."""
+    pytest.importorskip("triton")
+    code = """
+import os, sys
+from importlib.machinery import PathFinder
+import re, pytest
+names = {re.split(r"[^A-Za-z0-9_-]", line)[0].lower().replace("-", "_") for line in sys.argv[1:]}
+names |= {"sklearn", "vl_convert", "axe_playwright_python"}
+names -= {"torch", "numpy", "numba", "pytest", "triton"}
+find = PathFinder.find_spec.__func__
+hidden = lambda cls, name, *rest: None if name.partition(".")[0] in names else find(cls, name, *rest)
+PathFinder.find_spec = classmethod(hidden)
+from experiments.bench.gpu import claims
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+arguments = ["-m", "gpu", "-p", "no:cacheprovider", "--collect-only", "-q", "-q", "-W", "default"]
+sys.exit(pytest.main([*arguments, *claims.files()]))
+"""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    packages = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *packages], capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+    )
+    found = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
+    assert done.returncode == 0 and found == set(claims.files()), done.stdout[-3000:]
 
 
 def raises(machine: Machine, record: Record) -> None:
