@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench.gpu import PARTS, claims, operands, report
+from experiments.bench.gpu import PARTS, claims, machine, operands, report
 from experiments.bench.gpu.machine import Machine, Record
 from experiments.bench.gpu.parts import Outcome, Part, run_part
 from experiments.command import cli
@@ -49,7 +49,7 @@ def test_without_a_gpu_it_says_in_one_line_what_it_needs(tmp_path: Path, capsys:
     for arguments, message in (
         ([], "needs a GPU that torch can use, and torch .* finds none"),
         (["--device", "cpu"], "goes with --small"),
-        (["quantise"], "no part quantise; there are: claims, silicon"),
+        (["quantise"], "no part quantise; there are: silicon, quantize"),
     ):
         assert cli.main(["bench", "gpu", *arguments, "--output", str(tmp_path / "gpu.json")]) == 2
         said = capsys.readouterr().err
@@ -82,6 +82,38 @@ sys.exit(pytest.main([*arguments, *claims.files()]))
     )
     found = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
     assert done.returncode == 0 and found == set(claims.files()), done.stdout[-3000:]
+
+
+def test_what_is_missing_is_told_in_one_line() -> None:
+    row = {"available": True, "torch": "2.11", "triton": True, "versions": {}, "kernel_error": None}
+    assert machine.missing([row], "") is None, "a Triton for AMD has another package's name"
+    for change, message in (
+        ({"available": False}, "needs a GPU"),
+        ({"triton": False}, "needs Triton"),
+        ({"kernel_error": "RuntimeError: no gcc"}, "Triton cannot run a kernel here .*: RuntimeError: no gcc"),
+    ):
+        assert re.match(message, machine.missing([row | change], "") or "")
+    assert (
+        machine.missing([], "Traceback\nRuntimeError: no driver")
+        == "the device could not be asked: RuntimeError: no driver"
+    )
+
+
+def test_the_claims_have_the_time_that_the_other_parts_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = {"available": True, "torch": "2.11", "triton": True, "kernel_error": None}
+    given = {}
+
+    def run_part(part: Part, *_: object) -> Outcome:
+        given[part.name] = part.budget_s
+        rows = [described] if part.name == "device" else []
+        return Outcome(part.name, part.budget_s, "done", {"step": 50.5, "quantize": 100.0}.get(part.name, 0.0), rows)
+
+    monkeypatch.setattr("experiments.bench.gpu.run_part", run_part)
+    output = ["--output", str(tmp_path / "gpu.json")]
+    assert cli.main(["bench", "gpu", *output]) == 0
+    others = sum(part.budget_s for part in PARTS[:-1])
+    assert list(given)[-1] == "claims" and given["claims"] == PARTS[-1].budget_s + (others - 150.5) // 1
+    assert cli.main(["bench", "gpu", "claims", *output]) == 0 and given["claims"] == PARTS[-1].budget_s + others
 
 
 def raises(machine: Machine, record: Record) -> None:
