@@ -107,7 +107,7 @@ class Silicon:
 
 def ways(types: tuple[torch.dtype, torch.dtype]) -> dict[str, Product]:
     """By name, the products of operands of these types that a program can ask for."""
-    wide = {"tl.dot, 64 rows": partial(by_triton, rows=64)}
+    wide: dict[str, Product] = {"tl.dot, 64 rows": partial(by_triton, rows=64)}
     if types[0].itemsize == 2:
         return {
             "torch.mm, float32 out": _mm_wide,
