@@ -33,9 +33,9 @@ PARTS = (
     Part("quantize", "quantize over copy", quantize.run, 80),
     Part("step", "a training step", step.run, 90),
     Part("optimizer", "LMD over fused AdamW", optimizer.run, 25),
-    Part("claims", "tests marked gpu", claims.run, 190),  # and what the others left
+    Part("claims", "tests marked gpu", claims.run, 175),  # and what the others left
 )
-DEVICE = Part("device", "the device", machine.describe, 30)
+DEVICE = Part("device", "the device", machine.describe, 45)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
