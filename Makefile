@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 
 # With the Python whose torch has CUDA, as it is: nothing is installed. Results: runs/gpu.json.
 gpu:
+	@$(PYTHON) -c 'import torch' || { echo 'name a Python whose torch has CUDA: make gpu PYTHON=/path/to/python3' >&2; exit 2; }
 	$(PYTHON) -m experiments.bench.gpu
 
 clean:

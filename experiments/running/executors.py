@@ -17,9 +17,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
-CUDA_REPEATABLE = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
-}  # without it torch refuses deterministic matrix products on a GPU
 ORPHAN_GRACE_S = 300.0  # how long the last step of a worker without a parent may take
 
 _stop = threading.Event()
@@ -110,7 +107,6 @@ class LocalExecutor(StoppableExecutor):
 
 def _start_worker(ear: Connection, gpus: str | None) -> None:
     os.environ.update(ONE_THREAD)
-    os.environ.update(CUDA_REPEATABLE)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     # Ctrl-C and a scheduler's signals reach the whole group; the parent decides, and tells by the pipe

@@ -7,6 +7,7 @@ machine and versions). Divergence is an outcome, not an error.
 
 import ctypes
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -320,8 +321,10 @@ def deterministic() -> Iterator[None]:
     """torch's deterministic algorithms on one CPU thread inside, the previous settings after.
 
     One thread, since torch's reductions (of a layer norm's gradients, for one) depend on their number. Fresh memory is
-    not filled, which would cost time: nothing here reads it.
+    not filled, which would cost time: nothing here reads it. On a GPU, torch refuses matrix products without this
+    variable, which it reads at the first of them.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     threads = torch.get_num_threads()

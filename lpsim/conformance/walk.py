@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lpsim.conformance.inputs import Array
 from lpsim.conformance.laws import DETERMINISTIC, demand, quantizers
@@ -39,6 +38,8 @@ def refuse_unless_walkable(fmt: Format) -> None:
 
 def walk(fmt: Format, progress: bool) -> dict[str, int]:
     """law -> inputs walked: the oracle's steps in every deterministic rounding and policy, and the cast of a peer."""
+    from tqdm import tqdm  # which only a walk needs
+
     assert not isinstance(fmt, BlockFormat)
     chosen = list(quantizers(fmt, DETERMINISTIC))
     peer = peer_dtype(fmt)

@@ -8,11 +8,12 @@ that does not has escaped: it ran in full precision although no rule says so.
 from __future__ import annotations
 
 import bisect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,15 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+class _Made(NamedTuple):
+    """Autograd nodes that were made inside an `owned`: their sequence numbers, the owner, and the graph task or -1."""
+
+    start: int
+    end: int
+    owner: str
+    task: int
+
+
 class Auditor(TorchDispatchMode):
     """Counts aten matrix products while it is active, and finds the owner of each.
 
@@ -99,9 +109,7 @@ class Auditor(TorchDispatchMode):
         self.pinned: tuple[str, ...] = ()
         self._result: Audit | None = None
         self._owner: str | None = None
-        self._starts: list[int] = []  # sequence numbers of the autograd nodes made inside each `owned`, and its owner
-        self._ends: list[int] = []
-        self._owners: list[str] = []
+        self._made: dict[tuple[int, bool], list[_Made]] = {}  # by thread, and whether in a backward pass; ascending
 
     def count(self, op: str, kind: Kind, formats: str, reason: str) -> None:
         """Count one call of an op in the rows."""
@@ -129,9 +137,8 @@ class Auditor(TorchDispatchMode):
             self._owner = before
             end = torch._C._autograd._get_sequence_nr()
             if before is None and end > start:
-                self._starts.append(start)
-                self._ends.append(end)
-                self._owners.append(owner)
+                task = torch._C._current_graph_task_id()
+                self._made.setdefault((threading.get_ident(), task != -1), []).append(_Made(start, end, owner, task))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -161,9 +168,21 @@ class Auditor(TorchDispatchMode):
                 self.escaped.append(shown)
         self.products[f"aten.{name}", where, owner or "escaped"] += 1
 
-    def _owner_of(self, sequence_number: int) -> str | None:
-        i = bisect.bisect_right(self._starts, sequence_number) - 1
-        return self._owners[i] if i >= 0 and sequence_number < self._ends[i] else None
+    def _owner_of(self, number: int) -> str | None:
+        """The owner of the running node with that sequence number.
+
+        Each thread numbers its nodes on its own, and a GPU's backward pass has a thread of its own. Nodes that were
+        made in it, by a recomputation, run in a backward pass within this one (a reentrant checkpoint) or in a later
+        one; all others were made in a forward pass.
+        """
+        here, task = threading.get_ident(), torch._C._current_graph_task_id()
+        first = [made for made in self._made.get((here, True), ()) if made.task != task]
+        rest = [ranges for (_, backward), ranges in self._made.items() if not backward]
+        for ranges in (first, *rest):
+            i = bisect.bisect_right(ranges, number, key=lambda made: made.start) - 1
+            if i >= 0 and number < ranges[i].end:
+                return ranges[i].owner
+        return None
 
     def finish(self) -> None:
         """End counting; the result stays as it is."""

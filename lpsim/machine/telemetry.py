@@ -241,7 +241,8 @@ class Telemetry:
         named = [(name, p) for name, p in self.simulation.model.named_parameters() if p.grad is not None]
         if not named:
             raise RuntimeError("no parameter has a gradient to compare: call backward() first")
-        with self.simulation.suspended(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        gpus = {p.device for _, p in named if p.is_cuda}  # whose random state a dropout would use
+        with self.simulation.suspended(), torch.random.fork_rng(devices=gpus), torch.enable_grad():
             exact = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
             for (name, p), full in zip(named, exact, strict=True):
                 if full is None or p.grad is None:

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.bench.gpu import PARTS, operands, report
+from experiments.bench.gpu import PARTS, claims, machine, operands, report
 from experiments.bench.gpu.machine import Machine, Record
 from experiments.bench.gpu.parts import Outcome, Part, run_part
 from experiments.command import cli
@@ -48,12 +49,71 @@ def test_without_a_gpu_it_says_in_one_line_what_it_needs(tmp_path: Path, capsys:
     for arguments, message in (
         ([], "needs a GPU that torch can use, and torch .* finds none"),
         (["--device", "cpu"], "goes with --small"),
-        (["quantise"], "no part quantise; there are: claims, silicon"),
+        (["quantise"], "no part quantise; there are: silicon, quantize"),
     ):
         assert cli.main(["bench", "gpu", *arguments, "--output", str(tmp_path / "gpu.json")]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and re.search(message, said), said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claims_need_no_package_beside_torch_triton_numba_and_pytest() -> None:
+    """All that the project installs otherwise is hidden from the import system, and every claim is still found."""
+    pytest.importorskip("triton")
+    code = """
+import os, sys
+from importlib.machinery import PathFinder
+import re, pytest
+names = {re.split(r"[^A-Za-z0-9_-]", line)[0].lower().replace("-", "_") for line in sys.argv[1:]}
+names |= {"sklearn", "vl_convert", "axe_playwright_python"}
+names -= {"torch", "numpy", "numba", "pytest", "triton"}
+find = PathFinder.find_spec.__func__
+hidden = lambda cls, name, *rest: None if name.partition(".")[0] in names else find(cls, name, *rest)
+PathFinder.find_spec = classmethod(hidden)
+from experiments.bench.gpu import claims
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+arguments = ["-m", "gpu", "-p", "no:cacheprovider", "--collect-only", "-q", "-q", "-W", "default"]
+sys.exit(pytest.main([*arguments, *claims.files()]))
+"""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    packages = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *packages], capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+    )
+    found = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
+    assert done.returncode == 0 and found == set(claims.files()), done.stdout[-3000:]
+
+
+def test_what_is_missing_is_told_in_one_line() -> None:
+    row = {"available": True, "torch": "2.11", "triton": True, "versions": {}, "kernel_error": None}
+    assert machine.missing([row], "") is None, "a Triton for AMD has another package's name"
+    for change, message in (
+        ({"available": False}, "needs a GPU"),
+        ({"triton": False}, "needs Triton"),
+        ({"kernel_error": "RuntimeError: no gcc"}, "Triton cannot run a kernel here .*: RuntimeError: no gcc"),
+    ):
+        assert re.match(message, machine.missing([row | change], "") or "")
+    assert (
+        machine.missing([], "Traceback\nRuntimeError: no driver")
+        == "the device could not be asked: RuntimeError: no driver"
+    )
+
+
+def test_the_claims_have_the_time_that_the_other_parts_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = {"available": True, "torch": "2.11", "triton": True, "kernel_error": None}
+    given = {}
+
+    def run_part(part: Part, *_: object) -> Outcome:
+        given[part.name] = part.budget_s
+        rows = [described] if part.name == "device" else []
+        return Outcome(part.name, part.budget_s, "done", {"step": 50.5, "quantize": 100.0}.get(part.name, 0.0), rows)
+
+    monkeypatch.setattr("experiments.bench.gpu.run_part", run_part)
+    output = ["--output", str(tmp_path / "gpu.json")]
+    assert cli.main(["bench", "gpu", *output]) == 0
+    others = sum(part.budget_s for part in PARTS[:-1])
+    assert list(given)[-1] == "claims" and given["claims"] == PARTS[-1].budget_s + (others - 150.5) // 1
+    assert cli.main(["bench", "gpu", "claims", *output]) == 0 and given["claims"] == PARTS[-1].budget_s + others
 
 
 def raises(machine: Machine, record: Record) -> None:
@@ -95,6 +155,20 @@ def test_where_two_results_differ_bit_by_bit() -> None:
     assert found["first"][1] == {"at": [0, 3], "preset": (-1.0).hex(), "silicon": (-1.0 - 2.0**-22).hex()}
     narrow = silicon.difference(expected.half(), torch.nextafter(expected.half(), torch.tensor(9.0).half()))
     assert narrow["result"] == "float16" and narrow["largest_steps"] == 1
+
+
+def test_silicon_is_asked_for_what_the_device_and_torch_multiply() -> None:
+    """torch refuses two float8_e5m2 (ScaledBlas.cpp), and before capability 8.9 there is no float8."""
+    silicon = pytest.importorskip("experiments.bench.gpu.silicon", exc_type=ImportError)
+    halves, eighths = (torch.float16,) * 2, (torch.float8_e4m3fn, torch.float8_e5m2)
+    for maker, capability, has in (("nvidia", (8, 0), False), ("nvidia", (9, 0), True), ("amd", (9, 4), False)):
+        device = silicon.Silicon(maker, capability)
+        assert device.lacks(halves) is None and (device.lacks(eighths) is None) == has
+    assert {name.split(",")[0] for name in silicon.ways(eighths)} == {"torch._scaled_mm", "tl.dot"}
+    assert list(silicon.ways((torch.float8_e5m2,) * 2)) == ["tl.dot, 64 rows"]
+    why = {"operands": "float8_e5m2", "not_asked": "no float8"}
+    outcomes = [Outcome("device", 1.0, "done", 0.1, [{"name": "one", "torch": "2"}]), Outcome("silicon", 1, rows=[why])]
+    assert "not asked" in report.text(outcomes, small=False) and "no float8" in report.text(outcomes, small=False)
 
 
 def test_operands_are_what_they_are_called() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -143,3 +144,13 @@ def test_under_autocast_operands_are_rounded_as_the_float32_numbers_that_their_b
     for x, result, axis in seen:
         assert x.dtype is result.dtype is torch.bfloat16
         assert torch.equal(result.float(), quantizer.quantize(x.float(), axis))
+
+
+@pytest.mark.parametrize("chosen", [None, ":16:8"])
+def test_a_gpu_s_products_are_allowed_to_be_deterministic(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses them without one of two values of this variable, and not every worker is one of ours (Dask's)."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with training.deterministic():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (chosen or ":4096:8")

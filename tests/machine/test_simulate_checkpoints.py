@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lpsim import Gemm, Quantizer, Recipe, Rounding, formats, simulate
+from lpsim.machine.simulate import Simulation
+from lpsim.machine.telemetry import Telemetry
 from tests.machine.test_simulate import BF16, FP4, FP6, STOCHASTIC, gpt, gradients, same
 
 STOCHASTIC_VECTORS = Quantizer(formats.get("bfloat16"), rounding=Rounding.STOCHASTIC)
@@ -155,3 +159,40 @@ def test_products_of_a_backward_function_draw_different_bits() -> None:
     with simulate(nn.Identity(), Recipe(overrides={"<backward>": Recipe(Gemm(lhs=STOCHASTIC))})):
         Twice.apply(x).backward(torch.rand(32, 32))
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def backward_as_on_a_gpu(sim: Simulation, loss: Tensor) -> None:
+    """In a thread of its own, with its own numbers of autograd nodes and the modes of the thread that called it."""
+
+    def run() -> None:
+        with ExitStack() as stack:
+            if sim._counting is not None:
+                stack.enter_context(sim._counting)
+            stack.enter_context(sim._mode)
+            loss.backward()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recipe", [Recipe(), THREE])
+def test_a_backward_pass_in_another_thread_is_the_same(recipe: Recipe, reentrant: bool) -> None:
+    """As that of a GPU: gradients, audit and telemetry."""
+    model, x, _ = gpt()
+
+    def run(backward: Callable[[Simulation, Tensor], None]) -> tuple[list[Tensor], Any, list[Any]]:
+        model.zero_grad()
+        with simulate(model, recipe, on_escape="raise") as sim:
+            telemetry = Telemetry(sim, every=1)
+            h = model.tokens(x)
+            for block in model.h:
+                h = checkpoint(block, h, use_reentrant=reentrant)
+            backward(sim, model.lm_head(h).square().mean())
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return found, sim.audit().products, [repr(row) for row in telemetry.rows()]
+
+    for _ in range(20):
+        model(x)  # so that the numbers of this thread's nodes are ahead
+    here, there = run(lambda _, loss: loss.backward()), run(backward_as_on_a_gpu)
+    assert same(here[0], there[0]) and here[1:] == there[1:]

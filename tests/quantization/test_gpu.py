@@ -143,12 +143,15 @@ def test_blocks_of_every_kind() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("element", BLOCK_ELEMENTS, ids=lambda f: f.name)
-def test_blocks_of_every_kind_in_all_combinations(element) -> None:
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("scale", range(len(SCALES)))
+def test_blocks_of_every_kind_in_all_combinations(scale: int, size: int | tuple[int, int] | None) -> None:
+    """By what the kernels are compiled for: the elements share them, so that no two processes compile the same."""
     tensors = hostile_tensors((2, 3, 37))
-    for turn, (scale, block_size, rounding) in enumerate(pairs(SCALES, BLOCK_SIZES, Rounding)):
-        fmt = BlockFormat("b", element, scale[0], block_size, scale[1], scale[2])
-        assert_equals_the_oracle(torch.from_numpy(tensors[turn % 6]), fmt, turn // 7 % 3, rounding)
+    turn = 7 * (scale * len(BLOCK_SIZES) + BLOCK_SIZES.index(size))
+    for element, (n, rounding) in pairs(BLOCK_ELEMENTS, list(enumerate(Rounding))):
+        fmt = BlockFormat("b", element, SCALES[scale][0], size, SCALES[scale][1], SCALES[scale][2])
+        assert_equals_the_oracle(torch.from_numpy(tensors[(turn + n) % 6]), fmt, turn // 7 % 3, rounding)
 
 
 @pytest.mark.parametrize("fmt", formats.ALL_FORMATS.values(), ids=lambda f: f.name)

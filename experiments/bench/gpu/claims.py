@@ -8,7 +8,6 @@ from typing import Any
 
 from experiments.bench.gpu.machine import REPOSITORY, Machine, Record
 
-FOLDERS = ("tests/quantization", "tests/lmd", "tests/accumulators", "tests/conformance")
 FEW = (  # what the twin runs, a second
     "tests/quantization/test_gpu.py::test_out_and_in_place",
     "tests/lmd/test_gpu.py::test_words_are_those_of_the_other_backends",
@@ -58,4 +57,10 @@ def _arguments(machine: Machine) -> list[str]:
         return [*arguments, *FEW]
     if importlib.util.find_spec("xdist") is not None:
         arguments += ["-p", "xdist.plugin", "--numprocesses", str(machine.processes), "--dist", "worksteal"]
-    return [*arguments, *FOLDERS]
+    return [*arguments, *files()]
+
+
+def files() -> list[str]:
+    """Those that have such tests, from the repository on; others need packages that a GPU's machine may not have."""
+    found = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(REPOSITORY)) for file in found if "pytest.mark.gpu" in file.read_text()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +20,17 @@ import torch
 Row = dict[str, Any]  # a result, in JSON values; "error" holds a traceback
 Record = Callable[[Row], None]
 
-PACKAGES = ("torch", "triton", "numpy", "numba", "pytest", "pytest-xdist")
+PACKAGES = (
+    "torch",
+    "triton",
+    "pytorch-triton",
+    "triton-rocm",
+    "pytorch-triton-rocm",
+    "numpy",
+    "numba",
+    "pytest",
+    "pytest-xdist",
+)
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -36,7 +48,7 @@ class Machine:
     @property
     def processes(self) -> int:
         """How many processes may compile at once."""
-        return min(os.cpu_count() or 1, 12) if self.cuda else 1
+        return min(len(os.sched_getaffinity(0)), 24) if self.cuda else 1
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -87,7 +99,8 @@ def describe(machine: Machine, record: Record) -> None:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "triton": importlib.util.find_spec("triton") is not None,  # its package has many names, one of them for AMD
         "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "commit": _said("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
         "changed_files": (_said("git", "-C", str(REPOSITORY), "status", "--porcelain") or "").splitlines(),
@@ -103,7 +116,22 @@ def describe(machine: Machine, record: Record) -> None:
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"),
         }
+    if row["available"] and row["triton"]:
+        row["kernel_error"] = _kernel_error(machine)
     record(row)
+
+
+def _kernel_error(machine: Machine) -> str | None:
+    """Why Triton cannot compile and launch a kernel, in one line; None where it can."""
+    try:
+        from lpsim import Quantizer, formats
+
+        x = torch.full((3,), 1.1, device=machine.device)
+        rounded = Quantizer(formats.float8_e4m3fn, backend="triton").quantize(x).tolist()
+        return None if rounded == [1.125] * 3 else f"it rounds 1.1 to {rounded[0]} and not to 1.125"
+    except Exception as error:
+        traceback.print_exc()  # into the log, where a compiler has said more
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def missing(described: Sequence[Row], otherwise: str) -> str | None:
@@ -119,8 +147,11 @@ def missing(described: Sequence[Row], otherwise: str) -> str | None:
             f"needs a GPU that torch can use, and torch {row['torch']} finds none; "
             "`--device cpu --small` takes the same path in Triton's interpreter"
         )
-    if "triton" not in row["versions"]:
+    if not row["triton"]:
         return "needs Triton, which comes with torch for CUDA: pip install triton"
+    if row["kernel_error"] is not None:
+        needs = "it needs a C compiler and Python's headers"
+        return f"Triton cannot run a kernel here ({needs}): {row['kernel_error']}; the log says more"
     return None
 
 

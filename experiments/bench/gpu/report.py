@@ -126,6 +126,9 @@ def _by_preset(rows: Sequence[Row]) -> list[Row]:
     """For each preset and way: the results that differ, a K; and the kinds of inputs on which they do."""
     summed: dict[tuple[str, str, str], Row] = {}
     for row in rows:
+        if "not_asked" in row:
+            summed[row["operands"], "", ""] = {"preset": "not asked", "by": row["operands"], "result": row["not_asked"]}
+            continue
         key = row["by"], row["preset"], row["result"]
         entry = summed.setdefault(key, {"preset": key[1], "by": key[0], "result": key[2]})
         depth = f"K={row['K']}"
@@ -133,7 +136,10 @@ def _by_preset(rows: Sequence[Row]) -> list[Row]:
         entry[depth] = f"{int(before[0]) + row['differ']} of {int(before[1]) + row['of']}"
         if row["differ"] and row["inputs"] not in entry.setdefault("differs_on", []):
             entry["differs_on"].append(row["inputs"])
-    return [{**entry, "differs_on": entry.get("differs_on", [])} for entry in summed.values()]
+    return [
+        entry if entry["preset"] == "not asked" else {**entry, "differs_on": entry.get("differs_on", [])}
+        for entry in summed.values()
+    ]
 
 
 SUMMARIES: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"claims": _by_file, "silicon": _by_preset}

@@ -5,12 +5,14 @@ of these operands gives. torch's library may divide K among several sums; tl.dot
 rows a program uses a warp group's instruction where the machine has one (wgmma), with 16 rows the older mma. Float8 is
 also compared with the preset whose sums are moved to float32 registers every 128 products, as libraries do.
 
-A row is one comparison of [M, K] · [K, N]: how many results differ, how far at most, and the first of them.
+A row is one comparison of [M, K] · [K, N]: how many results differ, how far at most, and the first of them. Operands
+that the device does not multiply have one row, which says why they were not asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -53,7 +55,11 @@ def run(machine: Machine, record: Record) -> None:
 def _run(machine: Machine, record: Record) -> None:
     size, depths = (16, DEPTHS[:1]) if machine.small else (SIZE, DEPTHS)
     chosen = list(PRESETS.items())[::2] if machine.small else PRESETS.items()
+    device = Silicon.found(machine)
     for types, presets in chosen:
+        if (why := device.lacks(types)) is not None:
+            record({"operands": _names(types), "not_asked": why})
+            continue
         left = ways(types)
         for depth in depths:
             for kind, lhs, rhs in operands.cases(types, size, depth, few=machine.small):
@@ -76,9 +82,32 @@ def _names(types: tuple[torch.dtype, torch.dtype]) -> str:
 # ---------------------------------------------------------------------------------------------- what multiplies
 
 
+@dataclass(frozen=True)
+class Silicon:
+    """maker: "nvidia" or "amd"; None for the twin, whose interpreter multiplies everything. capability: NVIDIA's."""
+
+    maker: str | None
+    capability: tuple[int, int]
+
+    @staticmethod
+    def found(machine: Machine) -> Silicon:
+        if not machine.cuda:
+            return Silicon(None, (0, 0))
+        return Silicon("nvidia" if torch.version.hip is None else "amd", torch.cuda.get_device_capability())
+
+    def lacks(self, types: tuple[torch.dtype, torch.dtype]) -> str | None:
+        """Why the device has no products of these operands; None where it has."""
+        if types[0].itemsize == 2 or self.maker is None:
+            return None
+        if self.maker == "amd":
+            return "AMD's float8 types are others on some of its devices"
+        major, minor = self.capability
+        return None if self.capability >= (8, 9) else f"capability {major}.{minor} has no float8; 8.9 and later have"
+
+
 def ways(types: tuple[torch.dtype, torch.dtype]) -> dict[str, Product]:
     """By name, the products of operands of these types that a program can ask for."""
-    wide = {"tl.dot, 64 rows": partial(by_triton, rows=64)}
+    wide: dict[str, Product] = {"tl.dot, 64 rows": partial(by_triton, rows=64)}
     if types[0].itemsize == 2:
         return {
             "torch.mm, float32 out": _mm_wide,
@@ -86,6 +115,8 @@ def ways(types: tuple[torch.dtype, torch.dtype]) -> dict[str, Product]:
             **wide,
             "tl.dot, 16 rows": partial(by_triton, rows=16),  # of float8 it would be the float16 unit's
         }
+    if types == (torch.float8_e5m2, torch.float8_e5m2):  # which torch refuses, since its library has none
+        return wide
     return {
         "torch._scaled_mm, fast": partial(_scaled_mm, fast=True),
         "torch._scaled_mm": partial(_scaled_mm, fast=False),
