@@ -67,4 +67,5 @@ def mistakes() -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+            place = "" if error.filename is None else f"{error.filename}: "  # a full disk names no file
+            raise UserError(f"{place}{error.strerror or error}") from error
