@@ -103,10 +103,10 @@ def run_grid(
     end; the others stand in grid.json, and have no row. processes_per_run: how many share each run's batches
     (experiments.training.parallel).
 
-    Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, and for
-    `only` of an adaptive grid; RunFolderError, before anything of a round is run, when the folder is in use, of another
-    version or was filled from other data; KeyboardInterrupt, after all running runs have written a checkpoint, on
-    Ctrl-C.
+    Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, for `only`
+    of an adaptive grid, and for data that are not there or do not fit, where the executor's jobs run on this machine;
+    RunFolderError, before anything of a round is run, when the folder is in use, of another version or was filled from
+    other data; KeyboardInterrupt, after all running runs have written a checkpoint, on Ctrl-C.
     """
     rounds = configs.rounds() if isinstance(configs, Adaptive) else _one_round(configs)
     by_signature: dict[str, Config] = {}
@@ -136,7 +136,7 @@ def run_grid(
         record.write_json(folder / "grid.json", document)
 
     with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
-        fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
+        fingerprint = functools.cache(_fingerprint)  # of a large data set it takes a while
         rows: dict[str, Row | None] = {}
         while True:
             names = labels(by_signature)
@@ -146,6 +146,10 @@ def run_grid(
                 for signature, config in chosen.items()
             }
             if None in rows.values():
+                if executor.here:
+                    _check_data(
+                        [config for signature, config in chosen.items() if rows[signature] is None], fingerprint
+                    )
                 describe()
                 sources = own.keep((part for each in chosen.values() for part in each.own_parts()), folder, source)
                 wanted = {signature: by_signature[signature] for signature in rows}
@@ -187,6 +191,28 @@ def distinct(
     if not mine and not before:
         raise GridError(f"the grid {grid} has no runs")
     return mine
+
+
+def _fingerprint(data: Any) -> str:
+    try:
+        return str(data.fingerprint())
+    except (OSError, ValueError) as error:
+        raise GridError(f"the data of the grid cannot be read: {error}") from None
+
+
+def _check_data(configs: Iterable[Config], fingerprint: Callable[[Any], str]) -> None:
+    """Raises GridError for data that no run can be trained on: one message instead of one for every run."""
+    checked: list[tuple[Any, Any]] = []
+    for data, model in ((config.data, config.model) for config in configs):
+        if (data, model) in checked:
+            continue
+        checked.append((data, model))
+        fingerprint(data)
+        if getattr(data, "lazy", False):
+            try:
+                data.load(model)
+            except (OSError, ValueError) as error:
+                raise GridError(f"the data of the grid do not fit: {error}") from None
 
 
 def _one_round(configs: Iterable[Config]) -> Generator[list[Config], Sequence[Outcome], None]:

@@ -47,6 +47,7 @@ class ColourImages(Settings):
 
     tag: ClassVar[str] = "name"
     inputs: ClassVar[str] = "images"
+    lazy: ClassVar[bool] = True  # load reads no images
 
     def check_model(self, model: Any) -> None:
         self.require_of(model, "image_size", "channels", "classes")

@@ -32,6 +32,7 @@ class TokenFiles(Settings):
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "token-files"
     inputs: ClassVar[str] = "tokens"
+    lazy: ClassVar[bool] = True  # load reads no tokens
 
     folder: str
     validation_windows: int = 256
