@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from experiments.grids.adaptive import Adaptive, Outcome
@@ -147,7 +148,7 @@ def run_grid(
             }
             if None in rows.values():
                 if executor.here:
-                    _check_data(
+                    _check_here(
                         [config for signature, config in chosen.items() if rows[signature] is None], fingerprint
                     )
                 describe()
@@ -200,8 +201,14 @@ def _fingerprint(data: Any) -> str:
         raise GridError(f"the data of the grid cannot be read: {error}") from None
 
 
-def _check_data(configs: Iterable[Config], fingerprint: Callable[[Any], str]) -> None:
-    """Raises GridError for data that no run can be trained on: one message instead of one for every run."""
+def _check_here(configs: Iterable[Config], fingerprint: Callable[[Any], str]) -> None:
+    """Raises GridError for a GPU or data that are not there: one message instead of one for every run."""
+    configs = list(configs)
+    if any(config.device.startswith("cuda") for config in configs) and not torch.cuda.is_available():
+        raise GridError(
+            "the grid's runs are for device cuda, and torch finds no GPU here: run it where one is, or by --executor "
+            "slurm or dask, or give the configs device='cpu'"
+        )
     checked: list[tuple[Any, Any]] = []
     for data, model in ((config.data, config.model) for config in configs):
         if (data, model) in checked:
@@ -251,13 +258,15 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
         raise DamagedFolderError(
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
-    if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
+    trained = (folder / "checkpoint.pt").exists() or (result is not None and result.get("status") in DONE)
+    if trained and made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
         versions = made_in.get("versions", {})
         shipped = (
             "the text differs between versions of Python, glyphs between those of matplotlib: that run had "
             f"{versions.get('python')} and {versions.get('matplotlib')}"
         )
-        why = "its fingerprint is another" if isinstance(config.data, own.DataSet) else shipped
+        of_files = isinstance(config.data, own.DataSet) or hasattr(config.data, "folder")
+        why = "its fingerprint is another" if of_files else shipped
         raise RunFolderError(
             f"{folder} was trained on other data than {config.data.name} holds now ({why}); use another --runs "
             f"folder, or delete {folder.parent}"
@@ -337,8 +346,6 @@ def run_one(
     classes that are not shipped.
     Raises: RunFolderError when the folder is at fault.
     """
-    import torch
-
     torch.set_num_threads(1)  # as train does; so that env.json says so
     config = Config.from_dict(config_json, None if sources is None else Path(sources))
     run = RunRecord(Path(folder))

@@ -13,10 +13,16 @@ import pytest
 from PIL import Image
 
 from experiments.command.cli import main
+from experiments.grids import GridError, load_grid
+from experiments.grids.source_files import SourceError
+from experiments.running.grid import run_grid
 from experiments.training import token_files as files
 from experiments.training.data import ImageFolders, ImageShards, TokenFiles
 from experiments.training.models.gpt2 import GPT2Config
 from experiments.training.models.vit import ViTConfig
+from experiments.training.optimizers import AdamW
+from experiments.training.record import RunFolderError
+from tests.experiments.experiment_jobs import Here, one_thread, tiny_config
 from tests.experiments.test_data import shards
 
 TEXT_MODEL = GPT2Config(name="g", layers=1, heads=1, d_model=8, context=16, vocab_size=300)
@@ -196,3 +202,46 @@ def test_a_class_of_a_shard_is_a_number_from_0_on(tmp_path: Path, images: Path, 
     data: ImageShards = shards(tmp_path, {split: [(content, label)] for split in files.SPLITS})
     with pytest.raises(ValueError, match=rf"0\.cls must be the number of a class, from 0 on; it is b'{label}'"):
         data.load(MODEL)
+
+
+# --- in a grid ---
+
+
+def test_data_that_were_mended_before_anything_was_trained_are_the_run_s_data(tmp_path: Path, images: Path) -> None:
+    """Those of a run that has begun stay what they were."""
+    data = ImageFolders(folder=str(images))
+    config = tiny_config(model=MODEL, data=data, steps=3, warmup_steps=1)
+    damaged = images / "val" / "a" / "1.png"
+    damaged.write_bytes(b"no image")
+    with one_thread():
+        (failed,) = run_grid([config], tmp_path / "g", Here())
+        assert failed.status == "failed" and "val/a/1.png: no image that can be read" in (failed.cause or "")
+        damaged.unlink()
+        (row,) = run_grid([config], tmp_path / "g", Here(), retry_failed=True)
+    assert row.status == "finished", row.cause
+    environment = json.loads((tmp_path / "g" / row.signature / "env.json").read_text())
+    assert environment["data_sha256"] == data.fingerprint() and "resumed" not in environment
+    shutil.copy(images / "val" / "a" / "0.png", damaged)
+    with pytest.raises(RunFolderError, match=r"trained on other data than image-folders holds now .its fingerprint"):
+        run_grid([config], tmp_path / "g", Here())
+
+
+def test_a_gpu_that_is_not_there_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    executor = Here()
+    with pytest.raises(GridError, match="for device cuda, and torch finds no GPU here: run it where one is"):
+        run_grid([tiny_config(device="cuda:1")], tmp_path / "g", executor)
+    assert executor.submitted == 0
+
+
+def test_a_setting_that_does_not_exist_is_told_those_that_do(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from experiments.training.optimizers import AdamW\n\ndef grid():\n    yield AdamW(learning_rate=1.0)\n"
+    )
+    with pytest.raises(SourceError, match=r"mine\.py:4: .*'learning_rate'; there are: lr, weight_decay, betas, eps$"):
+        load_grid(str(tmp_path / "mine.py"))
+
+
+def test_a_tuple_of_the_wrong_length_is_told_the_right_one() -> None:
+    with pytest.raises(ValueError, match=r"AdamW\.betas must be tuple\[float, float\], is \(0\.9,\)"):
+        AdamW(lr=0.1, betas=(0.9,))  # type: ignore[arg-type]
