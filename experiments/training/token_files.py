@@ -196,12 +196,32 @@ def split_files(folder: Path, suffixes: Sequence[str], validation: float) -> dic
 
 
 def texts_of(files: Iterable[Path]) -> Iterator[str]:
-    """The texts of files, without a byte order mark. Raises ValueError for one that is not UTF-8."""
+    """The texts of files, without a byte order mark: of a .jsonl file every line's "text", of another all of it.
+
+    Raises ValueError for a file that is not UTF-8, and for a line without a text.
+    """
     for path in files:
         try:
-            yield path.read_text("utf-8-sig")
+            if path.suffix == ".jsonl":
+                yield from _texts_of_lines(path)
+            else:
+                yield path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); convert it, with iconv say, or leave it out") from None
+
+
+def _texts_of_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}:{number}: a line of a .jsonl file must be an object with a string "text"')
+            yield text
 
 
 def write_tokens(
@@ -218,8 +238,8 @@ def write_tokens(
     kind = np.dtype("<u2" if words.vocab_size <= 2**16 else "<u4")
     part = output.with_name(output.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    for file in part.iterdir():  # of an attempt that was interrupted
-        file.unlink()
+    for file in [*(file for split in SPLITS for file in part.glob(f"{split}-*.bin")), part / "tokens.json"]:
+        file.unlink(missing_ok=True)  # of an attempt that was interrupted
     counts = {split: _write_split(part, split, texts[split], words, kind, shard_tokens) for split in SPLITS}
     description = {"version": 1, "dtype": kind.str, "vocab_size": words.vocab_size, "end": words.end, "tokens": counts}
     write_json(part / "tokens.json", {**description, "tokenizer": words.source})

@@ -65,6 +65,39 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert list(files.texts_of([tmp_path / "a.txt"])) == ["ab"]
 
 
+def test_lines_of_json_are_the_texts_of_as_many_files(tmp_path: Path) -> None:
+    """Those under "text"; whatever else a line says. An error names the line."""
+    texts = ["a\nb", "", 'say "ü"']
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, "utf-8")
+    lines = [json.dumps({"url": "x", "text": text}) for text in texts]
+    (tmp_path / "all.jsonl").write_text(lines[0] + "\n\n" + "\n".join(lines[1:]))
+    assert list(files.texts_of([tmp_path / "all.jsonl"])) == list(files.texts_of(sorted(tmp_path.glob("*.txt"))))
+    for line in ("{", "[]", "{}", '{"text": 1}', "3"):
+        (tmp_path / "all.jsonl").write_text(f"{lines[0]}\n{line}\n")
+        with pytest.raises(ValueError, match=r'all\.jsonl:2: a line .* must be an object with a string "text"'):
+            list(files.texts_of([tmp_path / "all.jsonl"]))
+
+
+def test_an_interrupted_preparation_leaves_no_folder_and_is_begun_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 9)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = "--tokenizer", "bytes", "--shard-tokens", "3"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", interrupted)
+        assert prepare(tmp_path / "texts", capsys, *options) == (130, "lpsim: interrupted\n")
+    assert not (tmp_path / "out").exists()
+    assert prepare(tmp_path / "texts", capsys, *options[:2]) == (0, "")
+    assert len(list((tmp_path / "out").glob("*.bin"))) == 2
+
+
 def test_a_folder_without_texts_is_told_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts"
     assert prepare(texts, capsys, "--tokenizer", "bytes") == (2, f"lpsim: there is no folder {texts}\n")
