@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"lpsim: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lpsim: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `lpsim formats | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -24,7 +24,10 @@ def add(commands: Any) -> None:
     )
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     prepare.add_argument(
-        "--suffix", action="append", metavar=".txt", help="how a text's file ends; repeatable (default: .txt)"
+        "--suffix",
+        action="append",
+        metavar=".txt",
+        help='how a file of texts ends; repeatable (default: .txt); of .jsonl every line\'s "text" is one',
     )
     prepare.add_argument(
         "--validation", type=float, default=0.01, metavar="SHARE", help="of the files, held out (default: 0.01)"
@@ -67,4 +70,5 @@ def mistakes() -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+            place = "" if error.filename is None else f"{error.filename}: "  # a full disk names no file
+            raise UserError(f"{place}{error.strerror or error}") from error

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: `lpsim --help` does without
     from experiments.training.config import Config
 
 
+NAMED_ALIKE = 3  # runs that failed for the same reason
+
+
 def add(commands: Any) -> None:
     parser = commands.add_parser("run", help="run a grid; the same command again resumes it")
     parser.add_argument(
@@ -226,7 +229,7 @@ def all_gpus() -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line of counts, and one for every run that did not come to its end."""
+    """One line of counts, and one for the runs that did not come to their end, of which equal reasons name a few."""
     ran = sum(not row.skipped for row in rows)
     counts = {
         status: sum(row.status == status for row in rows)
@@ -234,9 +237,14 @@ def summary(rows: Sequence[Row]) -> str:
     }
     outcomes = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     lines = [f"{len(rows)} runs: {outcomes} ({ran} of them run now)"]
+    alike: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.status in ("failed", "interrupted"):
-            lines.append(f"  {row.status}: {row.label} ({row.signature}): {row.cause or 'the same command resumes it'}")
+            alike.setdefault((row.status, row.cause or "the same command resumes it"), []).append(row)
+    for (status, cause), some in alike.items():
+        lines += [f"  {status}: {row.label} ({row.signature}): {cause}" for row in some[:NAMED_ALIKE]]
+        if len(some) > NAMED_ALIKE:
+            lines.append(f"  {status}: {len(some) - NAMED_ALIKE} more, for the same reason")
     if any(row.status == "failed" and row.ended for row in rows):
         lines.append("  what failed is tried again by the same command with --retry-failed")
     return "\n".join(lines)

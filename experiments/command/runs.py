@@ -37,12 +37,11 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         results = load.read(options.folder, plain=True)
-        rows = all_rows(results)
+        rows, unknown = all_rows(results), 0
         columns = options.columns or usual_columns(results)
-        check_fields([*columns, *([] if options.sort is None else [options.sort])], rows)
-        if options.where:
-            chosen = where.meets(rows, options.where, "--where")
-            rows = [row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen]
+        if rows:
+            check_fields([*columns, *([] if options.sort is None else [options.sort])], rows)
+            rows, unknown = chosen(rows, options.where)
     except ValueError as error:
         raise UserError(str(error)) from error
     if options.sort is not None:
@@ -54,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(rows, columns))
         print(counts(rows))
+    if unknown:
+        print(f"lpsim: {left_out(unknown)}", file=sys.stderr)
     for problem in results.problems.to_dict("records"):
         print(f"lpsim: {problem['folder']} is left out: {problem['reason']}", file=sys.stderr)
     return 0
@@ -66,6 +67,32 @@ def all_rows(results: Results) -> list[Row]:
     waiting: list[Row] = [{"signature": name, "status": NOT_STARTED} for name in results.not_started]
     known: list[Row] = results.runs.to_dict("records")
     return [{**row, "path": str(results.folder / row["signature"])} for row in [*known, *waiting]]
+
+
+def chosen(rows: Sequence[Row], conditions: Sequence[str]) -> tuple[list[Row], int]:
+    """The rows that meet the conditions, and how many runs, not started, have none of the fields that they name.
+
+    Raises ValueError as `where.meets` does.
+    """
+    if not conditions:
+        return list(rows), 0
+    fields = {where.parts_of(condition, "--where")[0] for condition in conditions}
+    known = [row for row in rows if row["status"] != NOT_STARTED or fields <= row.keys()]
+    unknown = len(rows) - len(known)
+    try:
+        if not known:
+            raise ValueError(f"--where {conditions[0]}: no run has started")
+        met = where.meets(known, conditions, "--where")
+    except ValueError as error:
+        raise ValueError(f"{error}; {left_out(unknown)}" if unknown else str(error)) from None
+    return [row for row, is_met in zip(known, met, strict=True) if is_met], unknown
+
+
+def left_out(unknown: int) -> str:
+    return (
+        f"{unknown} runs that have not started are left out, since only their status is known here; "
+        "`lpsim run GRID --only ... --dry-run` knows their settings"
+    )
 
 
 def usual_columns(results: Results) -> list[str]:

@@ -30,10 +30,7 @@ def meets(rows: Sequence[Mapping[str, Any]], conditions: Sequence[str], option: 
     fields = list(dict.fromkeys(name for row in rows for name in row))
     tests: dict[tuple[str, str], list[list[bool]]] = {}
     for condition in conditions:
-        parts = re.fullmatch(r"([^=<>!]+)(!=|<=|>=|=|<|>)(.*)", condition, re.DOTALL)
-        if parts is None:
-            raise ValueError(f"{option} {condition}: expected FIELD=VALUE, such as optimizer=adamw")
-        field, sign, wanted = (part.strip() for part in parts.groups())
+        field, sign, wanted = parts_of(condition, option)
         if field not in fields:
             raise ValueError(f"{option} {condition}: no field {field!r}; there are: {names_near(field, fields)}")
         values = [row.get(field) for row in rows]
@@ -45,6 +42,15 @@ def meets(rows: Sequence[Mapping[str, Any]], conditions: Sequence[str], option: 
     if not any(met):
         raise ValueError(f"no run meets {' and '.join(f'{option} {condition}' for condition in conditions)} together")
     return met
+
+
+def parts_of(condition: str, option: str) -> tuple[str, str, str]:
+    """A condition's field, sign and value. Raises ValueError, which begins with the option."""
+    parts = re.fullmatch(r"([^=<>!]+)(!=|<=|>=|=|<|>)(.*)", condition, re.DOTALL)
+    if parts is None:
+        raise ValueError(f"{option} {condition}: expected FIELD=VALUE, such as optimizer=adamw")
+    field, sign, wanted = (part.strip() for part in parts.groups())
+    return field, sign, wanted
 
 
 def _compared(values: Sequence[Any], sign: str, wanted: str, what: str) -> list[bool]:

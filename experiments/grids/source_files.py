@@ -4,7 +4,9 @@ They are executed because the user asked for them by name; a mistake in one is t
 define reaches the workers, and the run folders, as data.
 """
 
+import dataclasses
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments.training import own
+from experiments.training.settings import Settings, names_near
 from lpsim import formats
 from lpsim.formats import Format
 
@@ -37,7 +40,19 @@ def blamed(path: Path) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)  # what is found in a file after it ran has no line
-        raise SourceError(f"{where}: {type(error).__name__}: {error}") from None
+        raise SourceError(f"{where}: {type(error).__name__}: {error}{_fields_near(error)}") from None
+
+
+def _fields_near(error: Exception) -> str:
+    """What a setting that does not exist may have meant."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    classes: list[type[Settings]] = [Settings]
+    for each in classes:  # it grows
+        classes += each.__subclasses__()
+    for each in classes if found else ():
+        if found and each.__name__ == found[1]:
+            return f"; there are: {names_near(found[2], [field.name for field in dataclasses.fields(each)])}"
+    return ""
 
 
 def execute(path: Path, name: str) -> ModuleType:

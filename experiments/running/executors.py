@@ -43,6 +43,8 @@ def set_stop(requested: bool) -> None:
 class StoppableExecutor(Executor):
     """An executor whose running jobs can be asked to leave early."""
 
+    here = False  # whether jobs read the files of this machine, so that what they will miss can be told before
+
     def submit_many(self, fn: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Future[Any]]:
         """A future for fn(*arguments) of each of the calls, in order. Known together, they can be packed."""
         return [self.submit(fn, *arguments) for arguments in calls]
@@ -60,6 +62,8 @@ class LocalExecutor(StoppableExecutor):
     step, and itself. gpus: a worker sees the GPUs of one entry and no other, such as "3" or "2,3"; with more jobs than
     entries they are shared in turn. Without entries a worker sees what this process sees.
     """
+
+    here = True
 
     def __init__(self, jobs: int = 1, gpus: Sequence[str] = ()) -> None:
         if jobs < 1:

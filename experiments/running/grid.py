@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from experiments.grids.adaptive import Adaptive, Outcome
@@ -103,10 +104,10 @@ def run_grid(
     end; the others stand in grid.json, and have no row. processes_per_run: how many share each run's batches
     (experiments.training.parallel).
 
-    Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, and for
-    `only` of an adaptive grid; RunFolderError, before anything of a round is run, when the folder is in use, of another
-    version or was filled from other data; KeyboardInterrupt, after all running runs have written a checkpoint, on
-    Ctrl-C.
+    Raises: GridError for no or equal configs, of any rounds, for a claim about runs that the grid has not, for `only`
+    of an adaptive grid, and for data that are not there or do not fit, where the executor's jobs run on this machine;
+    RunFolderError, before anything of a round is run, when the folder is in use, of another version or was filled from
+    other data; KeyboardInterrupt, after all running runs have written a checkpoint, on Ctrl-C.
     """
     rounds = configs.rounds() if isinstance(configs, Adaptive) else _one_round(configs)
     by_signature: dict[str, Config] = {}
@@ -136,7 +137,7 @@ def run_grid(
         record.write_json(folder / "grid.json", document)
 
     with record.exclusive(folder / ".lock", f"another `lpsim run` is working in {folder}"):
-        fingerprint = functools.cache(lambda data: data.fingerprint())  # of a large data set it takes a while
+        fingerprint = functools.cache(_fingerprint)  # of a large data set it takes a while
         rows: dict[str, Row | None] = {}
         while True:
             names = labels(by_signature)
@@ -146,6 +147,10 @@ def run_grid(
                 for signature, config in chosen.items()
             }
             if None in rows.values():
+                if executor.here:
+                    _check_here(
+                        [config for signature, config in chosen.items() if rows[signature] is None], fingerprint
+                    )
                 describe()
                 sources = own.keep((part for each in chosen.values() for part in each.own_parts()), folder, source)
                 wanted = {signature: by_signature[signature] for signature in rows}
@@ -189,6 +194,34 @@ def distinct(
     return mine
 
 
+def _fingerprint(data: Any) -> str:
+    try:
+        return str(data.fingerprint())
+    except (OSError, ValueError) as error:
+        raise GridError(f"the data of the grid cannot be read: {error}") from None
+
+
+def _check_here(configs: Iterable[Config], fingerprint: Callable[[Any], str]) -> None:
+    """Raises GridError for a GPU or data that are not there: one message instead of one for every run."""
+    configs = list(configs)
+    if any(config.device.startswith("cuda") for config in configs) and not torch.cuda.is_available():
+        raise GridError(
+            "the grid's runs are for device cuda, and torch finds no GPU here: run it where one is, or by --executor "
+            "slurm or dask, or give the configs device='cpu'"
+        )
+    checked: list[tuple[Any, Any]] = []
+    for data, model in ((config.data, config.model) for config in configs):
+        if (data, model) in checked:
+            continue
+        checked.append((data, model))
+        fingerprint(data)
+        if getattr(data, "lazy", False):
+            try:
+                data.load(model)
+            except (OSError, ValueError) as error:
+                raise GridError(f"the data of the grid do not fit: {error}") from None
+
+
 def _one_round(configs: Iterable[Config]) -> Generator[list[Config], Sequence[Outcome], None]:
     yield list(configs)
 
@@ -225,13 +258,15 @@ def _read(folder: Path, config: Config, name: str, fingerprint: Callable[[Any], 
         raise DamagedFolderError(
             f"{folder}/config.json is not the config of its signature; delete {folder} to run it again"
         )
-    if made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
+    trained = (folder / "checkpoint.pt").exists() or (result is not None and result.get("status") in DONE)
+    if trained and made_in is not None and made_in.get("data_sha256") != fingerprint(config.data):
         versions = made_in.get("versions", {})
         shipped = (
             "the text differs between versions of Python, glyphs between those of matplotlib: that run had "
             f"{versions.get('python')} and {versions.get('matplotlib')}"
         )
-        why = "its fingerprint is another" if isinstance(config.data, own.DataSet) else shipped
+        of_files = isinstance(config.data, own.DataSet) or hasattr(config.data, "folder")
+        why = "its fingerprint is another" if of_files else shipped
         raise RunFolderError(
             f"{folder} was trained on other data than {config.data.name} holds now ({why}); use another --runs "
             f"folder, or delete {folder.parent}"
@@ -311,8 +346,6 @@ def run_one(
     classes that are not shipped.
     Raises: RunFolderError when the folder is at fault.
     """
-    import torch
-
     torch.set_num_threads(1)  # as train does; so that env.json says so
     config = Config.from_dict(config_json, None if sources is None else Path(sources))
     run = RunRecord(Path(folder))

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from experiments.training.tokens import Batch, generator
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AHEAD = 2  # batches that are being decoded while one is used
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FOLDER_SUFFIXES = {f".{name}" for name in (*IMAGE_SUFFIXES, "bmp", "gif", "pgm", "ppm", "tif", "tiff")}
 SPLITS = ("train", "val")
 
 
@@ -45,6 +47,7 @@ class ColourImages(Settings):
 
     tag: ClassVar[str] = "name"
     inputs: ClassVar[str] = "images"
+    lazy: ClassVar[bool] = True  # load reads no images
 
     def check_model(self, model: Any) -> None:
         self.require_of(model, "image_size", "channels", "classes")
@@ -53,7 +56,8 @@ class ColourImages(Settings):
 
 @dataclass(frozen=True)
 class ImageFolders(ColourImages):
-    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet; labels in order of class name.
+    """`folder`/train/CLASS/* and `folder`/val/CLASS/*, the layout of ImageNet; labels in order of class name. Files
+    that do not end as an image's do (FOLDER_SUFFIXES) are left out.
 
     Training images: a random crop of 8-100% of the area and of aspect 3/4 to 4/3, a mirror image half of the time.
     Validation: the shorter side scaled to image_size / 0.875, the centre cut out.
@@ -69,11 +73,11 @@ class ImageFolders(ColourImages):
         names = sorted({path.parent.name for path in paths if path.parent.parent.name == "train"})
         self.require(
             len(names) == model.classes,
-            f"image-folders: {folder}/train has {len(names)} classes, {model.name} has {model.classes}",
+            f"{folder}/train has {len(names)} classes, {model.name} has {model.classes}",
         )
         label = {name: i for i, name in enumerate(names)}
         unknown = ", ".join(sorted({path.parent.name for path in paths} - label.keys()))
-        self.require(not unknown, f"image-folders: {folder}/val has classes that train has not: {unknown}")
+        self.require(not unknown, f"{folder}/val has classes that train has not: {unknown}")
         train, held_out = (
             [Image(path, label[path.parent.name]) for path in paths if path.parent.parent.name == split]
             for split in SPLITS
@@ -87,9 +91,13 @@ class ImageFolders(ColourImages):
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = sorted(p for split in SPLITS for p in (folder / split).glob("*/*") if p.is_file())
-    if not paths:
-        raise ValueError(f"image-folders: {folder} has no train/CLASS/* and val/CLASS/* files")
+    paths = []
+    for split in SPLITS:
+        files = (folder / split).glob("*/*")
+        found = sorted(path for path in files if path.suffix.lower() in FOLDER_SUFFIXES and path.is_file())
+        if not found:
+            raise ValueError(f"image-folders: {folder} has no {split}/CLASS/* images; it needs those of train and val")
+        paths += found
     return paths
 
 
@@ -110,7 +118,7 @@ class ImageShards(ColourImages):
         highest = max(image.label for image in (*train, *held_out))
         self.require(
             highest < model.classes,
-            f"image-shards: {self.folder} has a label {highest}, {model.name} has {model.classes} classes",
+            f"{self.folder} has a label {highest}, {model.name} has {model.classes} classes",
         )
         return DecodedImages(train, held_out, model.image_size, model.classes)
 
@@ -121,7 +129,7 @@ class ImageShards(ColourImages):
 
     def _shards(self, split: str) -> list[Path]:
         paths = sorted(Path(self.folder).glob(f"{split}-*.tar"))
-        self.require(bool(paths), f"image-shards: {self.folder} has no {split}-*.tar")
+        self.require(bool(paths), f"{self.folder} has no {split}-*.tar")
         return paths
 
 
@@ -141,13 +149,19 @@ def _members(shard: Path) -> list[Image]:
                 elif suffix == "cls":
                     file = tar.extractfile(member)
                     assert file is not None
-                    labels[key] = int(file.read())
+                    labels[key] = _label(file.read(), member.name)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise ValueError(f"image-shards: {shard} is no tar file of images and classes: {error}") from None
     if not places or (alone := places.keys() - labels.keys()):
         what = f"image {min(alone)[1:]} without a .cls" if places else f"no .{', .'.join(IMAGE_SUFFIXES)}"
         raise ValueError(f"image-shards: {shard} has {what}")
     return [Image(shard, labels[key], *place) for key, place in places.items()]
+
+
+def _label(content: bytes, name: str) -> int:
+    if not content.strip().isdigit():
+        raise ValueError(f"{name} must be the number of a class, from 0 on; it is {content[:20]!r}")
+    return int(content)
 
 
 class DecodedImages:
@@ -188,18 +202,36 @@ def _batch(pending: Pending) -> Batch:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std, torch.tensor(labels)
 
 
+def _in_colour(image: Any) -> Any:
+    """A Pillow image in RGB, 16 bits as their upper 8: Pillow itself would clip them. Raises ValueError for 32 bits."""
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits have no known range; those of 8 or 16 have")
+    return image.convert("RGB")
+
+
 def decode(file: Image, crop: np.ndarray | None, size: int) -> np.ndarray:
     """A file's image, cropped and scaled: (size, size, 3) uint8.
 
     crop: five uniform numbers in [0, 1) that choose area, aspect, left, top and mirror; None for the centre. size: of a
-    side, in pixels.
+    side, in pixels. Raises ValueError, which names the file, for one that Pillow cannot read.
     """
     from PIL import Image as pillow  # only for runs that read image files
 
-    with file.path.open("rb") as opened:
-        opened.seek(file.offset)
-        with pillow.open(io.BytesIO(opened.read(file.size))) as read:
-            image = read.convert("RGB")
+    try:
+        with file.path.open("rb") as opened:
+            opened.seek(file.offset)
+            with pillow.open(io.BytesIO(opened.read(file.size))) as read:
+                image = _in_colour(read)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        part = f", {file.size} bytes from {file.offset}" if file.size >= 0 else ""
+        what = re.sub(r" <.*>", "", str(error))
+        raise ValueError(f"{file.path}{part}: no image that can be read ({what}); mend it, or delete it") from None
     width, height = image.size
     if crop is None:
         side = 0.875 * min(width, height)

@@ -147,12 +147,14 @@ class RunRecord:
     def begin(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Write config.json and env.json; what a later session runs in is added to env.json under "resumed".
 
-        The result of an earlier, failed attempt goes: the run is under way again.
+        The result of an earlier, failed attempt goes: the run is under way again. So does the env.json of one that left
+        no checkpoint, where the data have been mended since.
         """
         with writing(self.folder / "result.json"):
             (self.folder / "result.json").unlink(missing_ok=True)
         first = read_json(self.folder / "env.json")
-        if first is None:
+        mended = first is not None and first.get("data_sha256") != environment.get("data_sha256")
+        if first is None or (mended and not (self.folder / "checkpoint.pt").exists()):
             write_json(self.folder / "env.json", environment)
         else:
             write_json(self.folder / "env.json", {**first, "resumed": [*first.get("resumed", []), dict(environment)]})

@@ -128,7 +128,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             if not math.isfinite(value):
                 raise ValueError(f"{where} must be a finite number, is {value!r}")
         return value
-    raise ValueError(f"{where} must be {getattr(hint, '__name__', str(hint))}, is {value!r}")
+    wanted = str(hint) if arguments else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where} must be {wanted}, is {value!r}")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -32,6 +32,7 @@ class TokenFiles(Settings):
     tag: ClassVar[str] = "name"
     name: ClassVar[str] = "token-files"
     inputs: ClassVar[str] = "tokens"
+    lazy: ClassVar[bool] = True  # load reads no tokens
 
     folder: str
     validation_windows: int = 256
@@ -41,18 +42,20 @@ class TokenFiles(Settings):
 
     def check_model(self, model: Any) -> None:
         self.require_of(model, "context", "vocab_size")
-        if self._described() is None:
+        described = self._described()
+        if described is None:
             self.require(
                 model.vocab_size <= 2**16, f"uint16 tokens reach 65535, {model.name} has vocab_size {model.vocab_size}"
             )
+        else:
+            self.require(
+                described["vocab_size"] <= model.vocab_size,
+                f"the tokens of {self.folder} are of {described['vocab_size']} kinds, {model.name} has vocab_size "
+                f"{model.vocab_size}",
+            )
 
     def load(self, model: Any) -> Tokens:
-        described = self._described()
-        self.require(
-            described is None or described["vocab_size"] <= model.vocab_size,
-            f"the tokens of {self.folder} are of {(described or {}).get('vocab_size')} kinds, {model.name} has "
-            f"vocab_size {model.vocab_size}",
-        )
+        self.check_model(model)  # the folder may have been filled since
         return Tokens(self._stream("train"), self._stream("val"), model, self.validation_windows)
 
     def fingerprint(self) -> str:
@@ -80,10 +83,17 @@ class TokenFiles(Settings):
             ) from None
 
     def _described(self) -> dict[str, Any] | None:
+        path = Path(self.folder) / "tokens.json"
         try:
-            return dict(json.loads((Path(self.folder) / "tokens.json").read_bytes()))
-        except FileNotFoundError:
+            described = json.loads(path.read_bytes())
+            return {"dtype": np.dtype(described["dtype"]).str, "vocab_size": int(described["vocab_size"])}
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"token-files: {path} must be an object with dtype, such as <u2, and vocab_size; without the file a "
+                "token is a uint16"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,8 @@ def tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
     Raises: ValueError for a file that cannot be read, a package that is missing, an unknown end.
     """
     if name == "bytes":
+        if end_token is not None:
+            raise ValueError("the tokenizer bytes ends a text with a token of its own; leave --end-token out")
         return Tokenizer(lambda texts: [list(text.encode()) for text in texts], 257, 256, {"file": "bytes"})
     path = Path(name)
     try:
@@ -126,11 +138,13 @@ def _tiktoken(path: Path, source: dict[str, str], end_token: str | None) -> Toke
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        end = max(ranks.values()) + 1
     except ValueError as error:
         raise ValueError(
             f"{path}: every line must be a token in base64 and its rank, as tiktoken has it: {error}"
         ) from None
+    if len(set(ranks.values())) < len(lines) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise ValueError(f"{path}: all 256 bytes must be tokens, and every token and rank be there once")
+    end = max(ranks.values()) + 1
     special = {end_token or END_TOKENS[0]: end}
     encoding = tiktoken.Encoding(path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer(encoding.encode_ordinary_batch, end + 1, end, source)
@@ -143,6 +157,8 @@ def _tokenizers(path: Path, source: dict[str, str], end_token: str | None) -> To
         made = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no tokenizer.json of the package tokenizers: {error}") from None
+    made.no_truncation()  # both are of a model's inputs, and often saved with it
+    made.no_padding()
     wanted = END_TOKENS if end_token is None else (end_token,)
     ends = [end for word in wanted if (end := made.token_to_id(word)) is not None]
     if not ends:
@@ -151,19 +167,26 @@ def _tokenizers(path: Path, source: dict[str, str], end_token: str | None) -> To
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in made.encode_batch(texts, add_special_tokens=False)]
 
-    return Tokenizer(encode, made.get_vocab_size(), ends[0], source)
+    return Tokenizer(encode, 1 + max(made.get_vocab().values()), ends[0], source)
 
 
 def split_files(folder: Path, suffixes: Sequence[str], validation: float) -> dict[str, list[Path]]:
     """The text files below a folder by split: a share of them, chosen by a hash of their names, is held out.
 
-    Raises: ValueError for fewer than two files and for a share that leaves nothing.
+    Raises: ValueError for no such folder, for fewer than two files and for a share that leaves nothing.
     """
     if not 0 < validation < 1:
         raise ValueError(f"the held-out share must lie between 0 and 1, is {validation}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in found if path.name.endswith(tuple(suffixes))]
     if len(files) < 2:
-        raise ValueError(f"{folder} holds {len(files)} files that end in {', '.join(suffixes)}; two are the least")
+        others = ", ".join(sorted({path.suffix or path.name for path in found} - set(suffixes))[:12])
+        there = f"; --suffix may name others, there are: {others}" if others else ""
+        raise ValueError(
+            f"{folder} holds {len(files)} files that end in {', '.join(suffixes)}; two are the least{there}"
+        )
 
     def drawn(path: Path) -> str:
         return hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest()
@@ -173,12 +196,32 @@ def split_files(folder: Path, suffixes: Sequence[str], validation: float) -> dic
 
 
 def texts_of(files: Iterable[Path]) -> Iterator[str]:
-    """The texts of files. Raises ValueError for one that is not UTF-8."""
+    """The texts of files, without a byte order mark: of a .jsonl file every line's "text", of another all of it.
+
+    Raises ValueError for a file that is not UTF-8, and for a line without a text.
+    """
     for path in files:
         try:
-            yield path.read_text("utf-8")
+            if path.suffix == ".jsonl":
+                yield from _texts_of_lines(path)
+            else:
+                yield path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
+            raise ValueError(f"{path} is not UTF-8 ({error}); convert it, with iconv say, or leave it out") from None
+
+
+def _texts_of_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}:{number}: a line of a .jsonl file must be an object with a string "text"')
+            yield text
 
 
 def write_tokens(
@@ -195,8 +238,8 @@ def write_tokens(
     kind = np.dtype("<u2" if words.vocab_size <= 2**16 else "<u4")
     part = output.with_name(output.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    for file in part.iterdir():  # of an attempt that was interrupted
-        file.unlink()
+    for file in [*(file for split in SPLITS for file in part.glob(f"{split}-*.bin")), part / "tokens.json"]:
+        file.unlink(missing_ok=True)  # of an attempt that was interrupted
     counts = {split: _write_split(part, split, texts[split], words, kind, shard_tokens) for split in SPLITS}
     description = {"version": 1, "dtype": kind.str, "vocab_size": words.vocab_size, "end": words.end, "tokens": counts}
     write_json(part / "tokens.json", {**description, "tokenizer": words.source})

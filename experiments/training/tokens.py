@@ -41,7 +41,8 @@ class Tokens:
     """Windows of two token streams (of unsigned integers): inputs (B, T) and targets, one token on, both int64.
 
     T is the model's context. Training windows begin anywhere; the `validation_windows` held-out ones are spread evenly.
-    Raises ValueError for a stream that is not longer than the context.
+    Raises ValueError for a stream that is not longer than the context, and for a batch with a token that the model has
+    not.
     """
 
     def __init__(
@@ -64,4 +65,9 @@ class Tokens:
 
     def _windows(self, stream: np.ndarray | Shards, starts: np.ndarray) -> Batch:
         windows = torch.from_numpy(np.stack([stream[s : s + self.context + 1] for s in starts]).astype(np.int64))
+        if (largest := int(windows.max())) >= self.classes:
+            raise ValueError(
+                f"the tokens reach {largest}, the model's vocab_size is {self.classes}: another tokenizer's tokens, or "
+                "files of another type, or with a header"
+            )
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each

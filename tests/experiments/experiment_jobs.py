@@ -36,6 +36,8 @@ def one_thread() -> Iterator[None]:
 class Here(StoppableExecutor):
     """Runs a job at once, in this process; counts them."""
 
+    here = True
+
     def __init__(self) -> None:
         self.submitted = 0
 

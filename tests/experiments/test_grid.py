@@ -25,6 +25,7 @@ from experiments.running import grid as grids
 from experiments.running.grid import Row, labels, run_grid
 from experiments.training import record, train
 from experiments.training.config import Config
+from experiments.training.data import TokenFiles
 from experiments.training.optimizers import LMD, SGD
 from experiments.training.record import RunFolderError
 from tests.experiments import experiment_jobs
@@ -106,6 +107,25 @@ def test_a_failing_run_is_a_row_and_is_tried_again_when_asked(tmp_path: Path) ->
     assert "what failed is tried again by the same command with --retry-failed" in summary(again)
     retried = run_grid([good, broken, bad], folder, executor, retry_failed=True)
     assert statuses(retried) == statuses(rows) and executor.submitted == 1
+
+
+def test_data_that_are_missing_or_do_not_fit_are_told_once_and_before_any_run(tmp_path: Path) -> None:
+    """Where jobs run on this machine; elsewhere the data may be where the jobs are, and each run tells."""
+    folder = str(tmp_path / "tokens")
+    configs = [tiny_config(data=TokenFiles(folder), seed=seed) for seed in range(5)]
+    executor = Here()
+    with pytest.raises(GridError, match=r"cannot be read: token-files: cannot map .*train\.bin"):
+        run_grid(configs, tmp_path / "g", executor)
+    (tmp_path / "tokens").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "tokens" / f"{name}.bin").write_bytes(bytes(4))
+    with pytest.raises(GridError, match="do not fit: the training stream has 2 tokens"):
+        run_grid(configs, tmp_path / "g", executor)
+    assert executor.submitted == 0 and not list((tmp_path / "g").glob("*/"))
+    executor.here = False
+    rows = run_grid(configs, tmp_path / "g", executor)
+    assert statuses(rows) == ["failed"] * 5
+    assert summary(rows).count("the training stream has 2 tokens") == 3 and "2 more, for the same" in summary(rows)
 
 
 def test_a_failed_run_that_is_tried_again_goes_on_from_its_checkpoint(

@@ -78,8 +78,41 @@ def test_a_mistake_is_one_line(
     assert error.startswith(f"lpsim: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("condition", "count"), [("seed!=1", 3), ("seed=0", 3), ("status!=finished", 5), ("step>0", 6)]
+)
+def test_a_run_that_has_not_started_meets_no_condition_on_what_is_not_known_of_it(
+    grid: Path, capsys: pytest.CaptureFixture[str], condition: str, count: int
+) -> None:
+    """Nor its negation. Its status is known."""
+    assert cli.main(["runs", str(grid), "--where", condition, "--csv"]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 1 + count
+    assert ("2 runs that have not started are left out" in output.err) == ("status" not in condition)
+
+
+@pytest.mark.parametrize("condition", ["seed=7", "seed=none", "sed=0", "seed>7"])
+def test_a_value_that_no_run_has_yet_may_be_that_of_one_not_started(
+    grid: Path, capsys: pytest.CaptureFixture[str], condition: str
+) -> None:
+    assert cli.main(["runs", str(grid), "--where", condition]) == 2
+    error = capsys.readouterr().err
+    assert "2 runs that have not started are left out" in error and "none;" not in error
+
+
+def test_a_grid_whose_runs_are_all_damaged_says_so(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (grid / "grid.json").write_text("{")
+    for path in grid.glob("*/config.json"):
+        path.write_text("{")
+    assert cli.main(["runs", str(grid)]) == 0
+    output = capsys.readouterr()
+    assert "0 runs" in output.out and output.err.count("is left out") == 7
+
+
 def test_a_grid_where_nothing_has_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made.write_grid(tmp_path / "made", made.quickstart(1)[:2])
     assert [row["status"] for row in table(capsys, str(folder))] == ["not started", "not started"]
+    assert cli.main(["runs", str(folder), "--where", "seed=0"]) == 2
+    assert "seed=0: no run has started; 2 runs that have not started are left out" in capsys.readouterr().err
     assert cli.main(["runs", str(tmp_path)]) == 2
     assert "no grid folder" in capsys.readouterr().err
