@@ -99,9 +99,9 @@ class Shards:
         dist.all_gather(found, tensor, self.group)
         return found
 
-    def sum(self, number: Tensor) -> Tensor:
-        """Every process's number, added up in their order."""
-        return torch.stack(self.gathered(number)).sum()
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Every process's numbers, each added up in their order."""
+        return torch.stack(self.gathered(numbers)).sum(0)
 
     def all(self, flag: bool) -> bool:
         """Whether the flag of every process is set."""
