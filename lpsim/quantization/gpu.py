@@ -16,23 +16,19 @@ import torch
 
 from lpsim.formats import BlockFormat, FloatFormat, Format, reference
 from lpsim.formats.rounding import Key, Overflow, Rounding, ScaleRule
+from lpsim.quantization import gpu_kernels as kernels
 from lpsim.quantization.gpu_bits import triton
-from lpsim.quantization.gpu_kernels import (
-    NO_SCALE,
-    OWN_RULE,
-    POWER_OF_TWO,
-    QUOTIENT,
-    STOCHASTIC,
-    quantize_tiles,
-    tensor_scale,
-    tile_maxima,
-)
+from lpsim.quantization.gpu_kernels import quantize_tiles, tensor_scale, tile_maxima
 from lpsim.quantization.plan import Plan, exact, geometry, memory_order, plan, sub_tile
 
 if TYPE_CHECKING:
     from lpsim.quantization.quantizer import Quantizer
 
 INTERPRETED = not isinstance(quantize_tiles, triton.JITFunction)
+# as numbers, since a launch takes longer with Triton's constexpr
+_RULES = (kernels.NO_SCALE, kernels.POWER_OF_TWO, kernels.QUOTIENT, kernels.OWN_RULE)
+NO_SCALE, POWER_OF_TWO, QUOTIENT, OWN_RULE = (rule.value for rule in _RULES)
+STOCHASTIC = kernels.STOCHASTIC.value
 
 
 # ---------------------------------------------------------------------------------------------- cutting a tensor
@@ -115,7 +111,7 @@ def _numbers(p: Plan, device: torch.device) -> _Numbers:
     known = _on_device.get((id(p), device))
     if known is not None:
         return known[1]
-    stochastic = p.variant.mode == STOCHASTIC.value
+    stochastic = p.variant.mode == STOCHASTIC
     size = len(p.values if stochastic else p.thresholds)
     overflows = np.array(p.overflow[:2] if p.overflow is not None else (), p.floats.dtype)
 
@@ -158,16 +154,17 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
 
 
+@functools.lru_cache(maxsize=4096)
+def _options(block: tuple[int, int, int, int], stochastic: bool) -> dict[str, Any]:
+    """The shape of a program's block and how it is compiled."""
+    threads = math.prod(block) // (8 if stochastic else 16)  # as many elements each as the registers hold
+    warps = min(max(threads // 32, 1), 16)
+    return {**dict(zip("TRKC", block, strict=True)), "num_warps": warps, "enable_fp_fusion": False}
+
+
 def _launch(kernel: Any, cut: _Cut, *arguments: Any, stochastic: bool = False, **compiled: Any) -> None:
-    threads = math.prod(cut.block) // (8 if stochastic else 16)  # as many elements each as the registers hold
     with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns of NaN, Inf and overflow
-        kernel[(cut.programs,)](
-            *arguments,
-            **dict(zip("TRKC", cut.block, strict=True)),
-            num_warps=min(max(threads // 32, 1), 16),
-            enable_fp_fusion=False,
-            **compiled,
-        )
+        kernel[(cut.programs,)](*arguments, **_options(cut.block, stochastic), **compiled)
 
 
 def _maxima(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
@@ -265,8 +262,8 @@ def quantize(x: torch.Tensor, fmt: Format, axis: int, p: Plan, key: Key | None, 
         key.offset,
         RULE=rule,
         DIVIDED=divided,
-        DOWN=triton.next_power_of_2(part[0]),  # a tile that is smaller is filled up to a power of two
-        ACROSS=triton.next_power_of_2(part[1]),
+        DOWN=1 << (part[0] - 1).bit_length(),  # a tile that is smaller is filled up to a power of two
+        ACROSS=1 << (part[1] - 1).bit_length(),
         SCALE_GAP=scale_gap,
         SCALE_BARE=scale_bare,
         ALIGNED=cut.aligned and key.offset % 128 == 0,

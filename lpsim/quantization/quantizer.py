@@ -106,8 +106,8 @@ class Quantizer:
         """A tensor of x's shape, dtype and device with values of the format; no gradient.
 
         NaN stays NaN; what becomes of Inf, overflow and -0 is stated in `reference.round_value` and, for blocks, in
-        `reference.quantize`. A value of the format that x's dtype does not hold is cast to it as torch casts: in float16
-        65536 is Inf, even where `overflow` is SATURATE.
+        `reference.quantize`. A value of the format that x's dtype does not hold is cast as torch casts: 65536 is Inf in
+        float16, even where `overflow` is SATURATE.
 
         x: float32, bfloat16, float16 or float64, any shape and layout. axis: the axis that blocks lie along (unused by
         formats without 1-d blocks). key: the random bits' key, required by STOCHASTIC. out: receives the result; x
