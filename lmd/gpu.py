@@ -223,12 +223,12 @@ def step_split_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sums_kernel(table, squares, sums, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """squares of each tensor's programs, added up."""
+def sums_kernel(table, squares, sums, MOST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """squares of each tensor's programs, at most MOST, added up."""
     own = table + tl.program_id(0) * WIDTH
     begin, programs = tl.load(own + PROGRAM), tl.load(own + PROGRAMS)
     total = tl.zeros((BLOCK,), tl.float64)
-    for done in range(0, programs, BLOCK):
+    for done in range(0, MOST, BLOCK):
         at = done + tl.arange(0, BLOCK)
         total += tl.load(squares + begin + at, at < programs, 0.0).to(tl.float64)
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
@@ -261,6 +261,7 @@ class Plan(plain.Plan):
             (first // BLOCK, -(-(first + count) // BLOCK)) for first, count in zip(self.firsts, counts, strict=True)
         ]
         programs = [end - start if count else 0 for (start, end), count in zip(spans, counts, strict=True)]
+        self.most = 1 << max(programs).bit_length()  # of one tensor, rounded up, so that few kernels are compiled
         states = [{**state, "mean": mean} for state, mean in zip(self.states, self.means, strict=True)]
         addresses = [[state[name].data_ptr() if name in state else 0 for name in TENSORS] for state in states]
         self.aligned = [
@@ -312,7 +313,7 @@ class Plan(plain.Plan):
             sums = torch.empty(len(self.means), dtype=torch.float64, device=self.device)
             rows = (len(self.means),)
             with torch.cuda.device_of(self.table):
-                sums_kernel[rows](self.table, squares, sums, BLOCK=BLOCK)
+                sums_kernel[rows](self.table, squares, sums, MOST=self.most, BLOCK=BLOCK)
                 sums = sums if self.shards is None else self.shards.sum(sums)
                 rms_kernel[rows](self.table, given, sums, 1 if group["parameterization"] == "shared" else 2)
 
