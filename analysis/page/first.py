@@ -32,6 +32,11 @@ def screen(results: Results, frames: dict[str, pd.DataFrame], written_at: dateti
     yield page.heading(1, asked or f"Grid {name}")
     if rest:
         yield page.prose(rest)
+    if summary.is_twin(results):
+        yield page.prose(
+            "These runs are the grid's twin: the same path with a small model on small data. They show that it works; "
+            "the question is about the real size, and they do not answer it."
+        )
     yield page.paragraph(summary.lead(results), "meta" if summary.complete(results) else "warn")
     if "claims" in frames:
         yield from claims.section(frames["claims"], frames["predictions"])

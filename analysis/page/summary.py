@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,12 @@ def question(results: Results) -> tuple[str, str]:
     questions = [found.group() for found in asked if found]
     rest = [text[len(first) :].strip() for first, text in zip(questions, paragraphs, strict=True)]
     return " ".join(dict.fromkeys(questions)), " ".join(text for text in dict.fromkeys(rest) if text)
+
+
+def is_twin(results: Results) -> bool:
+    """Whether some of the runs are of a grid's small twin (`lpsim run GRID --twin`)."""
+    grids = [part.grid for part in results.parts or (results,)]
+    return any(str(grid.get("grid")) == f"{PurePath(str(grid.get('source'))).stem}_twin" for grid in grids)
 
 
 def words(results: Results) -> str:

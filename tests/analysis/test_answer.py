@@ -187,6 +187,14 @@ def test_the_question_is_the_first_sentence_of_the_docstring(tmp_path: Path) -> 
     assert summary.question(told) == ("", "What 3.5 runs say.")
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("name", "twin"), [("made_up", False), ("made_up_twin", True)])
+def test_the_report_of_a_twin_says_that_it_is_one(tmp_path: Path, name: str, twin: bool) -> None:
+    folder = made.write_runs(tmp_path / name, made.quickstart(2))
+    assert summary.is_twin(load.read(folder)) is twin
+    assert ("These runs are the grid&#x27;s twin" in report.write_report(folder, figures=False).read_text()) is twin
+
+
 def test_the_seeds_that_would_decide_have_the_power_that_is_promised() -> None:
     mean, sd = 0.4, 1.0
     n = int(power.seeds_to_decide(mean, sd))
