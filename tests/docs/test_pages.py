@@ -83,8 +83,13 @@ def test_its_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # a block may import a file of its page
     for file, text in files(page):
         (tmp_path / file).write_text(text)
-    for example in examples:
-        example.evaluate()
+        monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)  # of another test
+    try:
+        for example in examples:
+            example.evaluate()
+    finally:
+        for file, _ in files(page):
+            sys.modules.pop(Path(file).stem, None)
 
 
 def files(page: Path) -> list[tuple[str, str]]:
