@@ -80,7 +80,7 @@ def test_its_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder = run_folders.write_grid(tmp_path / "runs" / "quickstart", configs)
         for config in configs:
             run_folders.write_run(folder, config)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # a block may import a file of its page
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # a block may import a file of its page
     for file, text in files(page):
         (tmp_path / file).write_text(text)
         monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)  # of another test
