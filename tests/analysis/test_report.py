@@ -292,6 +292,7 @@ def test_one_seed_prints_no_interval(tmp_path: Path) -> None:
     assert page.texts.count("n = 1") == 4 + 2 + 3  # differences, contrasts, optimizers
 
 
+@pytest.mark.full
 def test_a_large_grid_keeps_the_size_of_the_page(tmp_path: Path) -> None:
     """200 runs, four factors: as many figures as for a small grid, within their limits; long tables in a box."""
     formats = [f"format{i}" for i in range(9)]

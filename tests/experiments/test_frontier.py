@@ -248,6 +248,7 @@ def test_killed_ten_times_it_ends_in_the_same_files(tmp_path: Path) -> None:
     assert seek_and_write(given, tmp_path / "g", Pretends(loss)) == written
 
 
+@pytest.mark.full
 def test_a_real_frontier_killed_and_resumed_is_the_same(tmp_path: Path) -> None:
     """Runs of 8 steps of a tiny model, which diverge at the largest rate."""
     base = tiny_config(steps=8, warmup_steps=1, clip_norm=None, divergence_factor=1.5)

@@ -100,6 +100,7 @@ def written(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sampler", ["tpe", "quasi-random"])
 def test_killed_ten_times_it_ends_in_the_same_table(tmp_path: Path, sampler: str) -> None:
     given = tuning(sampler=sampler)
