@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lmd.sharded import Shards
 
 BLOCK = 1024  # elements of a program; blocks are those of the whole tensor, of which a part begins at FIRST
-# what the table has of a tensor: addresses, then numbers. WHOLE: the elements of all its parts; PROGRAM: its first
+# what the table has of a tensor: addresses, then numbers. WHOLE: the elements of all its parts; PROGRAM: the first of
+# its PROGRAMS
 TENSORS = ("mean", "v", "v_plus", "v_minus", "log_center", "rms")
 COLUMNS = (*TENSORS, "first", "count", "whole", "number", "program", "programs")
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -40,8 +41,7 @@ M0, M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 W0, W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 QUARTER = tl.constexpr(math.pi * 2.0**-15)
-KEY = ["k0", "k1", "number", "step", "draw"]  # change from call to call: no kernel is compiled for a value
-VARYING = ["begin", *(name for name in KEY if name != "number")]
+VARYING = ["begin", "k0", "k1", "step", "draw"]  # change from call to call: no kernel is compiled for a value
 
 
 @triton.jit
@@ -184,14 +184,9 @@ def step_split_kernel(  # type: ignore[no-untyped-def]
     program, row, block, at, inside = place(table, owners, begin, ALIGNED, BLOCK)
     own, m0, scale = table + row * WIDTH, tl.load(scales + row * 3), tl.load(scales + row * 3 + 1)
     inside = inside & (tl.load(gradients + row) != 0)
-    mean, log_center = (
-        tensor_at(tl.load(own + MEAN), ALIGNED) + at,
-        tensor_at(tl.load(own + LOG_CENTER), ALIGNED) + at,
-    )
-    v_plus, v_minus = (
-        tensor_at(tl.load(own + V_PLUS), ALIGNED) + at,
-        tensor_at(tl.load(own + V_MINUS), ALIGNED) + at,
-    )
+    mean = tensor_at(tl.load(own + MEAN), ALIGNED) + at
+    log_center = tensor_at(tl.load(own + LOG_CENTER), ALIGNED) + at
+    v_plus, v_minus = tensor_at(tl.load(own + V_PLUS), ALIGNED) + at, tensor_at(tl.load(own + V_MINUS), ALIGNED) + at
     c = tl.load(log_center, inside, 0.0)
     x = tl.load(mean, inside, 0.0) / (scale * tl.exp(c))
     s = tl.sqrt_rn(x * x + 1.0)
